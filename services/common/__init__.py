@@ -1,0 +1,1 @@
+"""What every service stands on: settings, serving, channels, errors, telemetry, block names, and Redis."""

@@ -1,0 +1,154 @@
+"""Connections between services: channels with agreed keep-alive, and sessions kept with every replica of a service."""
+
+import asyncio
+import contextlib
+import logging
+import random
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Generic, TypeVar
+
+import grpc
+import grpc.aio
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M")
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_PING_EVERY_MS = 10_000
+
+# A silent stream is pinged, and the server side allows that rate: a client that pings more often than the server's
+# policy allows is cut off with "too many pings".
+CLIENT_OPTIONS = (
+    ("grpc.keepalive_time_ms", _PING_EVERY_MS),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+SERVER_OPTIONS = (
+    ("grpc.keepalive_time_ms", _PING_EVERY_MS),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_EVERY_MS // 2),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+)
+
+Session = Callable[[str, grpc.aio.Channel], Awaitable[None]]
+"""Talks to the replica at an address over a channel until the connection ends: returns, or raises AioRpcError."""
+
+
+def dial(address: str) -> grpc.aio.Channel:
+    """A channel to `host:port`; connects when it is first used."""
+    return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+
+
+async def resolve(addresses: Iterable[str]) -> set[str]:
+    """All `ip:port` behind `host:port` items. A name that cannot be looked up now counts for nothing.
+
+    A name with IPv4 addresses stands for those alone: "localhost" would otherwise name every replica twice.
+    """
+    loop = asyncio.get_running_loop()
+    found: set[str] = set()
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        try:
+            entries = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        except socket.gaierror:
+            continue
+        ipv4 = {f"{endpoint[0]!s}:{port}" for family, *_, endpoint in entries if family == socket.AF_INET}
+        found |= ipv4 or {f"[{endpoint[0]!s}]:{port}" for *_, endpoint in entries}
+    return found
+
+
+class ReplicaSessions:
+    """Keeps one session with every replica behind a list of addresses.
+
+    The addresses are looked up again every `refresh_s` seconds: a replica that appears gets a session, one that
+    vanishes loses it. A session that ends is started again with exponential backoff and jitter.
+    """
+
+    def __init__(self, name: str, addresses: Iterable[str], session: Session, *, refresh_s: float = 5.0) -> None:
+        self._name = name
+        self._addresses = tuple(addresses)
+        self._session = session
+        self._refresh_s = refresh_s
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        try:
+            while True:
+                self._follow(await resolve(self._addresses))
+                await asyncio.sleep(self._refresh_s if self._tasks else min(self._refresh_s, 0.5))
+        finally:
+            self._follow(set())
+
+    def _follow(self, addresses: set[str]) -> None:
+        for gone in self._tasks.keys() - addresses:
+            self._tasks.pop(gone).cancel()
+        for new in addresses - self._tasks.keys():
+            self._tasks[new] = asyncio.create_task(self._keep(new), name=f"{self._name} {new}")
+
+    async def _keep(self, address: str) -> None:
+        backoff_s = 0.1
+        while True:
+            started = asyncio.get_running_loop().time()
+            async with dial(address) as channel:
+                await self._run_once(address, channel)
+            if asyncio.get_running_loop().time() - started > 5.0:
+                backoff_s = 0.1
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.5))
+            backoff_s = min(backoff_s * 2, 2.0)
+
+    async def _run_once(self, address: str, channel: grpc.aio.Channel) -> None:
+        try:
+            await self._session(address, channel)
+        except grpc.aio.AioRpcError as error:
+            log.info("%s %s: connection ended: %s %s", self._name, address, error.code().name, error.details())
+        except Exception:
+            log.exception("%s %s: session failed", self._name, address)
+
+
+class Outbox(Generic[M]):
+    """The sending half of a bidirectional stream: `put` from anywhere on the loop, iterate to send.
+
+    A stream that must not block its producers needs one; gRPC reads it at the pace of the connection.
+    """
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[M | None] = asyncio.Queue()
+
+    def put(self, message: M) -> None:
+        self._queue.put_nowait(message)
+
+    def close(self) -> None:
+        """Ends the iteration after what has been put."""
+        self._queue.put_nowait(None)
+
+    def __aiter__(self) -> "Outbox[M]":
+        return self
+
+    async def __anext__(self) -> M:
+        message = await self._queue.get()
+        if message is None:
+            raise StopAsyncIteration
+        return message
+
+
+async def cancel_and_wait(tasks: Iterable["asyncio.Task[object]"]) -> None:
+    """Cancels tasks and waits until each has ended."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -1,0 +1,96 @@
+"""Running one service process: the gRPC server with health and reflection, and signals that drain before they kill."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from services.common.channel import SERVER_OPTIONS
+from services.common.errors import ErrorInterceptor
+
+log = logging.getLogger(__name__)
+
+Stop = asyncio.Event
+"""Set by the first SIGTERM or SIGINT: turn readiness off, take no new work, finish the running work, return."""
+
+
+def run(name: str, service: Callable[[Stop], Awaitable[None]]) -> None:
+    """Runs a service until it returns after the first signal; a second signal ends the process at once."""
+    try:
+        uvloop.run(_run(name, service))
+    except OSError as error:  # a port in use, an address that is not ours
+        log.error("%s cannot start: %s", name, error)
+        raise SystemExit(1) from None
+
+
+async def _run(name: str, service: Callable[[Stop], Awaitable[None]]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            log.warning("%s: second signal, ending at once", name)
+            os._exit(1)
+        log.info("%s: draining", name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await service(stop)
+    log.info("%s: stopped", name)
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A servicer, the generated function that adds it to a server, and its full name for health and reflection."""
+
+    add: Callable[[Any, grpc.aio.Server], None]
+    servicer: Any
+    service_name: str
+
+
+class GrpcServer:
+    """A gRPC server with grpc.health.v1 and reflection. Not serving until `set_serving(True)`."""
+
+    def __init__(self, registrations: Iterable[Registration]) -> None:
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        self._health = health_aio.HealthServicer()
+        self._names = ["", *(item.service_name for item in registrations)]
+        for item in registrations:
+            item.add(item.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection([*self._names[1:], health_name, reflection.SERVICE_NAME], self._server)
+
+    async def start(self, address: str) -> int:
+        """Binds `host:port` (port 0: any free one) and answers, health saying NOT_SERVING. Returns the port.
+
+        Raises OSError when the address cannot be bound.
+        """
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from error
+        await self.set_serving(False)
+        await self._server.start()
+        return port
+
+    async def set_serving(self, serving: bool) -> None:
+        """What grpc.health.v1 answers, for the server as a whole and for each service."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names:
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, lets running ones finish for `grace_s` seconds, then cancels them."""
+        await self._server.stop(grace_s)

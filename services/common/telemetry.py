@@ -1,0 +1,56 @@
+"""Logs, metrics and traces, set up alike in every service."""
+
+import json
+import logging
+import sys
+import time
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from prometheus_client import start_http_server
+
+from services.common.config import CommonSettings
+
+
+def set_up(service: str, settings: CommonSettings) -> None:
+    """Configures this process's logging and, when an OTLP endpoint is set, its traces."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter(service) if settings.log_format == "json" else _text_formatter(service))
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    if settings.otlp_endpoint:
+        provider = TracerProvider(resource=Resource.create({"service.name": f"headrace-{service}"}))
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.otlp_endpoint)))
+        trace.set_tracer_provider(provider)
+
+
+def serve_metrics(settings: CommonSettings, port: int) -> int:
+    """Serves /metrics from a thread of its own. Returns the port, which is chosen when 0 is asked for."""
+    server, _thread = start_http_server(port, settings.metrics_host)
+    return int(server.server_port)
+
+
+def _text_formatter(service: str) -> logging.Formatter:
+    return logging.Formatter(f"%(asctime)s {service} %(levelname)s %(message)s", datefmt="%H:%M:%S")
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (RFC 3339, UTC), service, level, logger, message, and the exception if any."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "service": self._service,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
