@@ -69,6 +69,19 @@ async def resolve(addresses: Iterable[str]) -> set[str]:
     return found
 
 
+async def reachable(host: str, port: int) -> str:
+    """The `host:port` under which others can reach a server that listens here.
+
+    A server on all interfaces is reached at the address that this machine's own name stands for.
+    """
+    if host not in ("0.0.0.0", "::"):
+        return f"{host}:{port}"
+    own = await resolve([f"{socket.gethostname()}:{port}"])
+    if not own:
+        raise OSError(f"cannot look up this machine's own name {socket.gethostname()!r}: say how others reach it")
+    return min(own)
+
+
 class ReplicaSessions:
     """Keeps one session with every replica behind a list of addresses.
 

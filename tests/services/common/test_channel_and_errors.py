@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.v1 import inference_pb2, inference_pb2_grpc
-from services.common.channel import Outbox, ReplicaSessions, dial, resolve
+from services.common.channel import Outbox, ReplicaSessions, dial, reachable, resolve
 from services.common.errors import InvalidRequest, Overloaded
 from services.common.serve import GrpcServer, Registration
 
@@ -81,6 +81,12 @@ async def test_a_taken_port_is_an_os_error(address: str) -> None:
 
 async def test_resolve_gives_ipv4_alone_and_skips_unknown_names() -> None:
     assert await resolve(["localhost:1", "127.0.0.1:2", "no-such-host.invalid:3"]) == {"127.0.0.1:1", "127.0.0.1:2"}
+
+
+async def test_a_server_on_all_interfaces_is_reached_by_this_machines_address() -> None:
+    assert await reachable("127.0.0.1", 7) == "127.0.0.1:7"
+    address = await reachable("0.0.0.0", 7)
+    assert address.endswith(":7") and not address.startswith("0.0.0.0")
 
 
 async def test_sessions_start_again_when_the_replica_returns() -> None:

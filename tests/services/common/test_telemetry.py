@@ -1,0 +1,39 @@
+import json
+import logging
+import urllib.request
+
+from prometheus_client import Gauge
+
+from services.common.config import CommonSettings
+from services.common.telemetry import serve_metrics, set_up
+
+
+def test_metrics_keep_their_names_whatever_format_is_asked_for() -> None:
+    """Prometheus prefers OpenMetrics; vLLM's names with colons must come through all the same."""
+    Gauge("vllm:test_of_names", "A name with a colon.").set(1)
+    port = serve_metrics(CommonSettings(), 0)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/metrics", headers={"Accept": "application/openmetrics-text;version=1.0.0,text/plain"}
+    )
+    with urllib.request.urlopen(request, timeout=5) as reply:
+        assert reply.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert "\nvllm:test_of_names 1.0\n" in reply.read().decode()
+
+
+def test_json_logs_are_one_object_a_line() -> None:
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    try:
+        set_up("cache", CommonSettings(log_format="json"))
+        formatter = root.handlers[0].formatter
+        assert formatter is not None
+        record = logging.LogRecord("a.logger", logging.WARNING, __file__, 1, "two %s", ("words",), None)
+        entry = json.loads(formatter.format(record))
+    finally:
+        root.handlers[:], root.level = before
+    assert (entry["service"], entry["level"], entry["logger"], entry["message"]) == (
+        "cache",
+        "warning",
+        "a.logger",
+        "two words",
+    )
