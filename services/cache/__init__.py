@@ -1,0 +1,1 @@
+"""The cache service: the index of which worker holds which KV blocks."""

@@ -1,0 +1,41 @@
+"""Composition root of the cache service: `python -m services.cache`."""
+
+import logging
+
+from headrace.v1 import cache_pb2, cache_pb2_grpc
+from services.cache.config import CacheSettings
+from services.cache.index import BlockIndex
+from services.cache.metrics import CacheMetrics
+from services.cache.servicer import CacheServicer
+from services.cache.watch import WatchHub
+from services.common import config, serve, telemetry
+
+log = logging.getLogger("services.cache")
+
+
+async def serve_cache(settings: CacheSettings, stop: serve.Stop) -> None:
+    """Runs the service until `stop` is set."""
+    metrics = CacheMetrics()
+    index = BlockIndex()
+    hub = WatchHub(index, metrics, settings.watch_backlog_bytes)
+    name = cache_pb2.DESCRIPTOR.services_by_name["Cache"].full_name
+    servicer = CacheServicer(index, hub, metrics)
+    server = serve.GrpcServer([serve.Registration(cache_pb2_grpc.add_CacheServicer_to_server, servicer, name)])
+    port = await server.start(f"{settings.host}:{settings.port}")
+    metrics_port = telemetry.serve_metrics(settings, settings.metrics_port)
+    await server.set_serving(True)
+    log.info("ready on %s:%d, id %s, metrics on port %d", settings.host, port, settings.id, metrics_port)
+    await stop.wait()
+    await server.set_serving(False)
+    # Its streams never end by themselves; workers and schedulers come back to whoever serves this address next.
+    await server.stop(grace_s=0)
+
+
+def main() -> None:
+    settings = config.load(CacheSettings, "cache")
+    telemetry.set_up("cache", settings)
+    serve.run("cache", lambda stop: serve_cache(settings, stop))
+
+
+if __name__ == "__main__":
+    main()

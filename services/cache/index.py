@@ -1,0 +1,207 @@
+"""The index: which worker holds which blocks.
+
+Pure state; knows nothing of gRPC, of tasks or of time. Each change is described by a value of `Change`, and whoever
+applies the same changes to an empty copy holds the same index.
+
+Built for a million blocks in one process: a block is one 16-byte key in its KV format's table, whose value is a bit
+mask of the holders, and one entry in the set of each holder. The prefix lookup ANDs masks along the chain.
+"""
+
+import itertools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from services.common.block_hash import HASH_BYTES
+from services.common.errors import InvalidRequest
+
+CHUNK_BLOCKS = 64 * 1024
+"""The most blocks that one change of a snapshot carries: 1 MiB of hashes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A worker's process and the KV format of its blocks."""
+
+    id: str
+    incarnation: str
+    address: str
+    kv_format: str
+
+
+@dataclass(frozen=True, slots=True)
+class HolderJoined:
+    """A holder is new, or a new start of an old one. Either way it holds nothing yet."""
+
+    holder: Holder
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksChanged:
+    """What a holder holds changed: forget everything first if `replace`, then remove, then add."""
+
+    holder_id: str
+    replace: bool
+    removed: bytes  # chain hashes, packed
+    stored: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HolderLeft:
+    """A holder is gone, and with it all it held."""
+
+    holder_id: str
+
+
+Change = HolderJoined | BlocksChanged | HolderLeft
+
+
+class Applied(Enum):
+    """What became of a holder's events."""
+
+    TAKEN = "taken"
+    # Something before them was lost: they are ignored, and so is what follows until a snapshot begins.
+    GAP = "gap"
+    # Ignored, since a snapshot has been asked for and not yet begun.
+    AWAITING_SNAPSHOT = "awaiting_snapshot"
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """What one holder holds, for as long as its report lasts. Given out by `BlockIndex.join`, which owns it."""
+
+    holder: Holder
+    bit: int  # this holder's bit in the masks
+    blocks: set[bytes] = field(default_factory=set)
+    expected_sequence: int | None = None  # None until a snapshot has begun
+    gap_reported: bool = False
+
+
+class BlockIndex:
+    """All holders and their blocks."""
+
+    def __init__(self) -> None:
+        self._holdings: dict[str, Holding] = {}  # by holder id
+        self._masks: dict[str, dict[bytes, int]] = {}  # KV format -> chain hash -> bits of its holders
+        self._slots: list[Holding | None] = []  # bit number -> holding; freed bits are used again
+
+    @property
+    def holder_count(self) -> int:
+        return len(self._holdings)
+
+    def block_counts(self) -> dict[str, int]:
+        """Distinct blocks of each KV format that has any."""
+        return {kv_format: len(masks) for kv_format, masks in self._masks.items() if masks}
+
+    def join(self, holder: Holder) -> Holding:
+        """Takes up a holder that begins to report. Whatever was reported under its id before is forgotten."""
+        if previous := self._holdings.get(holder.id):
+            self.leave(previous)
+        slot = self._slots.index(None) if None in self._slots else len(self._slots)
+        holding = Holding(holder, 1 << slot)
+        self._slots[slot : slot + 1] = [holding]
+        self._holdings[holder.id] = holding
+        return holding
+
+    def leave(self, holding: Holding) -> bool:
+        """Drops a holder and all it holds. False if a later report has already taken its place."""
+        if not self.is_current(holding):
+            return False
+        self._forget_blocks(holding)
+        self._slots[holding.bit.bit_length() - 1] = None
+        del self._holdings[holding.holder.id]
+        return True
+
+    def is_current(self, holding: Holding) -> bool:
+        """Whether this is still the report that counts for its holder's id."""
+        return self._holdings.get(holding.holder.id) is holding
+
+    def apply(self, holding: Holding, sequence: int, *, snapshot: bool, removed: bytes, stored: bytes) -> Applied:
+        """Takes one message of block events of a current holding.
+
+        Raises InvalidRequest if the hashes are not whole.
+        """
+        removed_hashes, stored_hashes = unpack_hashes(removed), unpack_hashes(stored)
+        if snapshot:
+            self._forget_blocks(holding)
+            holding.gap_reported = False
+        elif holding.expected_sequence != sequence:
+            holding.expected_sequence = None
+            first = not holding.gap_reported
+            holding.gap_reported = True
+            return Applied.GAP if first else Applied.AWAITING_SNAPSHOT
+        holding.expected_sequence = sequence + 1
+        masks = self._masks.setdefault(holding.holder.kv_format, {})
+        for block in removed_hashes:
+            self._remove(masks, holding, block)
+        for block in stored_hashes:
+            known = masks.get(block)
+            masks[block] = holding.bit if known is None else known | holding.bit
+        holding.blocks.update(stored_hashes)
+        return Applied.TAKEN
+
+    def lookup(self, kv_format: str, chain: bytes) -> list[tuple[Holder, int]]:
+        """Holders of a KV format that hold leading blocks of the chain, and how many each: longest first."""
+        masks = self._masks.get(kv_format, {})
+        matches: list[tuple[Holder, int]] = []
+        remaining = -1  # bits of the holders that hold the chain so far: all of them
+        blocks = unpack_hashes(chain)
+        for length, block in enumerate(blocks):
+            still = remaining & masks.get(block, 0)
+            if length:
+                matches += [(holder, length) for holder in self._holders_of(remaining & ~still)]
+            remaining = still
+            if not remaining:
+                break
+        else:
+            if blocks:
+                matches += [(holder, len(blocks)) for holder in self._holders_of(remaining)]
+        matches.reverse()
+        return matches
+
+    def snapshot(self) -> Iterator[Change]:
+        """The whole index as changes to an empty one. Not to be mixed with changes to the index."""
+        for holding in self._holdings.values():
+            yield HolderJoined(holding.holder)
+            blocks = iter(holding.blocks)
+            while chunk := b"".join(itertools.islice(blocks, CHUNK_BLOCKS)):
+                yield BlocksChanged(holding.holder.id, replace=False, removed=b"", stored=chunk)
+
+    def _forget_blocks(self, holding: Holding) -> None:
+        masks = self._masks.get(holding.holder.kv_format, {})
+        bit = holding.bit
+        for block in holding.blocks:  # up to a million, while nobody else is served
+            mask = masks[block]
+            if mask == bit:
+                del masks[block]
+            else:
+                masks[block] = mask ^ bit
+        holding.blocks.clear()
+        if not masks:
+            self._masks.pop(holding.holder.kv_format, None)
+
+    @staticmethod
+    def _remove(masks: dict[bytes, int], holding: Holding, block: bytes) -> None:
+        if block not in holding.blocks:
+            return
+        holding.blocks.remove(block)
+        if rest := masks[block] ^ holding.bit:
+            masks[block] = rest
+        else:
+            del masks[block]
+
+    def _holders_of(self, mask: int) -> Iterator[Holder]:
+        while mask:
+            slot = mask.bit_length() - 1
+            mask &= ~(1 << slot)
+            holding = self._slots[slot]
+            assert holding is not None, "a mask names only current holders"
+            yield holding.holder
+
+
+def unpack_hashes(packed: bytes) -> list[bytes]:
+    """Chain hashes from their packed form. Raises InvalidRequest if the last one is cut off."""
+    if len(packed) % HASH_BYTES:
+        raise InvalidRequest(f"Chain hashes are {HASH_BYTES} bytes each, and {len(packed)} bytes are no whole number.")
+    return [block for (block,) in struct.iter_unpack(f"{HASH_BYTES}s", packed)]

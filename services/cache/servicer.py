@@ -1,0 +1,121 @@
+"""The Cache service on the wire: translates, and delegates to the index and its watchers.
+
+A holder counts for as long as its Publish stream. When the stream breaks, all it held is dropped at once: a worker that
+reconnects sends a snapshot anyway, and a block promised by a dead worker costs a placement. A second stream of the same
+holder takes over from the first, which is ended.
+"""
+
+import logging
+import secrets
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from headrace.v1 import cache_pb2, cache_pb2_grpc
+from services.cache.index import Applied, BlockIndex, BlocksChanged, Holder, HolderJoined, HolderLeft, Holding
+from services.cache.metrics import CacheMetrics
+from services.cache.watch import WatchHub, holder_to_proto
+from services.common.block_hash import HASH_BYTES
+from services.common.errors import InvalidRequest, Unavailable, Unimplemented
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class CacheServicer(cache_pb2_grpc.CacheServicer):
+    """Implements `headrace.v1.Cache`. Keeping block bytes is not served: `Store` and `FetchBlocks` say so."""
+
+    def __init__(self, index: BlockIndex, hub: WatchHub, metrics: CacheMetrics) -> None:
+        self._index = index
+        self._hub = hub
+        self._metrics = metrics
+        self._epoch = secrets.token_hex(8)
+
+    async def Publish(
+        self, request_iterator: AsyncIterator[cache_pb2.BlockReport], context: Context
+    ) -> AsyncIterator[cache_pb2.PublishReply]:
+        holding: Holding | None = None
+        try:
+            async for report in request_iterator:
+                if report.WhichOneof("message") == "hello":
+                    if holding is not None:
+                        raise InvalidRequest("A Publish stream says hello once.")
+                    holding = self._join(report.hello)
+                elif holding is None:
+                    raise InvalidRequest("A Publish stream begins with a hello that names the holder.")
+                elif (reply := self._take(holding, report.events)) is not None:
+                    yield reply
+        finally:
+            if holding is not None:
+                self._leave(holding)
+
+    async def Watch(self, request: cache_pb2.WatchRequest, context: Context) -> AsyncIterator[cache_pb2.IndexUpdate]:
+        watcher = self._hub.join()
+        log.info("scheduler %s watches", request.scheduler_id)
+        try:
+            async for update in watcher.updates(self._epoch):
+                yield update
+        finally:
+            self._hub.leave(watcher)
+            log.info("scheduler %s watches no more%s", request.scheduler_id, ": it fell behind" if watcher.cut else "")
+
+    async def Lookup(self, request: cache_pb2.LookupRequest, context: Context) -> cache_pb2.LookupResponse:
+        matches = self._index.lookup(request.kv_format, request.block_hashes)
+        self._metrics.lookups.inc()
+        if matches:
+            self._metrics.lookup_hits.inc()
+        return cache_pb2.LookupResponse(
+            matches=[
+                cache_pb2.LookupResponse.Match(holder=holder_to_proto(holder), blocks=blocks)
+                for holder, blocks in matches
+            ]
+        )
+
+    def Store(self, request_iterator: AsyncIterator[cache_pb2.KvChunk], context: Context) -> cache_pb2.StoreResponse:
+        raise Unimplemented("This cache service keeps an index of blocks and not their bytes, so it stores none.")
+
+    def FetchBlocks(self, request: cache_pb2.FetchBlocksRequest, context: Context) -> AsyncIterator[cache_pb2.KvChunk]:
+        raise Unimplemented("This cache service keeps an index of blocks and not their bytes; fetch from a holder.")
+
+    def _join(self, hello: cache_pb2.HolderHello) -> Holding:
+        sent = hello.holder
+        if not (sent.id and sent.incarnation and sent.kv_format):
+            raise InvalidRequest("A holder needs an id, an incarnation and a kv_format.", field="holder")
+        holder = Holder(sent.id, sent.incarnation, sent.address, sent.kv_format)
+        holding = self._index.join(holder)
+        self._hub.publish(HolderJoined(holder))
+        self._metrics.show(self._index)
+        log.info("holder %s joined, incarnation %s", holder.id, holder.incarnation)
+        return holding
+
+    def _leave(self, holding: Holding) -> None:
+        if self._index.leave(holding):
+            self._hub.publish(HolderLeft(holding.holder.id))
+            self._metrics.show(self._index)
+            log.info("holder %s left", holding.holder.id)
+
+    def _take(self, holding: Holding, events: cache_pb2.BlockEvents) -> cache_pb2.PublishReply | None:
+        if not self._index.is_current(holding):
+            raise Unavailable("A later stream of this holder has taken over from this one.")
+        if events.stored_digests and len(events.stored_digests) != len(events.stored):
+            raise InvalidRequest("Digests of stored blocks are given for all of them or for none.")
+        applied = self._index.apply(
+            holding, events.sequence, snapshot=events.snapshot, removed=events.removed, stored=events.stored
+        )
+        if applied is Applied.GAP:
+            self._metrics.gaps.inc()
+            reason = f"events before sequence {events.sequence} are missing"
+            log.info("holder %s: %s", holding.holder.id, reason)
+            return cache_pb2.PublishReply(snapshot_wanted=True, reason=reason)
+        if applied is Applied.TAKEN:
+            self._spread(holding, events)
+        return None
+
+    def _spread(self, holding: Holding, events: cache_pb2.BlockEvents) -> None:
+        self._hub.publish(BlocksChanged(holding.holder.id, events.snapshot, events.removed, events.stored))
+        self._metrics.events.labels("stored").inc(len(events.stored) // HASH_BYTES)
+        self._metrics.events.labels("removed").inc(len(events.removed) // HASH_BYTES)
+        if events.snapshot:
+            self._metrics.snapshots.inc()
+        self._metrics.show(self._index)
