@@ -1,0 +1,45 @@
+"""Composition root of the worker service: `python -m services.worker`."""
+
+import asyncio
+import logging
+
+from services.common import config, serve, telemetry
+from services.worker.build import load, run_in_daemon_thread
+from services.worker.config import WorkerSettings
+from services.worker.engine.model.interface import ModelError
+from services.worker.service import WorkerService
+
+log = logging.getLogger("services.worker")
+
+
+async def serve_worker(settings: WorkerSettings, stop: serve.Stop) -> None:
+    """Loads the model, then serves until `stop` is set. Raises when the engine dies."""
+    loading = asyncio.ensure_future(run_in_daemon_thread(lambda: load(settings)))
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if stopping.done():
+        loading.cancel()
+        return
+    service = WorkerService(settings, loading.result())
+    metrics_port = telemetry.serve_metrics(settings, settings.metrics_port)
+    address = await service.start()
+    log.info("ready on %s: %s, id %s, metrics on port %d", address, service.summary, settings.id, metrics_port)
+    ended = asyncio.ensure_future(service.engine_ended())
+    await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    await service.stop(settings.drain_grace_s)
+    await ended
+
+
+def main() -> None:
+    settings = config.load(WorkerSettings, "worker")
+    telemetry.set_up("worker", settings)
+    try:
+        serve.run("worker", lambda stop: serve_worker(settings, stop))
+    except ModelError as error:
+        log.error("cannot start: %s", error)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

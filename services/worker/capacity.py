@@ -1,0 +1,91 @@
+"""What this worker can still take on, and how that is shared out among schedulers.
+
+Pure arithmetic over the engine's last status and the sequences sent to it since. Knows no streams.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from services.worker.engine_loop import EngineStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """An amount of what a request takes: free, granted or asked for."""
+
+    sequences: int
+    blocks: int
+    prefill_tokens: int
+
+    def share(self, shares: int, turn: int) -> list["Room"]:
+        """Splits it evenly; what does not divide goes to other shares as `turn` goes up, so that none is left out."""
+        sequences = _split(self.sequences, shares, turn)
+        blocks = _split(self.blocks, shares, turn)
+        prefill_tokens = _split(self.prefill_tokens, shares, turn)
+        return [Room(*parts) for parts in zip(sequences, blocks, prefill_tokens, strict=True)]
+
+
+class Capacity:
+    """Admission to the engine: counts what was taken on, whether or not the engine has seen it yet."""
+
+    def __init__(self, *, max_sequences: int, total_blocks: int, max_pending_prefill_tokens: int) -> None:
+        self.max_sequences = max_sequences
+        self.total_blocks = total_blocks
+        self._max_pending_prefill_tokens = max_pending_prefill_tokens
+        self._live = 0
+        self._free_blocks = total_blocks
+        self._pending_prefill_tokens = 0
+        self._unseen: deque[tuple[int, Room]] = deque()  # (command's number, demand) that no status reflects yet
+
+    @property
+    def live_sequences(self) -> int:
+        """Sequences taken on and not ended."""
+        return self._live
+
+    @property
+    def free(self) -> Room:
+        """What is free now. A block is kept back for each live sequence, which soon needs another."""
+        unseen_blocks = sum(demand.blocks for _, demand in self._unseen)
+        return Room(
+            sequences=self.max_sequences - self._live,
+            blocks=max(0, self._free_blocks - unseen_blocks - self._live),
+            prefill_tokens=max(0, self._max_pending_prefill_tokens - self.pending_prefill_tokens),
+        )
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        """Prompt tokens taken on and still to be computed."""
+        return self._pending_prefill_tokens + sum(demand.prefill_tokens for _, demand in self._unseen)
+
+    def admits(self, demand: Room) -> bool:
+        """Whether a request can be taken on. An idle worker takes any that it can run at all.
+
+        While prompt tokens may be taken on at all, a prompt of any length is: how much of it the block pool has, which
+        the scheduler counted on, is known only when it is admitted to the batch.
+        """
+        if not self._live:
+            return demand.sequences <= self.max_sequences
+        free = self.free
+        return demand.sequences <= free.sequences and demand.blocks <= free.blocks and free.prefill_tokens > 0
+
+    def take(self, demand: Room, command: int) -> None:
+        """Counts a request whose sequences were sent to the engine with this command."""
+        self._live += demand.sequences
+        self._unseen.append((command, demand))
+
+    def release(self) -> None:
+        """A sequence has ended. Its blocks count as free once the engine says so."""
+        self._live -= 1
+        assert self._live >= 0, "more sequences ended than were taken on"
+
+    def observe(self, status: EngineStatus) -> None:
+        """Takes over what the engine says."""
+        while self._unseen and self._unseen[0][0] <= status.commands:
+            self._unseen.popleft()
+        self._free_blocks = status.free_blocks - status.waiting_blocks
+        self._pending_prefill_tokens = status.pending_prefill_tokens
+
+
+def _split(amount: int, shares: int, turn: int) -> list[int]:
+    base, rest = divmod(amount, shares)
+    return [base + ((index - turn) % shares < rest) for index in range(shares)]

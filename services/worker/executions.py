@@ -1,0 +1,262 @@
+"""Execute streams: which gateway runs which sequences here, and who gets which tokens.
+
+Runs on the event loop. Admits requests to the engine, sends each gateway one message per step, and frees what a broken
+stream leaves behind. Knows no gRPC: a stream is an `Execution` with an outbox.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+from headrace.v1 import sampling_pb2, worker_pb2
+from services.common.channel import Outbox
+from services.common.errors import InvalidRequest
+from services.worker.capacity import Capacity
+from services.worker.engine.engine import StepResult
+from services.worker.engine.sequence import Finish, Sequence
+from services.worker.engine_loop import EngineLoop, Turn
+from services.worker.start_request import ModelLimits, build_sequences, demand_of
+
+log = logging.getLogger(__name__)
+
+SequenceEnded = worker_pb2.SequenceEnded
+_FINISH_REASONS = {
+    Finish.STOP: sampling_pb2.FINISH_REASON_STOP,
+    Finish.LENGTH: sampling_pb2.FINISH_REASON_LENGTH,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Execution:
+    """One gateway's stream. What is put into its outbox is bounded by what its live sequences can still produce."""
+
+    gateway_id: str
+    outbox: Outbox[worker_pb2.StepOutput] = field(default_factory=Outbox)
+    tickets: dict[int, "Ticket"] = field(default_factory=dict)  # by handle, of the sequences that have not ended
+    silent: bool = True  # nothing was sent since the last sign of life
+
+    def send(self, output: worker_pb2.StepOutput) -> None:
+        self.silent = False
+        self.outbox.put(output)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """The engine's key of a sequence: says whose it is without a look-up per token."""
+
+    execution: Execution
+    handle: int
+    request_id: str
+    attempt: int
+    choice: int
+    ended: bool = False  # what the engine still produces has no reader
+
+    def __str__(self) -> str:
+        return f"{self.request_id}/{self.choice}/{self.attempt}"
+
+
+class _StepOutput:
+    """Collects what one turn brings for one gateway."""
+
+    __slots__ = ("counts", "ended", "handles", "started", "token_ids")
+
+    def __init__(self) -> None:
+        self.handles: list[int] = []
+        self.token_ids: list[int] = []
+        self.counts: list[int] = []
+        self.started: list[worker_pb2.SequenceStarted] = []
+        self.ended: list[worker_pb2.SequenceEnded] = []
+
+    def add_token(self, handle: int, token: int) -> None:
+        if self.handles and self.handles[-1] == handle:
+            self.counts[-1] += 1
+        else:
+            self.handles.append(handle)
+            self.counts.append(1)
+        self.token_ids.append(token)
+
+    def to_proto(self, step: int) -> worker_pb2.StepOutput:
+        return worker_pb2.StepOutput(
+            step=step,
+            handles=self.handles,
+            token_ids=self.token_ids,
+            token_counts=self.counts if len(self.token_ids) != len(self.handles) else (),
+            started=self.started,
+            ended=self.ended,
+        )
+
+
+class Executions:
+    """All Execute streams of this worker.
+
+    `on_settled` is told of every placement that was started or refused: (request id, attempt).
+    """
+
+    def __init__(
+        self, engine: EngineLoop, capacity: Capacity, limits: ModelLimits, on_settled: Callable[[str, int], None]
+    ) -> None:
+        self._engine = engine
+        self._capacity = capacity
+        self._limits = limits
+        self._on_settled = on_settled
+        self._executions: set[Execution] = set()
+        self._step = 0
+        self._all_ended = asyncio.Event()
+        self._all_ended.set()
+        self._stopping = False
+        self.told_to_drain = False  # by a scheduler, which may take it back
+
+    @property
+    def draining(self) -> bool:
+        """Whether no new requests are taken on."""
+        return self._stopping or self.told_to_drain
+
+    def open(self, gateway_id: str) -> Execution:
+        """A new stream."""
+        execution = Execution(gateway_id)
+        self._executions.add(execution)
+        return execution
+
+    def close(self, execution: Execution) -> None:
+        """The stream has ended: frees every sequence started on it. May be called again."""
+        self._executions.discard(execution)
+        execution.outbox.close()
+        if execution.tickets:
+            log.info("gateway %s is gone, %d sequences are freed", execution.gateway_id, len(execution.tickets))
+            self._drop(list(execution.tickets.values()))
+
+    def start(self, execution: Execution, start: worker_pb2.Start) -> None:
+        """Takes a request on as a whole, or answers each of its choices why not.
+
+        Raises InvalidRequest when it cannot even be answered, which ends the stream.
+        """
+        handles = [choice.handle for choice in start.choices]
+        if not handles or len(set(handles)) < len(handles) or not execution.tickets.keys().isdisjoint(handles):
+            raise InvalidRequest(f"Request {start.request_id} needs choices with handles that are not in use.")
+        tickets = [
+            Ticket(execution, choice.handle, start.request_id, start.attempt, choice.choice) for choice in start.choices
+        ]
+        try:
+            sequences = build_sequences(start, tickets, self._limits)
+        except InvalidRequest as error:
+            self._refuse(execution, handles, SequenceEnded.OUTCOME_FAILED, error.message)
+        else:
+            self._admit(execution, tickets, sequences)
+        self._on_settled(start.request_id, start.attempt)
+
+    def cancel(self, execution: Execution, handles: Iterable[int]) -> None:
+        """Ends sequences that the gateway wants no more. Handles that have ended already are no mistake."""
+        tickets = [execution.tickets[handle] for handle in handles if handle in execution.tickets]
+        self._drop(tickets)
+        ended = [
+            SequenceEnded(
+                handle=ticket.handle,
+                outcome=SequenceEnded.OUTCOME_FINISHED,
+                finish_reason=sampling_pb2.FINISH_REASON_CANCELLED,
+            )
+            for ticket in tickets
+        ]
+        if ended:
+            execution.send(worker_pb2.StepOutput(step=self._step, ended=ended))
+
+    def deliver(self, turn: Turn) -> None:
+        """Sends each gateway what a turn of the engine brought for its sequences."""
+        self._step = turn.status.counters.steps
+        outputs: dict[Execution, _StepOutput] = {}
+        if turn.result is not None:
+            self._collect(turn.result, outputs)
+        for sequence, reason in turn.failed:
+            self._collect_end(sequence, SequenceEnded(outcome=SequenceEnded.OUTCOME_FAILED, error=reason), outputs)
+        for execution, output in outputs.items():
+            execution.send(output.to_proto(self._step))
+
+    def send_signs_of_life(self) -> None:
+        """To be called once a second: lets gateways that got nothing since the last call know the engine's step."""
+        for execution in self._executions:
+            if execution.silent:
+                execution.outbox.put(worker_pb2.StepOutput(step=self._step))
+            execution.silent = True
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes on nothing more, lets sequences finish for a while, then ends them and all streams."""
+        self._stopping = True
+        try:
+            await asyncio.wait_for(self._all_ended.wait(), grace_s)
+        except TimeoutError:
+            log.info("%d sequences are left after %g s and go on elsewhere", self._capacity.live_sequences, grace_s)
+        for execution in tuple(self._executions):
+            self._refuse(execution, list(execution.tickets), SequenceEnded.OUTCOME_DRAINING, "")
+            self._drop(list(execution.tickets.values()))
+            execution.outbox.close()
+
+    def _admit(self, execution: Execution, tickets: list[Ticket], sequences: list[Sequence]) -> None:
+        demand = demand_of(sequences, self._limits.block_size)
+        handles = [ticket.handle for ticket in tickets]
+        if self.draining:
+            self._refuse(execution, handles, SequenceEnded.OUTCOME_DRAINING, "")
+        elif not self._capacity.admits(demand):
+            self._refuse(execution, handles, SequenceEnded.OUTCOME_BUSY, "")
+        else:
+            execution.tickets.update(zip(handles, tickets, strict=True))
+            self._capacity.take(demand, self._engine.add(sequences))
+            self._all_ended.clear()
+
+    def _refuse(
+        self,
+        execution: Execution,
+        handles: list[int],
+        outcome: worker_pb2.SequenceEnded.Outcome.ValueType,
+        invalid: str,
+    ) -> None:
+        """Answers sequences that do not run, or no more. `invalid`: one sentence why the request can never run."""
+        ended = [
+            SequenceEnded(handle=handle, outcome=outcome, error=invalid, invalid_request=bool(invalid))
+            for handle in handles
+        ]
+        if ended:
+            execution.send(worker_pb2.StepOutput(step=self._step, ended=ended))
+
+    def _drop(self, tickets: list[Ticket]) -> None:
+        """Ends live sequences whose tokens nobody wants any more."""
+        if tickets:
+            self._engine.cancel(tickets)
+            for ticket in tickets:
+                self._end(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
+        ticket.ended = True
+        del ticket.execution.tickets[ticket.handle]
+        self._capacity.release()
+        if not self._capacity.live_sequences:
+            self._all_ended.set()
+
+    def _collect(self, result: StepResult, outputs: dict[Execution, _StepOutput]) -> None:
+        """The hot path: once per token of every gateway."""
+        for sequence, token in result.tokens:
+            ticket = cast(Ticket, sequence.key)
+            if not ticket.ended:
+                output = outputs.get(ticket.execution)
+                if output is None:
+                    output = outputs[ticket.execution] = _StepOutput()
+                output.add_token(ticket.handle, token)
+        for sequence in result.started:
+            ticket = cast(Ticket, sequence.key)
+            if not ticket.ended:
+                started = worker_pb2.SequenceStarted(handle=ticket.handle, cached_prompt_tokens=sequence.cached_tokens)
+                outputs[ticket.execution].started.append(started)
+        for sequence in result.finished:
+            assert sequence.finish is not None, "a finished sequence says why"
+            reason = _FINISH_REASONS[sequence.finish]
+            ended = SequenceEnded(outcome=SequenceEnded.OUTCOME_FINISHED, finish_reason=reason)
+            self._collect_end(sequence, ended, outputs)
+
+    def _collect_end(
+        self, sequence: Sequence, ended: worker_pb2.SequenceEnded, outputs: dict[Execution, _StepOutput]
+    ) -> None:
+        ticket = cast(Ticket, sequence.key)
+        if not ticket.ended:
+            ended.handle = ticket.handle
+            outputs.setdefault(ticket.execution, _StepOutput()).ended.append(ended)
+            self._end(ticket)

@@ -1,0 +1,166 @@
+"""Streams to every scheduler: the registration, then this worker's state with each scheduler's share of what is free.
+
+All schedulers are told at the same moment, so that the shares never sum to more than what is free. A scheduler that
+reads slowly gets only the newest state.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+
+import grpc.aio
+
+from headrace.v1 import scheduler_pb2, scheduler_pb2_grpc
+from services.common.channel import ReplicaSessions
+from services.worker.capacity import Room
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 1.0
+_COALESCE_S = 0.005  # a state is at most this old when it is sent; several steps of a small model share one
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """What schedulers are told of this worker."""
+
+    step: int
+    running: int
+    waiting: int
+    free_blocks: int
+    pending_prefill_tokens: int
+    free: Room
+    draining: bool
+
+    @property
+    def without_step(self) -> tuple[object, ...]:
+        """What a state is worth sending for; the step alone can wait for the heartbeat."""
+        return (self.running, self.waiting, self.pending_prefill_tokens, self.free, self.draining)
+
+
+class _Link:
+    """One scheduler's stream: the newest state it has not been sent, and what was settled since the last one sent."""
+
+    def __init__(self) -> None:
+        self._state: scheduler_pb2.WorkerState | None = None
+        self._settled: list[scheduler_pb2.PlacementKey] = []
+        self._wake = asyncio.Event()
+
+    def put(self, state: scheduler_pb2.WorkerState, settled: list[scheduler_pb2.PlacementKey]) -> None:
+        self._state = state
+        self._settled += settled
+        self._wake.set()
+
+    async def reports(self, registration: scheduler_pb2.Registration) -> AsyncIterator[scheduler_pb2.WorkerReport]:
+        yield scheduler_pb2.WorkerReport(registration=registration)
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            assert self._state is not None, "whoever wakes this has put a state"
+            self._state.settled.extend(self._settled)
+            self._settled = []
+            yield scheduler_pb2.WorkerReport(state=self._state)
+
+
+class SchedulerLinks:
+    """Keeps every scheduler informed.
+
+    `load` gives the state of the moment; `on_drain` takes a scheduler's directive to drain, or to stop draining.
+    """
+
+    def __init__(
+        self,
+        registration: scheduler_pb2.Registration,
+        schedulers: Iterable[str],
+        load: Callable[[], WorkerLoad],
+        on_drain: Callable[[bool], None],
+    ) -> None:
+        self._registration = registration
+        self._sessions = ReplicaSessions("scheduler", schedulers, self._session)
+        self._load = load
+        self._on_drain = on_drain
+        self._links: list[_Link] = []
+        # A placement is made by one scheduler, and the others do not know it; so all may be told of it.
+        self._settled: list[scheduler_pb2.PlacementKey] = []
+        self._changed = asyncio.Event()
+        self._last_sent: tuple[object, ...] = ()
+        self._turn = 0
+
+    def settle(self, request_id: str, attempt: int) -> None:
+        """A placement was started or refused: the next state reflects it."""
+        self._settled.append(scheduler_pb2.PlacementKey(request_id=request_id, attempt=attempt))
+        self._changed.set()
+
+    def notify(self) -> None:
+        """The load may have changed."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._sessions.run())
+            tasks.create_task(self._broadcast_changes())
+
+    async def _broadcast_changes(self) -> None:
+        loop = asyncio.get_running_loop()
+        heartbeat_at = loop.time()
+        while True:
+            if heartbeat := loop.time() >= heartbeat_at:
+                heartbeat_at = loop.time() + _HEARTBEAT_S
+                self._turn += 1
+            self._broadcast(heartbeat)
+            await asyncio.sleep(_COALESCE_S)
+            try:
+                async with asyncio.timeout_at(heartbeat_at):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    def _broadcast(self, heartbeat: bool) -> None:
+        self._changed.clear()
+        load = self._load()
+        worth_sending = heartbeat or self._settled or load.without_step != self._last_sent
+        if not worth_sending or not self._links:
+            return
+        self._last_sent = load.without_step
+        settled, self._settled = self._settled, []
+        for link, share in zip(self._links, load.free.share(len(self._links), self._turn), strict=True):
+            link.put(_to_state(load, share), settled)
+
+    async def _session(self, address: str, channel: grpc.aio.Channel) -> None:
+        await channel.channel_ready()  # only a scheduler that is there gets a share
+        log.info("registering with scheduler %s", address)
+        link = _Link()
+        call = scheduler_pb2_grpc.SchedulerStub(channel).Register(link.reports(self._registration))
+        self._links.append(link)
+        self._last_sent = ()  # the shares are others now
+        self._changed.set()
+        try:
+            async for directive in call:
+                self._follow(address, directive)
+        finally:
+            self._links.remove(link)
+            self._last_sent = ()
+            self._changed.set()
+            call.cancel()
+
+    def _follow(self, address: str, directive: scheduler_pb2.WorkerDirective) -> None:
+        if directive.WhichOneof("directive") == "drain":
+            log.info("scheduler %s: drain %s", address, directive.drain)
+            self._on_drain(directive.drain)
+        else:
+            log.warning("scheduler %s sent a directive that this worker does not follow", address)
+
+
+def _to_state(load: WorkerLoad, share: Room) -> scheduler_pb2.WorkerState:
+    free = share if not load.draining else Room(0, 0, 0)
+    return scheduler_pb2.WorkerState(
+        step=load.step,
+        running_sequences=load.running,
+        waiting_sequences=load.waiting,
+        free_blocks=load.free_blocks,
+        pending_prefill_tokens=load.pending_prefill_tokens,
+        credits=scheduler_pb2.Credits(sequences=free.sequences, blocks=free.blocks, prefill_tokens=free.prefill_tokens),
+        draining=load.draining,
+    )

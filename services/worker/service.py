@@ -1,0 +1,173 @@
+"""Puts the parts of a running worker together: engine thread, executions, server, links to schedulers and caches."""
+
+import asyncio
+import secrets
+import socket
+
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from headrace.v1 import cache_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
+from services.common.channel import cancel_and_wait, reachable
+from services.common.serve import GrpcServer, Registration
+from services.worker.build import LoadedModel
+from services.worker.cache_link import CacheLink
+from services.worker.capacity import Capacity
+from services.worker.config import WorkerSettings
+from services.worker.engine_loop import EngineLoop, EngineStatus, Turn
+from services.worker.executions import Executions
+from services.worker.metrics import WorkerMetrics
+from services.worker.scheduler_links import SchedulerLinks, WorkerLoad
+from services.worker.servicer import WorkerServicer
+
+_SIGN_OF_LIFE_S = 1.0
+_STOP_GRACE_S = 2.0  # for the last messages of streams that have ended
+_ROLES = {
+    "both": scheduler_pb2.WORKER_ROLE_BOTH,
+    "prefill": scheduler_pb2.WORKER_ROLE_PREFILL,
+    "decode": scheduler_pb2.WORKER_ROLE_DECODE,
+}
+
+
+class WorkerService:
+    """One worker around a loaded model. A new one is a new incarnation."""
+
+    def __init__(self, settings: WorkerSettings, model: LoadedModel, registry: CollectorRegistry = REGISTRY) -> None:
+        self.summary = model.summary
+        self._settings = settings
+        self._model = model
+        self._incarnation = secrets.token_hex(8)
+        self._metrics = WorkerMetrics(model.limits.name, model.num_blocks, registry)
+        self._engine = EngineLoop(model.engine, model.limits.block_size)
+        self._capacity = Capacity(
+            max_sequences=settings.max_sequences,
+            total_blocks=model.num_blocks,
+            max_pending_prefill_tokens=settings.max_pending_prefill_tokens,
+        )
+        self._executions = Executions(self._engine, self._capacity, model.limits, self._on_settled)
+        servicer = WorkerServicer(self._executions, model.tokenizer_hash, model.tokenizer_files)
+        name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
+        self._server = GrpcServer([Registration(worker_pb2_grpc.add_WorkerServicer_to_server, servicer, name)])
+        self._status: EngineStatus | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._schedulers: SchedulerLinks
+        self._cache: CacheLink
+
+    async def start(self) -> str:
+        """Starts the engine's thread, serves, and makes itself known. Returns the address it listens on."""
+        settings = self._settings
+        port = await self._server.start(f"{settings.host}:{settings.port}")
+        address = settings.advertise_address or await reachable(settings.host, port)
+        self._schedulers = SchedulerLinks(
+            self._registration(address), settings.schedulers, self._load, self._on_drain_directive
+        )
+        self._cache = CacheLink(self._holder(address), settings.caches, self._engine.request_snapshot)
+        self._engine.start(self._on_turn)
+        await self._server.set_serving(True)
+        coroutines = (self._schedulers.run(), self._cache.run(), self._send_signs_of_life())
+        self._tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+        return f"{settings.host}:{port}"
+
+    async def engine_ended(self) -> None:
+        """Returns when the engine was stopped; raises what it died of if it died."""
+        await self._engine.ended()
+
+    async def stop(self, drain_grace_s: float) -> None:
+        """Readiness off, no new work; running work finishes within the grace or goes on elsewhere; then all ends.
+
+        Raises what the engine died of if it died, in which case nothing is waited for.
+        """
+        await self._server.set_serving(False)
+        stop_grace_s = 0.0
+        try:
+            await self._finish_work(drain_grace_s)
+            stop_grace_s = _STOP_GRACE_S
+        finally:
+            await cancel_and_wait(self._tasks)
+            await self._server.stop(stop_grace_s)
+
+    async def _finish_work(self, drain_grace_s: float) -> None:
+        drained = asyncio.create_task(self._executions.drain(drain_grace_s))
+        died = asyncio.create_task(self._engine.ended())
+        self._schedulers.notify()
+        try:
+            await asyncio.wait({drained, died}, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                died.result()
+            await self._engine.stop()
+        finally:
+            await cancel_and_wait([drained])
+
+    def _on_turn(self, turn: Turn) -> None:
+        """Called on the event loop after each turn of the engine."""
+        self._status = turn.status
+        self._capacity.observe(turn.status)
+        self._executions.deliver(turn)
+        if turn.held_blocks is not None:
+            self._cache.publish_snapshot(turn.held_blocks)
+        if turn.result is not None:
+            self._cache.publish(turn.result.block_events.removed, turn.result.block_events.stored)
+        self._metrics.observe(turn)
+        self._schedulers.notify()
+
+    def _on_settled(self, request_id: str, attempt: int) -> None:
+        self._schedulers.settle(request_id, attempt)
+
+    def _on_drain_directive(self, drain: bool) -> None:
+        self._executions.told_to_drain = drain
+        self._schedulers.notify()
+
+    def _load(self) -> WorkerLoad:
+        status = self._status
+        return WorkerLoad(
+            step=status.counters.steps if status else 0,
+            running=status.running if status else 0,
+            waiting=max(0, self._capacity.live_sequences - (status.running if status else 0)),
+            free_blocks=status.free_blocks if status else self._capacity.total_blocks,
+            pending_prefill_tokens=self._capacity.pending_prefill_tokens,
+            free=self._capacity.free,
+            draining=self._executions.draining,
+        )
+
+    def _registration(self, address: str) -> scheduler_pb2.Registration:
+        limits = self._model.limits
+        return scheduler_pb2.Registration(
+            worker_id=self._settings.id,
+            incarnation=self._incarnation,
+            address=address,
+            model=scheduler_pb2.ModelInfo(
+                name=limits.name,
+                max_context_tokens=limits.max_context_tokens,
+                vocabulary_size=limits.vocabulary_size,
+                block_size=limits.block_size,
+                tokenizer_hash=self._model.tokenizer_hash,
+            ),
+            kv_format=self._model.kv_format,
+            role=_ROLES[self._settings.role],
+            max_sequences=self._settings.max_sequences,
+            total_blocks=self._model.num_blocks,
+        )
+
+    def _holder(self, address: str) -> cache_pb2.Holder:
+        return cache_pb2.Holder(
+            id=self._settings.id,
+            incarnation=self._incarnation,
+            address=address,
+            kv_format=self._model.kv_format,
+        )
+
+    async def _send_signs_of_life(self) -> None:
+        while True:
+            await asyncio.sleep(_SIGN_OF_LIFE_S)
+            self._executions.send_signs_of_life()
+
+
+def reachable_host(host: str) -> str:
+    """Where others reach a server that listens on `host`: for all interfaces, this machine's address or name."""
+    if host not in ("0.0.0.0", "::"):
+        return host
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        return name
+    return name if address.startswith("127.") else address  # Debian gives a machine's own name a loopback address

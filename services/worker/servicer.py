@@ -1,0 +1,74 @@
+"""The Worker service on the wire: translates, and delegates to the executions."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+
+import grpc.aio
+
+from headrace.v1 import cache_pb2, worker_pb2, worker_pb2_grpc
+from services.common.channel import cancel_and_wait
+from services.common.errors import InvalidRequest, NotFound, Unimplemented
+from services.worker.executions import Execution, Executions
+
+_CHUNK_BYTES = 1024 * 1024
+
+Context = grpc.aio.ServicerContext[object, object]
+Commands = AsyncIterator[worker_pb2.ExecuteCommand]
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServicer):
+    """Implements `headrace.v1.Worker`. Moving KV is not served: `Prefill` and `FetchBlocks` say so."""
+
+    def __init__(self, executions: Executions, tokenizer_hash: str, tokenizer_files: Mapping[str, bytes]) -> None:
+        self._executions = executions
+        self._tokenizer_hash = tokenizer_hash
+        self._tokenizer_files = tokenizer_files
+
+    async def Execute(self, request_iterator: Commands, context: Context) -> AsyncIterator[worker_pb2.StepOutput]:
+        """Ends when the gateway ends its side, when the connection breaks, or after a drain."""
+        execution = self._executions.open(await _read_hello(request_iterator))
+        reader = asyncio.create_task(self._follow(execution, request_iterator))
+        try:
+            async for output in execution.outbox:
+                yield output
+            if reader.done():
+                reader.result()  # raises what was wrong with the commands
+        finally:
+            self._executions.close(execution)
+            await cancel_and_wait([reader])
+
+    async def _follow(self, execution: Execution, commands: Commands) -> None:
+        """Carries out a gateway's commands until it ends its side."""
+        try:
+            async for command in commands:
+                match command.WhichOneof("command"):
+                    case "start":
+                        self._executions.start(execution, command.start)
+                    case "cancel":
+                        self._executions.cancel(execution, command.cancel.handles)
+                    case _:
+                        raise InvalidRequest("After its hello, an Execute stream carries start and cancel.")
+        finally:
+            self._executions.close(execution)
+
+    async def GetTokenizer(
+        self, request: worker_pb2.GetTokenizerRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.FileChunk]:
+        if request.hash != self._tokenizer_hash:
+            raise NotFound(f"This worker has no tokenizer {request.hash or '(empty hash)'}.")
+        for name, data in self._tokenizer_files.items():
+            for start in range(0, max(len(data), 1), _CHUNK_BYTES):
+                yield worker_pb2.FileChunk(name=name, data=data[start : start + _CHUNK_BYTES])
+
+    def Prefill(self, request: worker_pb2.PrefillRequest, context: Context) -> AsyncIterator[cache_pb2.KvChunk]:
+        raise Unimplemented("This worker computes KV only for the sequences it decodes.")
+
+    def FetchBlocks(self, request: cache_pb2.FetchBlocksRequest, context: Context) -> AsyncIterator[cache_pb2.KvChunk]:
+        raise Unimplemented("This worker does not hand out the bytes of its blocks.")
+
+
+async def _read_hello(commands: Commands) -> str:
+    first = await anext(commands, None)
+    if first is None or not first.hello.gateway_id:
+        raise InvalidRequest("An Execute stream begins with a hello that names the gateway.")
+    return first.hello.gateway_id
