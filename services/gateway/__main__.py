@@ -1,0 +1,35 @@
+"""Starts the gateway: `python -m services.gateway`."""
+
+import logging
+
+from prometheus_client import REGISTRY
+
+from services.common import telemetry
+from services.common.config import load
+from services.common.redis.client import UnfitRedis
+from services.common.serve import Stop, run
+from services.gateway.config import GatewaySettings
+from services.gateway.gateway import Gateway
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    settings = load(GatewaySettings, "gateway")
+    telemetry.set_up("gateway", settings)
+
+    async def serve(stop: Stop) -> None:
+        gateway = Gateway(settings, REGISTRY)
+        http_port, grpc_port = await gateway.start()
+        log.info("ready on %s:%d (HTTP) and %s:%d (gRPC)", settings.host, http_port, settings.host, grpc_port)
+        await gateway.run(stop)
+
+    try:
+        run("gateway", serve)
+    except UnfitRedis as error:
+        log.error("gateway cannot start: %s", error.message)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

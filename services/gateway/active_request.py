@@ -1,0 +1,170 @@
+"""Requests that are accepted and not ended: the changing state of each, and the register of all."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from headrace.v1.job_pb2 import Job
+from headrace.v1.scheduler_pb2 import Offer, OfferAnswer, Placement
+from services.common.errors import HeadraceError
+from services.gateway.choice import Choice
+from services.gateway.request import GenerationRequest, Usage
+
+FIRST_ATTEMPT = 1
+
+
+@dataclass(slots=True)
+class ReceivedOffer:
+    """An offer and the way back to the scheduler that made it. It is answered exactly once."""
+
+    offer: Offer
+    send: Callable[[OfferAnswer], None]
+    answered: bool = False
+
+    def answer(self, status: OfferAnswer.Status.ValueType) -> None:
+        if not self.answered:
+            self.answered = True
+            self.send(OfferAnswer(request_id=self.offer.request_id, attempt=self.offer.attempt, status=status))
+
+
+class ActiveRequest:
+    """One request between its acceptance and its end. Owned by its `generate`; others only bring news."""
+
+    def __init__(self, request: GenerationRequest, job: Job) -> None:
+        self.request = request
+        self.job = job
+        self.entry_id = ""
+        # The entry is ours and its lease ours to renew.
+        self.owns_entry = False
+        self.attempt = FIRST_ATTEMPT
+        # Attempts that ended by a lost worker or an engine error.
+        self.failures = 0
+        self.cached_prompt_tokens: int | None = None
+        # Loop time of the first placement; None while queued.
+        self.placed_at: float | None = None
+        self.choices = [
+            Choice(index, request.model.tokenizer.detokenizer(), request.stopping) for index in range(request.choices)
+        ]
+        # Set when there is an offer, tokens, an end or an error to look at.
+        self.news = asyncio.Event()
+        self.error: HeadraceError | None = None
+        # Its caller has gone.
+        self.cancelled = False
+        self._wants_offer = True
+        self._offer: ReceivedOffer | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def id(self) -> str:
+        return self.job.request_id
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.finished for choice in self.choices)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a token has been seen."""
+        return any(choice.token_ids for choice in self.choices)
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.request.prompt_ids),
+            completion_tokens=sum(len(choice.token_ids) for choice in self.choices),
+            cached_prompt_tokens=self.cached_prompt_tokens or 0,
+        )
+
+    def fail(self, error: HeadraceError) -> None:
+        """Ends the request with an error at its next look at the news. The first error counts."""
+        self.error = self.error or error
+        self.news.set()
+
+    def limit(self, seconds: float, error: HeadraceError) -> None:
+        """Fails with `error` in `seconds`, unless `unlimit` comes first. Replaces an earlier limit."""
+        self.unlimit()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, error)
+
+    def unlimit(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def receive(self, offer: ReceivedOffer) -> None:
+        """Takes an offer if one is wanted and it is for the current attempt; else answers that the job runs."""
+        if self._wants_offer and self._offer is None and offer.offer.attempt == self.attempt:
+            self._offer = offer
+            self.news.set()
+            return
+        if offer.offer.queue_entry_id == self.entry_id:
+            self.owns_entry = True  # an entry that was added again: the next renewal takes it from the scheduler
+        offer.answer(OfferAnswer.STATUS_RUNNING)
+
+    def refuse(self, attempt: int, error: HeadraceError) -> None:
+        """Fails if a placement of that attempt is what this request waits for."""
+        if self._wants_offer and attempt == self.attempt:
+            self.fail(error)
+
+    async def next_offer(self) -> ReceivedOffer:
+        """Waits for an offer. Raises the request's error."""
+        self._wants_offer = True
+        while self._offer is None:
+            await self.look_at_news()
+        return self._offer
+
+    def accept(self, offer: ReceivedOffer) -> Placement:
+        """Answers that the job starts here; later offers hear that it runs."""
+        offer.answer(OfferAnswer.STATUS_ACCEPTED)
+        self._wants_offer, self._offer = False, None
+        return offer.offer.placement
+
+    def decline(self) -> None:
+        """Answers a waiting offer that the job is gone."""
+        if self._offer is not None:
+            self._offer.answer(OfferAnswer.STATUS_GONE)
+            self._offer = None
+
+    async def look_at_news(self) -> None:
+        """Waits until something has come. Raises the request's error."""
+        await self.news.wait()
+        self.news.clear()
+        if self.error is not None:
+            raise self.error
+
+
+class ActiveRequests:
+    """All requests that this gateway has accepted and not ended."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, ActiveRequest] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __iter__(self) -> Iterator[ActiveRequest]:
+        return iter(list(self._by_id.values()))
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
+
+    def get(self, request_id: str) -> ActiveRequest | None:
+        return self._by_id.get(request_id)
+
+    def add(self, active: ActiveRequest) -> None:
+        self._by_id[active.id] = active
+        self._empty.clear()
+
+    def remove(self, active: ActiveRequest) -> None:
+        del self._by_id[active.id]
+        if not self._by_id:
+            self._empty.set()
+
+    async def wait_empty(self, timeout_s: float) -> bool:
+        """Waits until every request has ended. False: some have not within that time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,86 @@
+"""Which requests are let in, and the job that each becomes in the queue."""
+
+import asyncio
+import random
+import secrets
+import time
+
+from headrace.v1.job_pb2 import Job
+from services.common.block_hash import chain_hashes, chain_root
+from services.common.errors import Overloaded, Unavailable
+from services.gateway.active_request import ActiveRequest, ActiveRequests
+from services.gateway.request import GenerationRequest
+
+# Prompts at least this long are hashed in a thread: 16,384 tokens are 1,024 blocks, about 2 ms.
+_THREAD_TOKENS = 16_384
+_RETRY_AFTER_S = 2
+
+
+class Admission:
+    """Admits requests up to a number at once, until it is closed."""
+
+    def __init__(self, active: ActiveRequests, *, max_requests: int, gateway_id: str, incarnation: str) -> None:
+        self._active = active
+        self._max_requests = max_requests
+        self._gateway_id = gateway_id
+        self._incarnation = incarnation
+        self._closed = False
+
+    def close(self) -> None:
+        """From now on every request is refused: this gateway is shutting down."""
+        self._closed = True
+
+    def check_open(self) -> None:
+        """Raises Overloaded or Unavailable if a request that came now would not be admitted."""
+        if self._closed:
+            raise Unavailable("This gateway is shutting down; try again.")
+        if len(self._active) >= self._max_requests:
+            raise Overloaded(
+                f"This gateway already has {self._max_requests} requests; try again later.",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+
+    async def admit(self, request: GenerationRequest) -> ActiveRequest:
+        """Registers a request. It counts until `ActiveRequests.remove`. Raises Overloaded or Unavailable."""
+        if not request.sampling.HasField("seed"):
+            request.sampling.seed = random.getrandbits(63)
+        hashes = await _prompt_hashes(request)
+        self.check_open()
+        active = ActiveRequest(request, self._job(request, hashes))
+        self._active.add(active)
+        return active
+
+    def _job(self, request: GenerationRequest, hashes: bytes) -> Job:
+        now_ms = int(time.time() * 1000)
+        return Job(
+            request_id=self._unused_id(request.caller.request_id),
+            gateway_id=self._gateway_id,
+            gateway_incarnation=self._incarnation,
+            model=request.model.name,
+            priority=request.priority,
+            prompt_tokens=len(request.prompt_ids),
+            choices=request.choices,
+            max_tokens=request.stopping.max_tokens,
+            block_hashes=hashes,
+            enqueued_unix_ms=now_ms,
+            deadline_unix_ms=now_ms + int(seconds_left(request) * 1000),
+            traceparent=request.caller.traceparent,
+        )
+
+    def _unused_id(self, wanted: str) -> str:
+        """The caller's id, with an addition while another request still runs under it."""
+        return wanted if wanted not in self._active else f"{wanted}.{secrets.token_hex(4)}"
+
+
+def seconds_left(request: GenerationRequest) -> float:
+    """Seconds until the request's deadline; at least 0."""
+    waited_s = asyncio.get_running_loop().time() - request.caller.arrived
+    return max(0.0, request.caller.timeout_s - waited_s)
+
+
+async def _prompt_hashes(request: GenerationRequest) -> bytes:
+    model = request.model
+    root = chain_root(model.name, model.block_size, request.cache_salt)
+    if len(request.prompt_ids) < _THREAD_TOKENS:
+        return b"".join(chain_hashes(root, request.prompt_ids, model.block_size))
+    return b"".join(await asyncio.to_thread(chain_hashes, root, request.prompt_ids, model.block_size))

@@ -1,0 +1,186 @@
+"""The models that can be asked for: the union of what the schedulers announce, each with its tokenizer.
+
+A model is usable once its tokenizer is here; tokenizers come from a worker by content hash and stay in memory. A model
+whose last worker left is remembered for a while, so that its requests wait in the queue for the worker's restart.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import grpc.aio
+
+from headrace.v1.scheduler_pb2 import Catalog as CatalogMessage
+from headrace.v1.scheduler_pb2 import ModelInfo
+from headrace.v1.worker_pb2 import GetTokenizerRequest
+from headrace.v1.worker_pb2_grpc import WorkerStub
+from services.common.channel import dial
+from services.common.errors import Unavailable
+from services.gateway.errors import ModelNotFound
+from services.gateway.tokenization import ModelTokenizer
+
+log = logging.getLogger(__name__)
+
+_FETCH_TIMEOUT_S = 60.0
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A usable model."""
+
+    name: str
+    max_context_tokens: int
+    vocabulary_size: int
+    block_size: int
+    tokenizer: ModelTokenizer
+    created_unix_s: int
+
+
+@dataclass(slots=True)
+class _Known:
+    info: ModelInfo
+    worker_addresses: frozenset[str]
+    created_unix_s: int
+    # Monotonic time at which the last worker left; None while there is one.
+    left_at: float | None = None
+
+
+class Catalog:
+    """Models by name. `on_workers` is told all addresses of workers whenever they change."""
+
+    def __init__(self, *, memory_s: float, on_workers: Callable[[frozenset[str]], None]) -> None:
+        self._memory_s = memory_s
+        self._on_workers = on_workers
+        self._announced: dict[str, CatalogMessage] = {}  # by scheduler
+        self._connected: set[str] = set()
+        self._known: dict[str, _Known] = {}
+        self._models: dict[str, Model] = {}
+        self._tokenizers: dict[str, ModelTokenizer] = {}
+        self._complained: set[tuple[str, str]] = set()
+        self._changed = asyncio.Event()
+
+    def announce(self, scheduler: str, catalog: CatalogMessage) -> None:
+        """Takes the whole catalog of one connected scheduler."""
+        self._connected.add(scheduler)
+        self._announced[scheduler] = catalog
+        self._merge()
+
+    def disconnected(self, scheduler: str) -> None:
+        """What a scheduler said counts on while no other is connected: its models are most likely still there."""
+        self._connected.discard(scheduler)
+        self._merge()
+
+    def get(self, name: str) -> Model:
+        """The model of that name. Raises ModelNotFound, or Unavailable while it is not usable yet."""
+        if model := self._models.get(name):
+            return model
+        if name in self._known:
+            raise Unavailable(f"The model {name!r} is being prepared; try again in a moment.")
+        if not self._models:
+            raise Unavailable("No model is known yet: no worker has registered.")
+        shown = name if len(name) <= 100 else name[:100] + "..."
+        raise ModelNotFound(f"The model {shown!r} does not exist. Known are: {', '.join(sorted(self._models))}.")
+
+    def usable(self) -> list[Model]:
+        """All usable models, by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    async def run(self) -> None:
+        """Fetches missing tokenizers and forgets models that have long been without a worker, until cancelled."""
+        while True:
+            self._changed.clear()
+            complete = await self._fetch_missing()
+            self._forget()
+            waiting = not complete or any(known.left_at is not None for known in self._known.values())
+            try:
+                async with asyncio.timeout(_RETRY_S if waiting else None):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    def _merge(self) -> None:
+        if self._connected:
+            self._announced = {name: said for name, said in self._announced.items() if name in self._connected}
+        workers: dict[str, set[str]] = {}
+        infos: dict[str, ModelInfo] = {}
+        for catalog in self._announced.values():
+            for entry in catalog.entries:
+                infos[entry.model.name] = entry.model
+                workers.setdefault(entry.model.name, set()).update(entry.worker_addresses)
+        for name, info in infos.items():
+            before = self._known.get(name)
+            created = before.created_unix_s if before else int(time.time())
+            self._known[name] = _Known(info, frozenset(workers[name]), created)
+        for name in self._known.keys() - infos.keys():
+            self._known[name].left_at = self._known[name].left_at or time.monotonic()
+        self._refresh_models()
+        self._on_workers(frozenset().union(*workers.values()))
+        self._changed.set()
+
+    def _refresh_models(self) -> None:
+        self._models = {
+            name: Model(
+                name=name,
+                max_context_tokens=known.info.max_context_tokens,
+                vocabulary_size=known.info.vocabulary_size,
+                block_size=known.info.block_size,
+                tokenizer=self._tokenizers[known.info.tokenizer_hash],
+                created_unix_s=known.created_unix_s,
+            )
+            for name, known in self._known.items()
+            if known.info.tokenizer_hash in self._tokenizers
+        }
+
+    def _forget(self) -> None:
+        oldest = time.monotonic() - self._memory_s
+        gone = [name for name, known in self._known.items() if known.left_at is not None and known.left_at <= oldest]
+        for name in gone:
+            log.info("model %s: no worker for %.0f s, forgotten", name, self._memory_s)
+            del self._known[name]
+        if gone:
+            self._refresh_models()
+
+    async def _fetch_missing(self) -> bool:
+        """Fetches the tokenizers that are not here. Returns whether all are."""
+        complete = True
+        for known in list(self._known.values()):
+            wanted = known.info.tokenizer_hash
+            if wanted in self._tokenizers:
+                continue
+            tokenizer = await self._fetch(wanted, known.worker_addresses)
+            if tokenizer is None:
+                complete = False
+                continue
+            self._tokenizers[wanted] = tokenizer
+            self._refresh_models()
+            log.info("model %s: usable", known.info.name)
+        return complete
+
+    async def _fetch(self, wanted: str, addresses: Iterable[str]) -> ModelTokenizer | None:
+        for address in addresses:
+            try:
+                files = await _download(address, wanted)
+                return await asyncio.to_thread(ModelTokenizer, files)
+            except grpc.aio.AioRpcError as error:
+                self._complain(address, wanted, error.details() or error.code().name)
+            except Exception:
+                log.exception("worker %s: tokenizer %.12s cannot be used", address, wanted)
+        return None
+
+    def _complain(self, address: str, wanted: str, reason: str) -> None:
+        """Says once per address and tokenizer that it cannot be had: it is asked for again every second."""
+        if (address, wanted) not in self._complained:
+            self._complained.add((address, wanted))
+            log.warning("worker %s: no tokenizer %.12s yet: %s", address, wanted, reason)
+
+
+async def _download(address: str, wanted: str) -> dict[str, bytes]:
+    files: dict[str, bytearray] = {}
+    async with dial(address) as channel:
+        request = GetTokenizerRequest(hash=wanted)
+        async for chunk in WorkerStub(channel).GetTokenizer(request, timeout=_FETCH_TIMEOUT_S):
+            files.setdefault(chunk.name, bytearray()).extend(chunk.data)
+    return {name: bytes(data) for name, data in files.items()}

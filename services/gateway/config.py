@@ -1,0 +1,55 @@
+"""Settings of the gateway: `HEADRACE_GATEWAY_FIELD`."""
+
+import secrets
+
+from pydantic import Field
+
+from services.common.config import CommonSettings, Port
+
+
+class GatewaySettings(CommonSettings):
+    """Fields that the gateway alone has."""
+
+    # Address that both fronts listen on. Local by default: nothing here authenticates callers yet.
+    host: str = "127.0.0.1"
+    # OpenAI-compatible HTTP. 0 takes a free port.
+    http_port: Port = 8000
+    # The public gRPC Inference service. 0 takes a free port.
+    grpc_port: Port = 50051
+    # Names this instance in jobs and leases.
+    id: str = Field(default_factory=lambda: f"gateway-{secrets.token_hex(3)}", min_length=1)
+
+    # Largest HTTP body in bytes: twice what a 128k-token prompt of ids takes in JSON.
+    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+    # Requests (prompts) accepted and unfinished at once, queued ones included; more are answered 429. It bounds the
+    # memory of this process: a request costs some tens of kilobytes.
+    max_requests: int = Field(default=2048, ge=1)
+    # Prompts that one HTTP completion may carry, each a request of its own.
+    max_prompts: int = Field(default=128, ge=1)
+    # The largest `n`.
+    max_choices: int = Field(default=16, ge=1)
+
+    # Seconds that a request may wait for its first token when its caller names no timeout: what OpenAI's clients wait.
+    default_timeout_s: float = Field(default=600.0, gt=0)
+    # Runs of a request that may fail (worker lost or engine error) before the request does. A request that kills its
+    # worker must not walk through the fleet.
+    max_attempts: int = Field(default=3, ge=1)
+    # Seconds that a running request waits for another worker after it lost its own: a restart with a model load.
+    resume_patience_s: float = Field(default=120.0, gt=0)
+    # Seconds that a model stays known after its last worker left, its new requests queued: a restart again.
+    model_memory_s: float = Field(default=300.0, ge=0)
+
+    # A worker's stream without a sign of life (due every second) for this many seconds counts as broken.
+    worker_silence_s: float = Field(default=10.0, ge=2)
+    # A worker that has our sequences and whose step counter stands still for this many seconds counts as hung. Far
+    # above the longest step, which is a first one that compiles kernels.
+    worker_stall_s: float = Field(default=180.0, ge=10)
+
+    # Seconds between two SSE comments on a stream with nothing else to send; proxies cut idle streams after 30 to 60.
+    sse_comment_every_s: float = Field(default=10.0, gt=0)
+    # On SIGTERM: seconds that new requests are still taken while readiness is off already, until load balancers know.
+    drain_settle_s: float = Field(default=0.0, ge=0)
+    # On SIGTERM: seconds that running requests may take to finish before they are ended with an error.
+    drain_grace_s: float = Field(default=30.0, ge=0)
+    # Accept a Redis without AOF: queued requests then do not outlive it. For private and test instances.
+    allow_volatile_redis: bool = False

@@ -1,0 +1,139 @@
+"""The gateway put together: what stands behind both fronts, how it starts, and how it drains."""
+
+import asyncio
+import logging
+import secrets
+from typing import Any
+
+from opentelemetry import trace
+from prometheus_client import CollectorRegistry
+
+from headrace.v1 import inference_pb2, inference_pb2_grpc
+from headrace.v1.scheduler_pb2 import GatewayHello
+from headrace.v1.worker_pb2 import ExecuteHello
+from services.common.errors import Unavailable
+from services.common.redis.keys import Owner
+from services.common.redis.queue import JobQueue
+from services.common.serve import GrpcServer, Registration, Stop
+from services.gateway.active_request import ActiveRequests
+from services.gateway.admission import Admission
+from services.gateway.catalog import Catalog
+from services.gateway.config import GatewaySettings
+from services.gateway.generate import Generator
+from services.gateway.http_app import HttpApp
+from services.gateway.http_server import HttpServer
+from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.leases import Leases
+from services.gateway.metrics import Metrics
+from services.gateway.openai_api import CompletionRoute, chat_kind, completion_kind
+from services.gateway.openai_requests import RequestReader
+from services.gateway.placement_links import PlacementLinks
+from services.gateway.readiness import Readiness
+from services.gateway.tracing import Tracing
+from services.gateway.worker_links import WorkerLinks
+
+log = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 5.0
+
+
+class Gateway:
+    """One gateway instance. `start`, then `run`."""
+
+    def __init__(self, settings: GatewaySettings, registry: CollectorRegistry) -> None:
+        self._settings = settings
+        incarnation = secrets.token_hex(8)
+        self._queue = JobQueue(settings.redis_url, Owner("gateway", settings.id, incarnation))
+        self._active = ActiveRequests()
+        self._workers = WorkerLinks(
+            ExecuteHello(gateway_id=settings.id, incarnation=incarnation),
+            silence_s=settings.worker_silence_s,
+            stall_s=settings.worker_stall_s,
+        )
+        self._catalog = Catalog(memory_s=settings.model_memory_s, on_workers=self._workers.follow)
+        hello = GatewayHello(gateway_id=settings.id, incarnation=incarnation)
+        self._placements = PlacementLinks(settings.schedulers, hello, self._active, self._catalog)
+        self._leases = Leases(self._queue, self._active, allow_volatile=settings.allow_volatile_redis)
+        self._admission = Admission(
+            self._active, max_requests=settings.max_requests, gateway_id=settings.id, incarnation=incarnation
+        )
+        self._readiness = Readiness(self._catalog, self._leases, self._placements)
+        metrics = Metrics(registry)
+        generator = Generator(
+            admission=self._admission,
+            active=self._active,
+            queue=self._queue,
+            leases=self._leases,
+            placements=self._placements,
+            workers=self._workers,
+            metrics=metrics,
+            tracing=Tracing(trace.get_tracer("headrace.gateway") if settings.otlp_endpoint else None),
+            max_attempts=settings.max_attempts,
+            resume_patience_s=settings.resume_patience_s,
+        )
+        self._http = HttpServer(self._http_app(generator, metrics), settings.host, settings.http_port)
+        service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+        servicer = InferenceServicer(generator, self._catalog, settings)
+        self._grpc = GrpcServer(
+            [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)]
+        )
+
+    def _http_app(self, generator: Generator, metrics: Metrics) -> HttpApp:
+        reader = RequestReader(self._catalog, self._settings)
+        completion_path, chat_path = "/v1/completions", "/v1/chat/completions"
+        completions = CompletionRoute(
+            completion_path, completion_kind(reader), generator, self._admission, metrics, self._settings
+        )
+        chat = CompletionRoute(chat_path, chat_kind(reader), generator, self._admission, metrics, self._settings)
+        return HttpApp({completion_path: completions, chat_path: chat}, self._catalog, self._readiness, metrics)
+
+    async def start(self) -> tuple[int, int]:
+        """Opens both fronts, not ready yet. Returns the HTTP and the gRPC port. Raises OSError."""
+        http_port = await self._http.start()
+        grpc_port = await self._grpc.start(f"{self._settings.host}:{self._settings.grpc_port}")
+        return http_port, grpc_port
+
+    async def run(self, stop: Stop) -> None:
+        """Serves until `stop` is set, then drains and closes. Raises UnfitRedis."""
+        parts = (
+            self._placements.run(),
+            self._workers.run(),
+            self._catalog.run(),
+            self._leases.run(),
+            self._readiness.follow(self._tell_readiness),
+        )
+        background = [asyncio.create_task(part) for part in parts]
+        stopping = asyncio.create_task(stop.wait())
+        # None of the parts returns by itself: one that is done has failed.
+        await asyncio.wait([stopping, *background], return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            await self._drain()
+        failures = [task.exception() for task in background if task.done()]
+        await self._close([stopping, *background])
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+    async def _tell_readiness(self, problem: str | None) -> None:
+        log.info("ready for requests" if problem is None else f"not ready: {problem}")
+        await self._grpc.set_serving(problem is None)
+
+    async def _drain(self) -> None:
+        """Lets running requests finish, and ends those that do not in time with an error."""
+        self._readiness.drain()
+        await self._grpc.set_serving(False)
+        await asyncio.sleep(self._settings.drain_settle_s)
+        self._admission.close()
+        if not await self._active.wait_empty(self._settings.drain_grace_s):
+            log.warning("%d requests did not finish in time", len(self._active))
+            for active in self._active:
+                active.fail(Unavailable("The gateway shut down before this request finished."))
+            await self._active.wait_empty(_LAST_WORDS_S)
+
+    async def _close(self, background: list["asyncio.Task[Any]"]) -> None:
+        await asyncio.gather(self._http.stop(), self._grpc.stop(_LAST_WORDS_S))
+        await self._leases.wait_acknowledged(_LAST_WORDS_S)
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await self._queue.close()

@@ -1,0 +1,270 @@
+"""The whole life of a request, from its acceptance to its last delta. Read `Generator.generate` first.
+
+Both fronts call it with a validated request and turn its deltas into their own format.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from headrace.v1.sampling_pb2 import Stopping
+from headrace.v1.scheduler_pb2 import Placement, PlacementRequest
+from headrace.v1.worker_pb2 import Start
+from services.common.errors import DeadlineExceeded, HeadraceError, InvalidRequest, RequestFailed, Unavailable
+from services.common.redis.queue import JobQueue
+from services.gateway.active_request import ActiveRequest, ActiveRequests, ReceivedOffer
+from services.gateway.admission import Admission, seconds_left
+from services.gateway.choice import Choice
+from services.gateway.leases import Leases
+from services.gateway.metrics import Metrics, ModelMetrics
+from services.gateway.placement_links import PlacementLinks
+from services.gateway.request import Delta, GenerationRequest, pack_ids
+from services.gateway.tracing import RequestSpan, Tracing
+from services.gateway.worker_links import Outcome, SequenceFeed, WorkerLink, WorkerLinks
+
+log = logging.getLogger(__name__)
+
+_REASONS = {
+    Outcome.BUSY: PlacementRequest.REASON_BUSY,
+    Outcome.DRAINING: PlacementRequest.REASON_DRAINING,
+    Outcome.LOST: PlacementRequest.REASON_WORKER_LOST,
+    Outcome.FAILED: PlacementRequest.REASON_WORKER_LOST,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One run of a request on a worker: the choices that still ran when it began, each with its feed."""
+
+    placement: Placement
+    link: WorkerLink
+    sequences: list[tuple[Choice, SequenceFeed]]
+
+    @property
+    def broken_off(self) -> SequenceFeed | None:
+        """A sequence that ended and has to go on elsewhere; then the whole attempt is over."""
+        return next((feed for _, feed in self.sequences if feed.outcome in _REASONS), None)
+
+    def cancel(self) -> None:
+        self.link.cancel(feed for _, feed in self.sequences)
+
+
+class Generator:
+    """Runs requests."""
+
+    def __init__(
+        self,
+        *,
+        admission: Admission,
+        active: ActiveRequests,
+        queue: JobQueue,
+        leases: Leases,
+        placements: PlacementLinks,
+        workers: WorkerLinks,
+        metrics: Metrics,
+        tracing: Tracing,
+        max_attempts: int,
+        resume_patience_s: float,
+    ) -> None:
+        self._admission = admission
+        self._active = active
+        self._queue = queue
+        self._leases = leases
+        self._placements = placements
+        self._workers = workers
+        self._metrics = metrics
+        self._tracing = tracing
+        self._max_attempts = max_attempts
+        self._resume_patience_s = resume_patience_s
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """Yields the deltas of all choices; the last one carries the usage. Raises HeadraceError.
+
+        A caller that stops iterating cancels the request. However it ends, it ends once: in `_end`.
+        """
+        active = await self._admission.admit(request)
+        metrics = self._metrics.for_model(request.model.name)
+        span = self._tracing.begin(request.caller, request.model.name)
+        active.job.traceparent = span.traceparent
+        metrics.active.inc()
+        try:
+            active.limit(seconds_left(request), _deadline_error(request))
+            active.entry_id = await self._queue.enqueue(active.job)  # it is accepted once Redis has answered
+            while not active.finished:
+                placement = await self._place(active, metrics)
+                span.placed(placement, active.attempt)
+                attempt = self._start(active, placement)
+                try:
+                    async for delta in self._deltas(active, attempt, metrics, span):
+                        yield delta
+                finally:
+                    attempt.cancel()
+                if not active.finished:
+                    self._place_again(active, attempt, metrics)
+        except HeadraceError as error:
+            active.fail(error)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            active.cancelled = True
+            raise
+        finally:
+            self._end(active, metrics, span)
+
+    async def _place(self, active: ActiveRequest, metrics: ModelMetrics) -> Placement:
+        """Waits for an offer that holds: the queue entry is this gateway's."""
+        while True:
+            offer = await active.next_offer()
+            if await self._take_over(active, offer):
+                break
+            log.warning("request %s: its entry is gone from Redis, adding it again", active.id)
+            active.decline()
+            active.entry_id = await self._queue.enqueue(active.job)
+        self._placements.forget(active.id)
+        if active.begun:
+            active.unlimit()
+        if active.placed_at is None:
+            active.placed_at = asyncio.get_running_loop().time()
+            waited_s = active.placed_at - active.request.caller.arrived
+            metrics.queue_time.observe(waited_s)
+            metrics.queue_latency.observe(waited_s)
+        return active.accept(offer)
+
+    async def _take_over(self, active: ActiveRequest, offer: ReceivedOffer) -> bool:
+        """Makes the entry this gateway's. While Redis is away the request runs on, and the renewals make up for it."""
+        if active.owns_entry:
+            return True
+        entry_id = offer.offer.queue_entry_id
+        try:
+            taken = await self._queue.take_over(active.job, entry_id)
+        except Unavailable as error:
+            log.warning("request %s: runs without its entry for now: %s", active.id, error.message)
+            taken = True
+        if taken:
+            active.entry_id, active.owns_entry = entry_id, True
+        return taken
+
+    def _start(self, active: ActiveRequest, placement: Placement) -> Attempt:
+        """Starts every choice that is not finished, each after the tokens it has."""
+        choices = [choice for choice in active.choices if not choice.finished]
+        link = self._workers.get(placement.worker_address)
+        feeds = link.start(
+            _start_command(active, placement),
+            [(choice.index, choice.delivered_ids()) for choice in choices],
+            active.news,
+        )
+        return Attempt(placement, link, list(zip(choices, feeds, strict=True)))
+
+    async def _deltas(
+        self, active: ActiveRequest, attempt: Attempt, metrics: ModelMetrics, span: RequestSpan
+    ) -> AsyncGenerator[Delta, None]:
+        """The deltas of one attempt, until every choice is finished or the attempt breaks off."""
+        while not active.finished and attempt.broken_off is None:
+            await active.look_at_news()
+            now = asyncio.get_running_loop().time()
+            for choice, feed in attempt.sequences:
+                if choice.finished or not (feed.token_ids or feed.outcome is Outcome.FINISHED):
+                    continue
+                if not active.begun:
+                    _first_token(active, feed, now, metrics, span)
+                elif choice.token_ids and feed.token_ids:
+                    metrics.inter_token_latency.observe((now - choice.last_token_at) / len(feed.token_ids))
+                choice.last_token_at = now
+                delta = choice.advance(feed.take_tokens(), feed.finish_reason)
+                metrics.tokens.inc(len(delta.token_ids))
+                if delta.finish_reason:
+                    attempt.link.cancel((feed,))  # a stop string ends it before its worker knows
+                    delta.usage = active.usage() if active.finished else None
+                yield delta
+
+    def _place_again(self, active: ActiveRequest, attempt: Attempt, metrics: ModelMetrics) -> None:
+        """Asks for another worker after the attempt broke off. Raises if the request must not be tried again."""
+        feed = attempt.broken_off
+        assert feed is not None and feed.outcome is not None, "an attempt ends finished or broken off"
+        worker, outcome = attempt.placement.worker_id, feed.outcome
+        metrics.resumes[outcome].inc()
+        if outcome is not Outcome.BUSY:
+            log.info("request %s: attempt %d on %s: %s %s", active.id, active.attempt, worker, outcome, feed.error)
+            active.attempt += 1
+        if outcome in (Outcome.LOST, Outcome.FAILED):
+            active.failures += 1
+            _check_retry(active, feed, self._max_attempts)
+        if active.begun:
+            patience_s = self._resume_patience_s
+            active.limit(
+                patience_s, Unavailable(f"The worker was lost, and no other took over within {patience_s:g} s.")
+            )
+        self._placements.ask(
+            PlacementRequest(
+                job=active.job,
+                attempt=active.attempt,
+                queue_entry_id=active.entry_id,
+                reason=_REASONS[outcome],
+                tried_worker_id=worker,
+            )
+        )
+
+    def _end(self, active: ActiveRequest, metrics: ModelMetrics, span: RequestSpan) -> None:
+        """Lets go of everything that the request holds, and counts it."""
+        active.unlimit()
+        active.decline()
+        self._placements.forget(active.id)
+        if active.entry_id:
+            self._leases.acknowledge(active)
+        self._active.remove(active)
+        metrics.active.dec()
+        if active.finished:
+            metrics.succeeded.inc()
+            metrics.total_latency.observe(asyncio.get_running_loop().time() - active.request.caller.arrived)
+            outcome = "success"
+        elif active.cancelled:
+            metrics.cancelled.inc()
+            outcome = "cancelled"
+        else:
+            metrics.errored.inc()
+            log.info("request %s: ended with an error: %s", active.id, active.error)
+            outcome = "error"
+        span.end(active.usage(), outcome, active.error)
+
+
+def _start_command(active: ActiveRequest, placement: Placement) -> Start:
+    request = active.request
+    stopping = Stopping()
+    stopping.CopyFrom(request.stopping)
+    del stopping.stop[:]  # the gateway matches stop strings
+    return Start(
+        request_id=active.id,
+        attempt=active.attempt,
+        prompt_ids=pack_ids(request.prompt_ids),
+        sampling=request.sampling,
+        stopping=stopping,
+        cache_salt=request.cache_salt,
+        scheduler_id=placement.scheduler_id,
+        kv_sources=placement.kv_sources,
+        traceparent=active.job.traceparent,
+    )
+
+
+def _first_token(
+    active: ActiveRequest, feed: SequenceFeed, now: float, metrics: ModelMetrics, span: RequestSpan
+) -> None:
+    """The answer begins: the deadline no longer applies."""
+    active.unlimit()
+    active.cached_prompt_tokens = feed.cached_prompt_tokens or 0
+    waited_s = now - active.request.caller.arrived
+    metrics.time_to_first_token.observe(waited_s)
+    metrics.first_token_latency.observe(waited_s)
+    metrics.prompt_tokens.inc(len(active.request.prompt_ids))
+    metrics.cached_prompt_tokens.inc(active.cached_prompt_tokens)
+    span.first_token()
+
+
+def _check_retry(active: ActiveRequest, feed: SequenceFeed, max_attempts: int) -> None:
+    if feed.invalid_request:
+        raise InvalidRequest(feed.error or "The worker cannot run this request.")
+    if active.failures >= max_attempts:
+        raise RequestFailed(f"The request failed on {active.failures} workers; the last one: {feed.error}.")
+
+
+def _deadline_error(request: GenerationRequest) -> DeadlineExceeded:
+    return DeadlineExceeded(f"The answer did not begin within the request's {request.caller.timeout_s:g} seconds.")

@@ -1,0 +1,58 @@
+"""uvicorn inside this process's event loop; signals and logs stay the process's own."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from services.gateway.http_app import HttpApp
+
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75  # longer than the 60 s after which common load balancers close idle connections
+_SHUTDOWN_S = 5
+
+
+class HttpServer:
+    """Serves the application on one port."""
+
+    def __init__(self, app: HttpApp, host: str, port: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_SHUTDOWN_S,
+        )
+        self._server = _Server(config)
+        self._host = host
+        self._port = port
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Binds and answers. Returns the port. Raises OSError when the address cannot be bound."""
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listener = socket.create_server((self._host, self._port), family=family, backlog=_BACKLOG)
+        self._task = asyncio.create_task(self._server.serve([listener]), name="http")
+        return int(listener.getsockname()[1])
+
+    async def stop(self) -> None:
+        """Closes the port, lets answers that are being sent finish, and returns."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+
+
+class _Server(uvicorn.Server):
+    """uvicorn would take the signals over and end the process's event loop its own way."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,167 @@
+"""The public gRPC Inference service: translates, and delegates to `generate`."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc.aio
+
+from headrace.v1 import inference_pb2
+from headrace.v1.inference_pb2_grpc import InferenceServicer as InferenceBase
+from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
+from services.common.errors import InvalidRequest
+from services.gateway import validation
+from services.gateway.caller import Caller, sane_request_id, timeout_seconds
+from services.gateway.catalog import Catalog, Model
+from services.gateway.config import GatewaySettings
+from services.gateway.generate import Generator
+from services.gateway.request import Delta, GenerationRequest, Usage
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceServicer(InferenceBase):
+    """Generate, ListModels and Tokenize."""
+
+    def __init__(self, generator: Generator, catalog: Catalog, settings: GatewaySettings) -> None:
+        self._generator = generator
+        self._catalog = catalog
+        self._settings = settings
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateDelta]:
+        caller = self._caller(context)
+        await context.send_initial_metadata((("x-request-id", caller.request_id),))
+        deltas = self._generator.generate(await self._read(request, caller))
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                yield _delta_message(delta, caller.request_id)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        return inference_pb2.ListModelsResponse(models=[_model_card(model) for model in self._catalog.usable()])
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        model = self._catalog.get(request.model)
+        if request.WhichOneof("prompt") is None:
+            raise InvalidRequest("prompt must be text or chat.", field="prompt")
+        if request.HasField("chat"):
+            return inference_pb2.TokenizeResponse(token_ids=await _encode_chat(request.chat, model))
+        return inference_pb2.TokenizeResponse(token_ids=await model.tokenizer.encode_text(request.text))
+
+    def _caller(self, context: Context) -> Caller:
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        timeout_s = timeout_seconds(metadata.get("x-request-timeout-ms"), self._settings.default_timeout_s)
+        remaining_s = context.time_remaining()
+        return Caller(
+            request_id=sane_request_id(metadata.get("x-request-id")),
+            arrived=asyncio.get_running_loop().time(),
+            timeout_s=timeout_s if remaining_s is None else min(timeout_s, remaining_s),
+            traceparent=metadata.get("traceparent", ""),
+        )
+
+    async def _read(self, request: inference_pb2.GenerateRequest, caller: Caller) -> GenerationRequest:
+        model = self._catalog.get(request.model)
+        _check_numbers(request.sampling, request.stopping)
+        choices = request.n if request.HasField("n") else 1
+        validation.check_choices(choices, self._settings.max_choices)
+        validation.check_stop_strings(request.stopping.stop)
+        validation.check_stop_token_ids(request.stopping.stop_token_ids, model)
+        validation.check_cache_salt(request.cache_salt)
+        prompt_ids = await _prompt_ids(request, model)
+        stopping = Stopping()
+        stopping.CopyFrom(request.stopping)
+        stopping.max_tokens = validation.token_budget(
+            model,
+            len(prompt_ids),
+            stopping.max_tokens if stopping.HasField("max_tokens") else None,
+            None,
+            prompt_field=request.WhichOneof("prompt") or "prompt",
+            max_tokens_field="max_tokens",
+        )
+        validation.check_min_tokens(stopping.min_tokens, stopping.max_tokens)
+        sampling = Sampling()
+        sampling.CopyFrom(request.sampling)
+        sampling.top_k = max(0, sampling.top_k)
+        return GenerationRequest(
+            caller=caller,
+            model=model,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            stopping=stopping,
+            choices=choices,
+            cache_salt=request.cache_salt,
+            priority=_priority(request.priority),
+        )
+
+
+def _check_numbers(sampling: Sampling, stopping: Stopping) -> None:
+    given = [*sampling.ListFields(), *stopping.ListFields()]
+    validation.check_ranges({field.name: value for field, value in given if field.name in validation.RANGES})
+
+
+async def _prompt_ids(request: inference_pb2.GenerateRequest, model: Model) -> Sequence[int]:
+    match request.WhichOneof("prompt"):
+        case "text":
+            if not request.text:
+                raise InvalidRequest("text must not be empty.", field="text")
+            return await model.tokenizer.encode_text(request.text)
+        case "token_ids":
+            ids = list(request.token_ids.ids)
+            validation.check_token_ids(ids, model, field="token_ids")
+            return ids
+        case "chat":
+            return await _encode_chat(request.chat, model)
+        case _:
+            raise InvalidRequest("prompt must be text, token_ids or chat.", field="prompt")
+
+
+async def _encode_chat(chat: inference_pb2.Chat, model: Model) -> list[int]:
+    if not chat.messages:
+        raise InvalidRequest("chat must have at least one message.", field="chat")
+    messages = [
+        validation.chat_message(message.role, message.content, f"chat.messages[{position}]")
+        for position, message in enumerate(chat.messages)
+    ]
+    return await model.tokenizer.encode_chat(messages)
+
+
+def _priority(priority: Priority.ValueType) -> Priority.ValueType:
+    if priority not in Priority.values():
+        raise InvalidRequest(f"priority must be one of the enum's values, but is {priority}.", field="priority")
+    return priority or Priority.PRIORITY_NORMAL
+
+
+def _delta_message(delta: Delta, request_id: str) -> inference_pb2.GenerateDelta:
+    return inference_pb2.GenerateDelta(
+        request_id=request_id,
+        choice=delta.choice,
+        seq=delta.seq,
+        text=delta.text,
+        text_offset=delta.text_offset,
+        token_ids=delta.token_ids,
+        finish_reason=delta.finish_reason,
+        usage=None if delta.usage is None else _usage_message(delta.usage),
+    )
+
+
+def _usage_message(usage: Usage) -> inference_pb2.Usage:
+    return inference_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        cached_prompt_tokens=usage.cached_prompt_tokens,
+    )
+
+
+def _model_card(model: Model) -> inference_pb2.ModelCard:
+    return inference_pb2.ModelCard(
+        name=model.name,
+        max_context_tokens=model.max_context_tokens,
+        vocabulary_size=model.vocabulary_size,
+        created_unix_s=model.created_unix_s,
+    )

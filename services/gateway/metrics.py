@@ -1,0 +1,98 @@
+"""All metrics of the gateway. Label values are bounded: model names come from the catalog, never from a caller."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKEN_GAP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 5.0)
+
+
+class Metrics:
+    """The gateway's metrics in one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "llm_requests",
+            "Requests ended, by outcome: success, error or cancelled.",
+            ("model", "status"),
+            registry=registry,
+        )
+        self.latency = Histogram(
+            "llm_latency_seconds",
+            "Seconds a finished request took: queue (to a worker), first_token, total.",
+            ("model", "phase"),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.tokens = Counter("llm_tokens_generated", "Output tokens delivered.", ("model",), registry=registry)
+        self.prompt_tokens = Counter(
+            "llm_prompt_tokens", "Prompt tokens of started requests.", ("model",), registry=registry
+        )
+        self.cached_prompt_tokens = Counter(
+            "llm_cached_prompt_tokens", "Prompt tokens whose KV was found.", ("model",), registry=registry
+        )
+        self.active = Gauge(
+            "llm_active_requests",
+            "Requests accepted and not ended, queued ones included.",
+            ("model",),
+            registry=registry,
+        )
+        self.time_to_first_token = Histogram(
+            "headrace_time_to_first_token_seconds",
+            "Seconds from a request's arrival to its first token.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "headrace_inter_token_latency_seconds",
+            "Seconds between two tokens of one choice.",
+            ("model",),
+            buckets=_TOKEN_GAP_SECONDS,
+            registry=registry,
+        )
+        self.queue_time = Histogram(
+            "headrace_queue_seconds",
+            "Seconds from a request's arrival to its first worker.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.resumes = Counter(
+            "headrace_resumes",
+            "Times a request was placed again, by reason: busy, draining, lost or failed.",
+            ("model", "reason"),
+            registry=registry,
+        )
+        self.http_requests = Counter(
+            "headrace_http_requests", "HTTP requests answered.", ("route", "status"), registry=registry
+        )
+        self._models: dict[str, ModelMetrics] = {}
+
+    def for_model(self, model: str) -> "ModelMetrics":
+        """The metrics of a model of the catalog."""
+        if model not in self._models:
+            self._models[model] = ModelMetrics(self, model)
+        return self._models[model]
+
+
+class ModelMetrics:
+    """The metrics of one model, bound once, so that the token path looks no label up."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self.succeeded = metrics.requests.labels(model, "success")
+        self.errored = metrics.requests.labels(model, "error")
+        self.cancelled = metrics.requests.labels(model, "cancelled")
+        self.total_latency = metrics.latency.labels(model, "total")
+        self.queue_latency = metrics.latency.labels(model, "queue")
+        self.first_token_latency = metrics.latency.labels(model, "first_token")
+        self.tokens = metrics.tokens.labels(model)
+        self.prompt_tokens = metrics.prompt_tokens.labels(model)
+        self.cached_prompt_tokens = metrics.cached_prompt_tokens.labels(model)
+        self.active = metrics.active.labels(model)
+        self.time_to_first_token = metrics.time_to_first_token.labels(model)
+        self.inter_token_latency = metrics.inter_token_latency.labels(model)
+        self.queue_time = metrics.queue_time.labels(model)
+        self.resumes = {
+            reason: metrics.resumes.labels(model, reason) for reason in ("busy", "draining", "lost", "failed")
+        }

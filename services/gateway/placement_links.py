@@ -1,0 +1,104 @@
+"""The Place stream to every scheduler: offers and catalogs come down, answers and placement requests go up."""
+
+import logging
+import random
+from collections.abc import Iterable
+
+import grpc.aio
+
+from headrace.v1.scheduler_pb2 import (
+    GatewayHello,
+    GatewayMessage,
+    Offer,
+    OfferAnswer,
+    PlacementRefusal,
+    PlacementRequest,
+    SchedulerMessage,
+)
+from headrace.v1.scheduler_pb2_grpc import SchedulerStub
+from services.common.channel import Outbox, ReplicaSessions
+from services.common.errors import Unavailable
+from services.gateway.active_request import ActiveRequests, ReceivedOffer
+from services.gateway.catalog import Catalog
+
+log = logging.getLogger(__name__)
+
+
+class PlacementLinks:
+    """Connections with all schedulers. A placement request that its scheduler cannot answer goes to another."""
+
+    def __init__(self, addresses: Iterable[str], hello: GatewayHello, active: ActiveRequests, catalog: Catalog) -> None:
+        self._sessions = ReplicaSessions("scheduler", addresses, self._talk)
+        self._hello = hello
+        self._active = active
+        self._catalog = catalog
+        self._outboxes: dict[str, Outbox[GatewayMessage]] = {}  # by scheduler; those that have said hello back
+        # Placement requests without an offer so far, by request id, with the scheduler that has each.
+        self._asked: dict[str, tuple[PlacementRequest, str | None]] = {}
+
+    @property
+    def connected(self) -> int:
+        return len(self._outboxes)
+
+    async def run(self) -> None:
+        """Keeps the connections until cancelled."""
+        await self._sessions.run()
+
+    def ask(self, request: PlacementRequest) -> None:
+        """Asks any connected scheduler to place a request again; if there is none, the next that connects."""
+        scheduler = random.choice(list(self._outboxes)) if self._outboxes else None
+        self._asked[request.job.request_id] = (request, scheduler)
+        if scheduler is not None:
+            self._outboxes[scheduler].put(GatewayMessage(placement_request=request))
+
+    def forget(self, request_id: str) -> None:
+        """Asks no more for this request: it is placed, or has ended."""
+        self._asked.pop(request_id, None)
+
+    async def _talk(self, scheduler: str, channel: grpc.aio.Channel) -> None:
+        outbox: Outbox[GatewayMessage] = Outbox()
+        outbox.put(GatewayMessage(hello=self._hello))
+        try:
+            async for message in SchedulerStub(channel).Place(outbox):
+                if scheduler not in self._outboxes:
+                    self._connected(scheduler, outbox)
+                self._receive(message, scheduler, outbox)
+        finally:
+            outbox.close()
+            self._disconnected(scheduler)
+
+    def _connected(self, scheduler: str, outbox: Outbox[GatewayMessage]) -> None:
+        log.info("scheduler %s: connected", scheduler)
+        self._outboxes[scheduler] = outbox
+        self._ask_again(None)
+
+    def _disconnected(self, scheduler: str) -> None:
+        if self._outboxes.pop(scheduler, None) is not None:
+            log.info("scheduler %s: disconnected", scheduler)
+            self._catalog.disconnected(scheduler)
+            self._ask_again(scheduler)
+
+    def _ask_again(self, scheduler: str | None) -> None:
+        for request, asked in list(self._asked.values()):
+            if asked == scheduler:
+                self.ask(request)
+
+    def _receive(self, message: SchedulerMessage, scheduler: str, outbox: Outbox[GatewayMessage]) -> None:
+        match message.WhichOneof("message"):
+            case "offer":
+                self._offered(message.offer, outbox)
+            case "catalog":
+                self._catalog.announce(scheduler, message.catalog)
+            case "refusal":
+                self._refused(message.refusal)
+
+    def _offered(self, offer: Offer, outbox: Outbox[GatewayMessage]) -> None:
+        received = ReceivedOffer(offer, lambda answer: outbox.put(GatewayMessage(answer=answer)))
+        if active := self._active.get(offer.request_id):
+            active.receive(received)
+        else:
+            received.answer(OfferAnswer.STATUS_GONE)
+
+    def _refused(self, refusal: PlacementRefusal) -> None:
+        if active := self._active.get(refusal.request_id):
+            active.refuse(refusal.attempt, Unavailable(refusal.reason))

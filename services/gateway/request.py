@@ -1,0 +1,63 @@
+"""What goes in and out of `generate`: a request that both fronts build alike, and the deltas that answer it."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from headrace.v1.sampling_pb2 import FinishReason, Priority, Sampling, Stopping
+from services.gateway.caller import Caller
+from services.gateway.catalog import Model
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt, validated against its model."""
+
+    caller: Caller
+    model: Model
+    prompt_ids: Sequence[int]
+    # `seed` is set; `max_tokens` is set and fits the context.
+    sampling: Sampling
+    stopping: Stopping
+    choices: int = 1
+    cache_salt: str = ""
+    priority: Priority.ValueType = Priority.PRIORITY_NORMAL
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a request; `completion_tokens` is summed over its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_prompt_tokens + other.cached_prompt_tokens,
+        )
+
+
+class Delta(msgspec.Struct):
+    """A piece of one choice."""
+
+    choice: int
+    # Position in its choice's stream, from 0.
+    seq: int
+    text: str
+    # Characters of this choice before `text`.
+    text_offset: int
+    # Tokens consumed, those whose text is still held back included.
+    token_ids: list[int]
+    # Set in the last delta of a choice.
+    finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
+    # Set in the last delta of the request.
+    usage: Usage | None = None
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    """Token ids as protocol messages carry them: 4 bytes each, little-endian."""
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)

@@ -1,0 +1,226 @@
+"""One Execute stream to each worker, shared by all requests: starts and cancels go up, every step's tokens come down.
+
+A step's message is dealt out to the feeds of its sequences. A stream that breaks, or falls silent, ends all its feeds
+as lost. Knows nothing of text or of placements.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+
+import grpc.aio
+
+from headrace.v1.sampling_pb2 import FinishReason
+from headrace.v1.worker_pb2 import Cancel, ExecuteCommand, ExecuteHello, SequenceEnded, Start, StartChoice, StepOutput
+from headrace.v1.worker_pb2_grpc import WorkerStub
+from services.common.channel import Outbox, cancel_and_wait, dial
+
+log = logging.getLogger(__name__)
+
+_WATCH_EVERY_S = 1.0
+
+
+class Outcome(StrEnum):
+    """How a sequence ended on its worker."""
+
+    FINISHED = "finished"
+    BUSY = "busy"
+    DRAINING = "draining"
+    FAILED = "failed"
+    LOST = "lost"
+
+
+_OUTCOMES = {
+    SequenceEnded.OUTCOME_FINISHED: Outcome.FINISHED,
+    SequenceEnded.OUTCOME_BUSY: Outcome.BUSY,
+    SequenceEnded.OUTCOME_DRAINING: Outcome.DRAINING,
+    SequenceEnded.OUTCOME_FAILED: Outcome.FAILED,
+}
+
+
+class SequenceFeed:
+    """What one sequence's worker has sent and its request has not read."""
+
+    __slots__ = (
+        "cached_prompt_tokens",
+        "error",
+        "finish_reason",
+        "handle",
+        "invalid_request",
+        "news",
+        "outcome",
+        "token_ids",
+    )
+
+    def __init__(self, handle: int, news: asyncio.Event) -> None:
+        self.handle = handle
+        # Set whenever something has come.
+        self.news = news
+        self.token_ids: list[int] = []
+        self.cached_prompt_tokens: int | None = None
+        # None while it runs.
+        self.outcome: Outcome | None = None
+        self.finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
+        self.error = ""
+        self.invalid_request = False
+
+    def take_tokens(self) -> list[int]:
+        token_ids, self.token_ids = self.token_ids, []
+        return token_ids
+
+    def end(self, outcome: Outcome, error: str = "") -> None:
+        self.outcome, self.error = outcome, error
+        self.news.set()
+
+
+class WorkerLink:
+    """The stream to one worker, while it lives."""
+
+    def __init__(self, address: str, hello: ExecuteHello) -> None:
+        self.address = address
+        self.outbox: Outbox[ExecuteCommand] = Outbox()
+        self.outbox.put(ExecuteCommand(hello=hello))
+        now = asyncio.get_running_loop().time()
+        self.heard_at = now
+        # When the worker's step counter last moved, or there was nothing for it to move for.
+        self.moved_at = now
+        self._step = 0
+        self._feeds: dict[int, SequenceFeed] = {}
+        self._last_handle = 0
+        self.broken = False
+
+    @property
+    def idle(self) -> bool:
+        return not self._feeds
+
+    def start(self, start: Start, choices: Iterable[tuple[int, bytes]], news: asyncio.Event) -> list[SequenceFeed]:
+        """Starts one sequence for each (choice index, delivered ids). Their feeds come in the same order."""
+        feeds = []
+        if self.idle:
+            self.moved_at = asyncio.get_running_loop().time()
+        for index, delivered_ids in choices:
+            self._last_handle += 1
+            feed = SequenceFeed(self._last_handle, news)
+            start.choices.append(StartChoice(handle=feed.handle, choice=index, delivered_ids=delivered_ids))
+            self._feeds[feed.handle] = feed
+            feeds.append(feed)
+        self.outbox.put(ExecuteCommand(start=start))
+        return feeds
+
+    def cancel(self, feeds: Iterable[SequenceFeed]) -> None:
+        """Stops those of the sequences that still run; nothing more comes into their feeds."""
+        handles = [feed.handle for feed in feeds if self._feeds.pop(feed.handle, None) is not None]
+        if handles and not self.broken:
+            self.outbox.put(ExecuteCommand(cancel=Cancel(handles=handles)))
+
+    def receive(self, output: StepOutput) -> None:
+        """Deals one step's output out."""
+        self.heard_at = asyncio.get_running_loop().time()
+        if output.step != self._step or self.idle:
+            self._step, self.moved_at = output.step, self.heard_at
+        feeds = self._feeds
+        for started in output.started:
+            if feed := feeds.get(started.handle):
+                feed.cached_prompt_tokens = started.cached_prompt_tokens
+        if output.token_counts:
+            self._receive_runs(output)
+        else:
+            for handle, token_id in zip(output.handles, output.token_ids, strict=True):
+                if feed := feeds.get(handle):
+                    feed.token_ids.append(token_id)
+                    feed.news.set()
+        for ended in output.ended:
+            if feed := feeds.pop(ended.handle, None):
+                _end(feed, ended)
+
+    def lose(self, reason: str) -> None:
+        """The stream is broken: all its sequences are lost."""
+        self.broken = True
+        self.outbox.close()
+        feeds, self._feeds = self._feeds, {}
+        for feed in feeds.values():
+            feed.end(Outcome.LOST, reason)
+
+    def _receive_runs(self, output: StepOutput) -> None:
+        begin = 0
+        token_ids: Sequence[int] = list(output.token_ids)
+        for handle, count in zip(output.handles, output.token_counts, strict=True):
+            if feed := self._feeds.get(handle):
+                feed.token_ids += token_ids[begin : begin + count]
+                feed.news.set()
+            begin += count
+
+
+class WorkerLinks:
+    """The links to all workers: opened when the catalog names a worker or a sequence is started on it."""
+
+    def __init__(self, hello: ExecuteHello, *, silence_s: float, stall_s: float) -> None:
+        self._hello = hello
+        self._silence_s = silence_s
+        self._stall_s = stall_s
+        self._links: dict[str, tuple[WorkerLink, asyncio.Task[None]]] = {}
+        self._wanted: frozenset[str] = frozenset()
+
+    def follow(self, addresses: frozenset[str]) -> None:
+        """Keeps links to these workers, and those to others only while they are in use."""
+        self._wanted = addresses
+        for address in addresses:
+            self.get(address)
+
+    def get(self, address: str) -> WorkerLink:
+        """The living link to a worker, opened now if there is none."""
+        if address in self._links:
+            return self._links[address][0]
+        link = WorkerLink(address, self._hello)
+        task = asyncio.create_task(self._keep(link), name=f"worker {address}")
+        self._links[address] = (link, task)
+        return link
+
+    async def run(self) -> None:
+        """Watches the links until cancelled, then closes them all."""
+        try:
+            while True:
+                await asyncio.sleep(_WATCH_EVERY_S)
+                self._watch(asyncio.get_running_loop().time())
+        finally:
+            await cancel_and_wait([task for _link, task in self._links.values()])
+
+    def _watch(self, now: float) -> None:
+        for link, task in list(self._links.values()):
+            silent = now - link.heard_at > self._silence_s
+            stalled = not link.idle and now - link.moved_at > self._stall_s
+            if silent or stalled:
+                log.warning("worker %s: %s", link.address, "no sign of life" if silent else "its engine stands still")
+            if silent or stalled or (link.idle and link.address not in self._wanted):
+                task.cancel()
+
+    async def _keep(self, link: WorkerLink) -> None:
+        """Reads the stream until it breaks or is given up."""
+        reason = "the stream to the worker was given up"
+        try:
+            async with dial(link.address) as channel:
+                async for output in WorkerStub(channel).Execute(link.outbox):
+                    link.receive(output)
+            reason = "the worker ended its stream"
+        except grpc.aio.AioRpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        except Exception:
+            log.exception("worker %s: the stream failed", link.address)
+            reason = "the stream to the worker failed"
+        finally:
+            log.info("worker %s: disconnected: %s", link.address, reason)
+            del self._links[link.address]
+            link.lose(reason)
+
+
+def _end(feed: SequenceFeed, ended: SequenceEnded) -> None:
+    outcome = _OUTCOMES.get(ended.outcome, Outcome.FAILED)
+    if outcome is not Outcome.FINISHED:
+        feed.invalid_request = ended.invalid_request
+        feed.end(outcome, ended.error)
+    elif ended.finish_reason in (FinishReason.FINISH_REASON_STOP, FinishReason.FINISH_REASON_LENGTH):
+        feed.finish_reason = ended.finish_reason
+        feed.end(outcome)
+    else:
+        feed.end(Outcome.FAILED, "the worker ended the sequence without a reason")

@@ -1,0 +1,318 @@
+"""A scheduler and workers that speak their streams over real gRPC and do as the test says; the queue is real."""
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc.aio
+
+from headrace.v1.job_pb2 import Job
+from headrace.v1.sampling_pb2 import FinishReason
+from headrace.v1.scheduler_pb2 import (
+    Catalog,
+    CatalogEntry,
+    GatewayMessage,
+    ModelInfo,
+    Offer,
+    OfferAnswer,
+    Placement,
+    PlacementRefusal,
+    PlacementRequest,
+    SchedulerMessage,
+)
+from headrace.v1.scheduler_pb2_grpc import SchedulerServicer, add_SchedulerServicer_to_server
+from headrace.v1.worker_pb2 import (
+    ExecuteCommand,
+    FileChunk,
+    GetTokenizerRequest,
+    SequenceEnded,
+    SequenceStarted,
+    Start,
+    StepOutput,
+)
+from headrace.v1.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
+from services.common.channel import Outbox, cancel_and_wait
+from services.common.errors import Unavailable
+from services.common.redis.keys import Owner
+from services.common.redis.queue import JobQueue
+from services.common.serve import GrpcServer, Registration
+from tests.services.gateway.tokenizers_for_tests import bundle, byte_level_tokenizer
+
+MODEL = "org/tiny"
+CONTEXT = 256
+BLOCK_SIZE = 4
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(slots=True)
+class Running:
+    """A sequence on a fake worker."""
+
+    handle: int
+    start: Start
+    choice: int
+    answer: list[int]
+    done: int
+    begun: bool = False
+
+
+@dataclass
+class FakeWorker(WorkerServicer):
+    """Answers every prompt with `reply(prompt ids, choice)`, one token a step, then its end-of-sequence token.
+
+    Fields say what goes wrong; each counts the steps of one stream.
+    """
+
+    id: str
+    reply: Callable[[list[int], int], list[int]]
+    files: dict[str, bytes] = field(default_factory=bundle)
+    # Refuse this many starts.
+    busy_starts: int = 0
+    # Break the stream, or end all sequences as draining, after this many steps with tokens.
+    break_after: int | None = None
+    drain_after: int | None = None
+    # Clear `go` after this many steps.
+    pause_after: int | None = None
+    error: SequenceEnded | None = None
+    tokens_per_step: int = 1
+    cached_prompt_tokens: int = 0
+    # Steps wait until this is set.
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+    starts: list[Start] = field(default_factory=list)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        self.go.set()
+        self._server = GrpcServer([Registration(add_WorkerServicer_to_server, self, "headrace.v1.Worker")])
+
+    async def serve(self) -> None:
+        self.address = f"127.0.0.1:{await self._server.start('127.0.0.1:0')}"
+
+    async def stop(self) -> None:
+        await self._server.stop(0)
+
+    async def GetTokenizer(self, request: GetTokenizerRequest, context: Context) -> AsyncIterator[FileChunk]:
+        for name, data in self.files.items():
+            half = len(data) // 2
+            yield FileChunk(name=name, data=data[:half])
+            yield FileChunk(name=name, data=data[half:])
+
+    async def Execute(self, commands: AsyncIterator[ExecuteCommand], context: Context) -> AsyncIterator[StepOutput]:
+        running: dict[int, Running] = {}
+        ended: list[SequenceEnded] = []
+        news = asyncio.Event()
+        reader = asyncio.create_task(self._read(commands, running, ended, news))
+        step = 0
+        try:
+            while True:
+                await news.wait()
+                await self.go.wait()
+                await asyncio.sleep(0)
+                if ended:
+                    yield StepOutput(step=step, ended=ended)
+                    ended.clear()
+                if not running:
+                    news.clear()
+                    continue
+                step += 1
+                yield self._step(step, running)
+                if step == self.pause_after:
+                    self.go.clear()
+                if self.break_after is not None and step >= self.break_after:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+                if self.drain_after is not None and step >= self.drain_after:
+                    outcome = SequenceEnded.OUTCOME_DRAINING
+                    yield StepOutput(ended=[SequenceEnded(handle=handle, outcome=outcome) for handle in running])
+                    running.clear()
+        finally:
+            await cancel_and_wait([reader])
+
+    async def _read(
+        self,
+        commands: AsyncIterator[ExecuteCommand],
+        running: dict[int, Running],
+        ended: list[SequenceEnded],
+        news: asyncio.Event,
+    ) -> None:
+        async for command in commands:
+            for handle in command.cancel.handles:
+                running.pop(handle, None)
+                self.cancelled.set()
+            if command.HasField("start"):
+                self._take(command.start, running, ended)
+                self.started.set()
+                news.set()
+
+    def _take(self, start: Start, running: dict[int, Running], ended: list[SequenceEnded]) -> None:
+        self.starts.append(start)
+        if self.busy_starts:
+            self.busy_starts -= 1
+            ended += [
+                SequenceEnded(handle=choice.handle, outcome=SequenceEnded.OUTCOME_BUSY) for choice in start.choices
+            ]
+            return
+        if self.error is not None:
+            for choice in start.choices:
+                failed = SequenceEnded(handle=choice.handle)
+                failed.MergeFrom(self.error)
+                ended.append(failed)
+            return
+        for choice in start.choices:
+            answer = self.reply(unpack(start.prompt_ids), choice.choice)
+            done = unpack(choice.delivered_ids)
+            assert done == answer[: len(done)], "the gateway has delivered what this answer begins with"
+            running[choice.handle] = Running(choice.handle, start, choice.choice, answer, len(done))
+
+    def _step(self, step: int, running: dict[int, Running]) -> StepOutput:
+        output = StepOutput(step=step)
+        eos = byte_level_tokenizer().token_to_id("<|im_end|>")
+        counts = []
+        for sequence in list(running.values()):
+            stopping = sequence.start.stopping
+            limit = min(sequence.done + self.tokens_per_step, stopping.max_tokens)
+            tokens = [*sequence.answer, eos][sequence.done : limit]
+            sequence.done += len(tokens)
+            output.handles.append(sequence.handle)
+            output.token_ids.extend(tokens)
+            counts.append(len(tokens))
+            if not sequence.begun:
+                sequence.begun = True
+                output.started.append(
+                    SequenceStarted(handle=sequence.handle, cached_prompt_tokens=self.cached_prompt_tokens)
+                )
+            if eos in tokens or sequence.done >= stopping.max_tokens:
+                stop, length = FinishReason.FINISH_REASON_STOP, FinishReason.FINISH_REASON_LENGTH
+                output.ended.append(
+                    SequenceEnded(
+                        handle=sequence.handle,
+                        outcome=SequenceEnded.OUTCOME_FINISHED,
+                        finish_reason=stop if eos in tokens else length,
+                    )
+                )
+                del running[sequence.handle]
+        if self.tokens_per_step != 1:
+            output.token_counts.extend(counts)
+        return output
+
+
+class FakeScheduler(SchedulerServicer):
+    """Pops jobs from the real queue as they come and offers them to workers in turn."""
+
+    def __init__(self, redis_url: str, workers: list[FakeWorker]) -> None:
+        self.workers = workers
+        self.answers: list[OfferAnswer] = []
+        self.requests: list[PlacementRequest] = []
+        self.jobs: list[Job] = []
+        # Offers wait until this is set.
+        self.go = asyncio.Event()
+        self.go.set()
+        self.refuse: str | None = None
+        self.popped = asyncio.Event()
+        self.queue = JobQueue(redis_url, Owner("scheduler", "s", "1"))
+        self.outboxes: list[Outbox[SchedulerMessage]] = []
+        self._turn = 0
+        self._popping: asyncio.Task[None] | None = None
+        self._server = GrpcServer([Registration(add_SchedulerServicer_to_server, self, "headrace.v1.Scheduler")])
+        self.address = ""
+
+    async def serve(self, port: int = 0) -> None:
+        self.address = f"127.0.0.1:{await self._server.start(f'127.0.0.1:{port}')}"
+        self._popping = asyncio.create_task(self._pop())
+
+    async def stop(self) -> None:
+        for outbox in self.outboxes:
+            outbox.close()
+        if self._popping is not None:
+            await cancel_and_wait([self._popping])
+        await self._server.stop(0)
+        await self.queue.close()
+
+    async def Place(self, messages: AsyncIterator[GatewayMessage], context: Context) -> AsyncIterator[SchedulerMessage]:
+        outbox: Outbox[SchedulerMessage] = Outbox()
+        outbox.put(SchedulerMessage(catalog=self.catalog()))
+        self.outboxes.append(outbox)
+        reader = asyncio.create_task(self._read(messages, outbox))
+        try:
+            async for message in outbox:
+                yield message
+        finally:
+            self.outboxes.remove(outbox)
+            await cancel_and_wait([reader])
+
+    def catalog(self) -> Catalog:
+        info = ModelInfo(
+            name=MODEL,
+            max_context_tokens=CONTEXT,
+            vocabulary_size=byte_level_tokenizer().get_vocab_size(),
+            block_size=BLOCK_SIZE,
+            tokenizer_hash="t",
+        )
+        addresses = [worker.address for worker in self.workers]
+        return Catalog(entries=[CatalogEntry(model=info, worker_addresses=addresses)] if addresses else [])
+
+    def announce(self) -> None:
+        for outbox in self.outboxes:
+            outbox.put(SchedulerMessage(catalog=self.catalog()))
+
+    def offer(self, request_id: str, attempt: int, entry_id: str, worker: FakeWorker) -> None:
+        placement = Placement(worker_id=worker.id, worker_address=worker.address, scheduler_id="s")
+        offer = Offer(request_id=request_id, attempt=attempt, queue_entry_id=entry_id, placement=placement)
+        for outbox in self.outboxes:
+            outbox.put(SchedulerMessage(offer=offer))
+
+    async def _pop(self) -> None:
+        while True:
+            try:
+                await self.queue.wait_for_jobs(MODEL, 1.0)
+                await self._offer_popped()
+            except Unavailable:
+                await asyncio.sleep(0.05)
+
+    async def _offer_popped(self) -> None:
+        for queued in await self.queue.pop(MODEL, 100):
+            self.jobs.append(queued.job)
+            self.popped.set()
+            await self.go.wait()
+            worker = self.workers[self._turn % len(self.workers)]
+            self._turn += 1
+            self.offer(queued.job.request_id, 1, queued.entry_id, worker)
+
+    async def _read(self, messages: AsyncIterator[GatewayMessage], outbox: Outbox[SchedulerMessage]) -> None:
+        async for message in messages:
+            if message.HasField("answer"):
+                self.answers.append(message.answer)
+            elif message.HasField("placement_request"):
+                self._place_again(message.placement_request, outbox)
+
+    def _place_again(self, request: PlacementRequest, outbox: Outbox[SchedulerMessage]) -> None:
+        self.requests.append(request)
+        if self.refuse is not None:
+            refusal = PlacementRefusal(request_id=request.job.request_id, attempt=request.attempt, reason=self.refuse)
+            outbox.put(SchedulerMessage(refusal=refusal))
+            return
+        others = [worker for worker in self.workers if worker.id != request.tried_worker_id] or self.workers
+        self.offer(request.job.request_id, request.attempt, request.queue_entry_id, others[0])
+
+
+def unpack(packed: bytes) -> list[int]:
+    return list(struct.unpack(f"<{len(packed) // 4}I", packed))
+
+
+def says(text: str) -> Callable[[list[int], int], list[int]]:
+    """A reply that is always this text."""
+    token_ids = byte_level_tokenizer().encode(text).ids
+    return lambda _prompt, _choice: token_ids
+
+
+@contextlib.asynccontextmanager
+async def running_worker(worker: FakeWorker) -> AsyncIterator[FakeWorker]:
+    await worker.serve()
+    try:
+        yield worker
+    finally:
+        await worker.stop()

@@ -1,0 +1,81 @@
+import asyncio
+
+import pytest
+
+from headrace.v1.scheduler_pb2 import Catalog as CatalogMessage
+from headrace.v1.scheduler_pb2 import CatalogEntry, ModelInfo
+from services.common.errors import Unavailable
+from services.gateway.catalog import Catalog
+from services.gateway.errors import ModelNotFound
+from tests.services.gateway.fakes import FakeWorker, running_worker, says
+from tests.services.gateway.stack import eventually
+
+
+def announcing(**workers: str) -> CatalogMessage:
+    """A catalog that gives each model one worker."""
+    infos = {
+        name: ModelInfo(name=name, max_context_tokens=8, vocabulary_size=9, tokenizer_hash="t") for name in workers
+    }
+    return CatalogMessage(
+        entries=[CatalogEntry(model=infos[name], worker_addresses=[address]) for name, address in workers.items()]
+    )
+
+
+async def usable(catalog: Catalog, *names: str) -> None:
+    async def all_there() -> bool:
+        return [model.name for model in catalog.usable()] == sorted(names)
+
+    await eventually(all_there)
+
+
+async def test_a_model_is_usable_once_its_tokenizer_is_there() -> None:
+    told: list[frozenset[str]] = []
+    catalog = Catalog(memory_s=60, on_workers=told.append)
+    async with running_worker(FakeWorker("w", says("x"))) as worker:
+        with pytest.raises(Unavailable):
+            catalog.get("m")
+        catalog.announce("s1", announcing(m=worker.address))
+        assert told[-1] == {worker.address}
+        with pytest.raises(Unavailable):
+            catalog.get("m")
+        running = asyncio.create_task(catalog.run())
+        await usable(catalog, "m")
+        assert catalog.get("m").max_context_tokens == 8
+        with pytest.raises(ModelNotFound):
+            catalog.get("other")
+        running.cancel()
+
+
+async def test_a_worker_that_cannot_be_reached_is_asked_again() -> None:
+    catalog = Catalog(memory_s=60, on_workers=lambda _: None)
+    catalog.announce("s1", announcing(m="127.0.0.1:1"))
+    running = asyncio.create_task(catalog.run())
+    async with running_worker(FakeWorker("w", says("x"))) as worker:
+        catalog.announce("s2", announcing(m=worker.address))
+        await usable(catalog, "m")
+    running.cancel()
+
+
+async def test_schedulers_add_up_and_the_last_ones_word_counts_on() -> None:
+    told: list[frozenset[str]] = []
+    catalog = Catalog(memory_s=60, on_workers=told.append)
+    catalog.announce("s1", announcing(a="w1"))
+    catalog.announce("s2", announcing(b="w2"))
+    assert told[-1] == {"w1", "w2"}
+    catalog.disconnected("s1")
+    assert told[-1] == {"w2"}
+    catalog.disconnected("s2")
+    assert told[-1] == {"w2"}
+    catalog.announce("s1", announcing(a="w1"))
+    assert told[-1] == {"w1"}
+
+
+async def test_a_model_without_workers_is_forgotten_after_a_while() -> None:
+    catalog = Catalog(memory_s=0, on_workers=lambda _: None)
+    async with running_worker(FakeWorker("w", says("x"))) as worker:
+        catalog.announce("s1", announcing(m=worker.address))
+        running = asyncio.create_task(catalog.run())
+        await usable(catalog, "m")
+        catalog.announce("s1", announcing())
+        await usable(catalog)
+        running.cancel()

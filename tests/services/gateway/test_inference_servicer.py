@@ -1,0 +1,156 @@
+"""The public gRPC service, by a real client."""
+
+import asyncio
+import math
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from headrace.v1 import inference_pb2
+from headrace.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds, TokenizeRequest
+from headrace.v1.sampling_pb2 import FinishReason, Sampling, Stopping
+from services.common.channel import dial
+from tests.services.gateway.fakes import BLOCK_SIZE, CONTEXT, MODEL, unpack
+from tests.services.gateway.stack import TEXT, Stack, eventually
+from tests.services.gateway.tokenizers_for_tests import byte_level_tokenizer
+
+IDS = byte_level_tokenizer().encode(TEXT).ids
+VOCABULARY = byte_level_tokenizer().get_vocab_size()
+
+BAD: list[tuple[GenerateRequest, grpc.StatusCode, str]] = [
+    (GenerateRequest(model=MODEL), grpc.StatusCode.INVALID_ARGUMENT, "prompt"),
+    (GenerateRequest(model=MODEL, text=""), grpc.StatusCode.INVALID_ARGUMENT, "text"),
+    (GenerateRequest(model=MODEL, token_ids=TokenIds()), grpc.StatusCode.INVALID_ARGUMENT, "token_ids"),
+    (GenerateRequest(model=MODEL, token_ids=TokenIds(ids=[VOCABULARY])), grpc.StatusCode.INVALID_ARGUMENT, "token_ids"),
+    (GenerateRequest(model=MODEL, token_ids=TokenIds(ids=[1] * CONTEXT)), grpc.StatusCode.INVALID_ARGUMENT, "context"),
+    (GenerateRequest(model=MODEL, chat=Chat()), grpc.StatusCode.INVALID_ARGUMENT, "chat"),
+    (
+        GenerateRequest(model=MODEL, chat=Chat(messages=[ChatMessage(role="wizard")])),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "wizard",
+    ),
+    (
+        GenerateRequest(model=MODEL, text="x", sampling=Sampling(temperature=math.nan)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "temperature",
+    ),
+    (
+        GenerateRequest(model=MODEL, text="x", sampling=Sampling(top_p=math.inf)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "top_p",
+    ),
+    (GenerateRequest(model=MODEL, text="x", n=0), grpc.StatusCode.INVALID_ARGUMENT, "n must"),
+    (
+        GenerateRequest(model=MODEL, text="x", stopping=Stopping(max_tokens=0)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "max_tokens",
+    ),
+    (
+        GenerateRequest(model=MODEL, text="x", stopping=Stopping(max_tokens=-1)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "max_tokens",
+    ),
+    (
+        GenerateRequest(model=MODEL, text="x", stopping=Stopping(max_tokens=10**9)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "max_tokens",
+    ),
+    (GenerateRequest(model=MODEL, text="x", priority=9), grpc.StatusCode.INVALID_ARGUMENT, "priority"),  # type: ignore[arg-type]
+    (GenerateRequest(model="gpt-9", text="x"), grpc.StatusCode.NOT_FOUND, "gpt-9"),
+]
+
+
+async def test_deltas_make_up_the_text(stack: Stack) -> None:
+    call = stack.inference.Generate(
+        GenerateRequest(model=MODEL, text="hello world"), metadata=(("x-request-id", "r1"),)
+    )
+    deltas = [delta async for delta in call]
+    initial: Any = await call.initial_metadata()
+    assert ("x-request-id", "r1") in list(initial)
+    text = ""
+    for seq, delta in enumerate(deltas):
+        assert (delta.request_id, delta.seq, delta.text_offset) == ("r1", seq, len(text))
+        text += delta.text
+    assert text == TEXT
+    eos = byte_level_tokenizer().token_to_id("<|im_end|>")
+    assert [token_id for delta in deltas for token_id in delta.token_ids] == [*IDS, eos]
+    assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.FINISH_REASON_STOP]
+    assert deltas[-1].usage.completion_tokens == len(IDS) + 1
+    assert not any(delta.HasField("usage") for delta in deltas[:-1])
+
+
+async def test_token_ids_and_chats_are_prompts_too(stack: Stack) -> None:
+    async for _ in stack.inference.Generate(GenerateRequest(model=MODEL, token_ids=TokenIds(ids=[5, 6, 7, 8]))):
+        pass
+    assert unpack(stack.workers[0].starts[0].prompt_ids) == [5, 6, 7, 8]
+    assert len(stack.scheduler.jobs[0].block_hashes) == 16 * (4 // BLOCK_SIZE)
+    chat = Chat(messages=[ChatMessage(role="user", content="hi")])
+    async for _ in stack.inference.Generate(GenerateRequest(model=MODEL, chat=chat, n=2)):
+        pass
+    tokenized = await stack.inference.Tokenize(TokenizeRequest(model=MODEL, chat=chat))
+    assert unpack(stack.workers[0].starts[1].prompt_ids) == list(tokenized.token_ids)
+
+
+async def test_bad_requests(stack: Stack) -> None:
+    for request, code, needle in BAD:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async for _ in stack.inference.Generate(request):
+                pass
+        assert raised.value.code() == code, request
+        assert needle in (raised.value.details() or ""), (request, raised.value.details())
+    assert not stack.scheduler.jobs
+
+
+async def test_models_and_tokens(stack: Stack) -> None:
+    models = (await stack.inference.ListModels(inference_pb2.ListModelsRequest())).models
+    assert [(model.name, model.max_context_tokens, model.vocabulary_size) for model in models] == [
+        (MODEL, CONTEXT, VOCABULARY)
+    ]
+    tokens = await stack.inference.Tokenize(TokenizeRequest(model=MODEL, text="hello world"))
+    assert list(tokens.token_ids) == byte_level_tokenizer().encode("hello world").ids
+
+
+async def test_a_cancelled_call_cancels_the_sequence(stack: Stack) -> None:
+    worker = stack.workers[0]
+    worker.go.clear()
+    call = stack.inference.Generate(GenerateRequest(model=MODEL, text="hello"))
+    reading = asyncio.create_task(anext(aiter(call)))  # type: ignore[arg-type]
+    await worker.started.wait()
+    call.cancel()
+    await worker.cancelled.wait()
+    await stack.settled()
+    await asyncio.gather(reading, return_exceptions=True)
+    worker.go.set()
+
+
+async def test_a_call_cancelled_between_deltas_frees_everything(stack: Stack) -> None:
+    stack.workers[0].reply = lambda _prompt, _choice: IDS * 100
+    call = stack.inference.Generate(GenerateRequest(model=MODEL, text="hello"))
+    await anext(aiter(call))
+    call.cancel()
+    await stack.settled()
+    assert stack.sample("llm_active_requests", model=MODEL) == 0
+
+
+async def test_the_deadline_bounds_the_wait_in_the_queue(stack: Stack) -> None:
+    stack.scheduler.go.clear()
+    for options in ({"timeout": 0.2}, {"metadata": (("x-request-timeout-ms", "50"),)}):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await anext(aiter(stack.inference.Generate(GenerateRequest(model=MODEL, text="x"), **options)))  # type: ignore[arg-type]
+        assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    await stack.settled()
+    stack.scheduler.go.set()
+
+
+async def test_health_follows_readiness(stack: Stack) -> None:
+    async with dial(stack.grpc_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="headrace.v1.Inference")
+
+        async def serving() -> bool:
+            return (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+
+        await eventually(serving)
