@@ -16,7 +16,6 @@ logged with the request id and answered INTERNAL without details.
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
 from typing import Any, ClassVar, TypeAlias
 
 import grpc
@@ -139,9 +138,8 @@ def _guard_stream(call: Any, method: str) -> Any:
 
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async with aclosing(call(request, context)) as messages:
-                async for message in messages:
-                    yield message
+            async for message in call(request, context):
+                yield message
         except HeadraceError as error:
             await context.abort(error.code, error.message)
         except Exception as error:  # noqa: BLE001 - here unexpected errors end: logged, answered INTERNAL

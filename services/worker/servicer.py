@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Mapping
 import grpc.aio
 
 from headrace.v1 import cache_pb2, worker_pb2, worker_pb2_grpc
-from services.common.channel import cancel_and_wait
 from services.common.errors import InvalidRequest, NotFound, Unimplemented
 from services.worker.executions import Execution, Executions
 
@@ -35,7 +34,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 reader.result()  # raises what was wrong with the commands
         finally:
             self._executions.close(execution)
-            await cancel_and_wait([reader])
+            # Not awaited: CPython 3.11 crashes when a second cancellation meets a nested async generator that awaits here.
+            reader.cancel()
 
     async def _follow(self, execution: Execution, commands: Commands) -> None:
         """Carries out a gateway's commands until it ends its side."""

@@ -1,0 +1,165 @@
+"""A connection to Redis that pipelines by itself, knows scripts, and tells what is passing from what is a bug.
+
+Knows nothing of queues. Commands of concurrent callers that wait at the same moment travel together in one pipeline,
+which costs each a fraction of a round trip of its own.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ClusterDownError,
+    ConnectionError,
+    MasterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+    TryAgainError,
+)
+
+from services.common.errors import HeadraceError, Unavailable
+from services.common.redis.scripts import Script
+
+CONNECT_TIMEOUT_S = 2.0
+# A Redis that is stopped or cut off keeps its connections open: this long, and the caller is told.
+ANSWER_TIMEOUT_S = 3.0
+LONGEST_BLOCK_S = 10.0
+_PIPELINE_LENGTH = 256
+_OLDEST_VERSION = (6, 2)
+# What says "not now". redis-py has classes for some replies; others, and those within a script's error, are text.
+_PASSING_ERRORS = (
+    ConnectionError,
+    TimeoutError,
+    OSError,
+    ReadOnlyError,
+    OutOfMemoryError,
+    ClusterDownError,
+    MasterDownError,
+    TryAgainError,
+)
+_PASSING_REPLIES = ("-READONLY", "-OOM", "MISCONF", "NOREPLICAS", "MASTERDOWN", "BUSY ")
+
+Argument = str | bytes | int
+
+
+class UnfitRedis(HeadraceError):
+    """This Redis could lose accepted requests, so a service does not start on it."""
+
+
+class RedisClient:
+    """Commands and scripts on one Redis; every method raises Unavailable when it does not answer."""
+
+    def __init__(self, url: str) -> None:
+        self._redis = _connect(url, ANSWER_TIMEOUT_S)
+        self._blocking = _connect(url, LONGEST_BLOCK_S + ANSWER_TIMEOUT_S)
+        self._pending: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = []
+        self._sender: asyncio.Task[None] | None = None
+        self._blocked: set[asyncio.Future[Any]] = set()
+
+    async def command(self, *command: Argument) -> Any:
+        """Sends one command and returns its reply, as redis-py's RESP2 parser leaves it."""
+        loop = asyncio.get_running_loop()
+        reply: asyncio.Future[Any] = loop.create_future()
+        self._pending.append((command, reply))
+        if self._sender is None:
+            self._sender = loop.create_task(self._send_pending(), name="redis pipeline")
+        return await reply
+
+    async def script(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+        """Runs a script by its hash; sends its text when Redis does not know it (first use, or a restart)."""
+        try:
+            return await self.command("EVALSHA", script.sha, len(keys), *keys, *arguments)
+        except NoScriptError:
+            return await self.command("EVAL", script.text, len(keys), *keys, *arguments)
+
+    async def blocking_command(self, *command: Argument) -> Any:
+        """Sends a command that Redis answers after LONGEST_BLOCK_S at the latest, beside the pipeline."""
+        # A task of its own that is never cancelled: redis-py writes within asyncio.wait_for, which in Python 3.11 loses
+        # a cancellation that comes as the write ends. A caller that is cancelled leaves the command to run out.
+        call = asyncio.ensure_future(self._blocking.execute_command(*command))  # type: ignore[no-untyped-call]
+        self._blocked.add(call)
+        call.add_done_callback(self._unblocked)
+        try:
+            return await asyncio.shield(call)
+        except (RedisError, OSError) as error:
+            raise _translate(error) from error
+
+    async def check(self, *, allow_volatile: bool) -> None:
+        """Raises UnfitRedis unless this Redis keeps what it accepted."""
+        info: dict[str, Any] = await self.command("INFO")
+        version = str(info["redis_version"])
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_VERSION:
+            raise UnfitRedis(f"Redis {version} is too old: Headrace needs 6.2 or newer.")
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise UnfitRedis(
+                f"Redis may evict queued requests: its maxmemory-policy is {policy}, and Headrace needs noeviction."
+            )
+        if not info.get("aof_enabled") and not allow_volatile:
+            raise UnfitRedis("Redis would forget queued requests in a restart: start it with --appendonly yes.")
+
+    async def close(self) -> None:
+        """Sends what waits and hangs up."""
+        if self._sender is not None:
+            await self._sender
+        await self._redis.aclose()
+        await self._blocking.aclose()  # ends what is blocked, too
+        if self._blocked:
+            await asyncio.wait(self._blocked)
+
+    def _unblocked(self, call: asyncio.Future[Any]) -> None:
+        self._blocked.discard(call)
+        if not call.cancelled():
+            call.exception()  # its caller may be gone: an error that nobody looks at is no news
+
+    async def _send_pending(self) -> None:
+        """Sends what waits, one pipeline after the other; what arrives meanwhile makes up the next."""
+        try:
+            while self._pending:
+                batch, self._pending = self._pending[:_PIPELINE_LENGTH], self._pending[_PIPELINE_LENGTH:]
+                await self._send(batch)
+        finally:
+            self._sender = None
+
+    async def _send(self, batch: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]]) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        for command, _ in batch:
+            pipeline.execute_command(*command)
+        try:
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        except (RedisError, OSError) as error:
+            replies = [error] * len(batch)
+        for (_, waiting), reply in zip(batch, replies, strict=True):
+            if waiting.done():
+                continue
+            if isinstance(reply, Exception):
+                waiting.set_exception(_translate(reply))
+            else:
+                waiting.set_result(reply)
+
+
+def _connect(url: str, answer_timeout_s: float) -> Redis:
+    return Redis.from_url(
+        url,
+        protocol=2,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=answer_timeout_s,
+        # An XADD sent twice is a job queued twice: whoever calls decides what is tried again.
+        retry=Retry(NoBackoff(), 0),
+    )
+
+
+def _translate(error: Exception) -> Exception:
+    """Unavailable for what passes; anything else is a bug of ours and stays as it is."""
+    if isinstance(error, _PASSING_ERRORS):
+        return Unavailable(f"Redis does not answer: {error}.")
+    if isinstance(error, ResponseError) and any(reply in str(error) for reply in _PASSING_REPLIES):
+        return Unavailable(f"Redis cannot serve now: {error}.")
+    return error

@@ -1,0 +1,60 @@
+"""Names of everything Headrace keeps in Redis for its queue.
+
+key                                      type     meaning
+headrace:queue:{MODEL}:PRIORITY          stream   a model's jobs of one priority (high, normal, low), oldest first.
+                                                  An entry stays from acceptance to the request's last event.
+                                                  Field `job`: a serialized `headrace.v1.Job`. Never trimmed.
+    its group `schedulers`               group    entries handed out; the pending-entries list says who owns each:
+    consumer s:ID:INCARNATION                     a scheduler, from pop to the gateway's acceptance
+    consumer g:ID:INCARNATION                     a gateway, which runs the job
+headrace:gateway:ID:INCARNATION          string   "1", expires (PX): this gateway is alive
+
+An owner's lease on an entry is the entry's idle time in the pending-entries list: whoever renews sets it to 0.
+The braces are a hash tag: all streams of one model are in one slot of a Redis Cluster, so that a script may use them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import quote
+
+from headrace.v1 import sampling_pb2
+
+GROUP = "schedulers"
+JOB_FIELD = "job"
+
+PRIORITIES = (sampling_pb2.PRIORITY_HIGH, sampling_pb2.PRIORITY_NORMAL, sampling_pb2.PRIORITY_LOW)
+"""Highest first; a smaller number is served before a larger one."""
+
+_PRIORITY_NAMES = dict(zip(PRIORITIES, ("high", "normal", "low"), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process that owns queue entries: `gateway` or `scheduler`, its id and its incarnation."""
+
+    kind: Literal["gateway", "scheduler"]
+    id: str
+    incarnation: str
+
+    @property
+    def consumer(self) -> str:
+        return f"{self.kind[0]}:{self.id}:{self.incarnation}"
+
+
+def known_priority(priority: int) -> "sampling_pb2.Priority.ValueType":
+    """The priority as the queue has it: what is unspecified or unknown is normal."""
+    return next((known for known in PRIORITIES if known == priority), sampling_pb2.PRIORITY_NORMAL)
+
+
+def queue_stream(model: str, priority: int) -> str:
+    """The stream of a model's jobs of one priority. Braces in a model's name must not cut the hash tag short."""
+    return f"headrace:queue:{{{quote(model, safe='/:@+')}}}:{_PRIORITY_NAMES[known_priority(priority)]}"
+
+
+def queue_streams(model: str) -> list[str]:
+    """A model's streams, the highest priority first."""
+    return [queue_stream(model, priority) for priority in PRIORITIES]
+
+
+def gateway_heartbeat(gateway_id: str, incarnation: str) -> str:
+    return f"headrace:gateway:{gateway_id}:{incarnation}"

@@ -1,0 +1,228 @@
+"""The request queue: jobs wait here until a scheduler has a worker for them, and stay until their last event.
+
+One stream per model and priority; the consumer group's pending-entries list says who owns an entry, and an entry's
+idle time is its owner's lease. A gateway enqueues, takes over what it was offered, renews and acknowledges. A scheduler
+pops, and reclaims what owners left behind. Knows nothing of workers or placements.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from headrace.v1.job_pb2 import Job
+from services.common.redis import scripts
+from services.common.redis.client import LONGEST_BLOCK_S, Argument, RedisClient
+from services.common.redis.keys import (
+    GROUP,
+    JOB_FIELD,
+    PRIORITIES,
+    Owner,
+    gateway_heartbeat,
+    known_priority,
+    queue_stream,
+    queue_streams,
+)
+from services.common.redis.scripts import Script
+
+LEASE_S = 5.0
+"""How long an owner may stay silent before its entries are somebody else's; also how long a gateway's heartbeat lasts.
+Owners renew about once a second, so that a lease survives a few lost renewals."""
+
+# A live gateway renews all it runs. An entry that it does not renew for this many leases is one it does not know of
+# (the answer to its take-over was lost): it is offered again, and the gateway says what it makes of it.
+_FORGOTTEN_LEASES = 3
+_RECLAIM_PAGE = 128
+_RECLAIM_LIMIT = 1024
+_RELEASED_IDLE_MS = 24 * 3600 * 1000
+_FORGET_CONSUMER_MS = 3600 * 1000
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """A job and its entry. `entry_id`, as `MILLISECONDS-COUNTER`, is unique within one model and priority."""
+
+    entry_id: str
+    job: Job
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Sorts jobs of a model as they are to be served: by priority, then by age."""
+        milliseconds, counter = self.entry_id.split("-")
+        return known_priority(self.job.priority), int(milliseconds), int(counter)
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedJob:
+    """An entry that was removed because its gateway is lost."""
+
+    entry_id: str
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class _Expired:
+    """An entry whose owner's lease ran out."""
+
+    entry_id: str
+    owner: str
+    idle_ms: int
+    job: Job
+
+    @property
+    def heartbeat(self) -> str:
+        return gateway_heartbeat(self.job.gateway_id, self.job.gateway_incarnation)
+
+
+class JobQueue:
+    """The queue as one gateway or one scheduler uses it. All raise Unavailable when Redis does not answer."""
+
+    def __init__(self, redis_url: str, owner: Owner, *, lease_s: float = LEASE_S) -> None:
+        self._redis = RedisClient(redis_url)
+        self._owner = owner
+        self._lease_ms = int(lease_s * 1000)
+        self._handed_out: dict[str, str] = {}  # stream -> id of the last entry handed out when it was last popped
+
+    async def check(self, *, allow_volatile: bool = False) -> None:
+        """Raises UnfitRedis for a Redis without AOF (unless `allow_volatile`), that evicts, or older than 6.2."""
+        await self._redis.check(allow_volatile=allow_volatile)
+
+    # --- the gateway's side
+
+    async def enqueue(self, job: Job) -> str:
+        """Adds a job and returns its entry id. When this raises, the job may have been added nonetheless: an offer that
+        the gateway then answers `gone` ends it. A gateway renews once before it enqueues its first job: without a
+        heartbeat it counts as lost.
+        """
+        entry_id: bytes = await self._redis.command(
+            "XADD", queue_stream(job.model, job.priority), "*", JOB_FIELD, job.SerializeToString()
+        )
+        return entry_id.decode()
+
+    async def take_over(self, job: Job, entry_id: str) -> bool:
+        """Makes this gateway the owner of an entry it was offered. False: it is gone or another gateway's."""
+        return not await self._claim(queue_stream(job.model, job.priority), [entry_id])
+
+    async def renew(self, entries: Iterable[tuple[Job, str]]) -> list[tuple[Job, str]]:
+        """Renews the leases of this owner's entries, and a gateway's heartbeat; returns the entries it has lost.
+
+        A gateway gets back an entry that a scheduler has picked up meanwhile.
+        """
+        by_stream: dict[str, list[tuple[Job, str]]] = defaultdict(list)
+        for job, entry_id in entries:
+            by_stream[queue_stream(job.model, job.priority)].append((job, entry_id))
+        claims = [self._claim(stream, [entry_id for _, entry_id in own]) for stream, own in by_stream.items()]
+        lost, _ = await asyncio.gather(asyncio.gather(*claims), self._beat())
+        return [
+            (job, entry_id)
+            for own, lost_ids in zip(by_stream.values(), lost, strict=True)
+            for job, entry_id in own
+            if entry_id in lost_ids
+        ]
+
+    async def acknowledge(self, job: Job, entry_id: str) -> None:
+        """Ends an entry: after the job's last event, or to withdraw it while it waits. Does nothing the second time."""
+        arguments = (GROUP, self._owner.consumer, entry_id)
+        await self._redis.script(scripts.ACKNOWLEDGE, [queue_stream(job.model, job.priority)], arguments)
+
+    # --- the scheduler's side
+
+    async def pop(self, model: str, count: int) -> list[QueuedJob]:
+        """Takes up to `count` waiting jobs, best rank first. Fewer than `count`: no more were waiting."""
+        streams = queue_streams(model)
+        popped: list[QueuedJob] = []
+        taken = await self._redis.script(scripts.POP, streams, (GROUP, self._owner.consumer, count))
+        for stream, (handed_out, entries) in zip(streams, taken, strict=True):
+            if handed_out:
+                self._handed_out[stream] = handed_out.decode()
+            popped += [QueuedJob(entry_id.decode(), Job.FromString(fields[1])) for entry_id, fields in entries]
+        return popped
+
+    async def wait_for_jobs(self, model: str, timeout_s: float) -> None:
+        """Returns as soon as there may be jobs that `pop` has not seen, or after `timeout_s` seconds."""
+        streams = queue_streams(model)
+        after = [self._handed_out.get(stream, "0") for stream in streams]
+        block_ms = int(min(timeout_s, LONGEST_BLOCK_S) * 1000)
+        await self._redis.blocking_command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *streams, *after)
+
+    async def remove(self, job: Job, entry_id: str) -> None:
+        """Ends an entry that this scheduler owns, because its gateway no longer wants it."""
+        await self.acknowledge(job, entry_id)
+
+    async def release(self, jobs: Iterable[QueuedJob]) -> None:
+        """Gives up this scheduler's leases, so that any scheduler can reclaim the jobs at once."""
+        by_stream: dict[str, list[str]] = defaultdict(list)
+        for queued in jobs:
+            by_stream[queue_stream(queued.job.model, queued.job.priority)].append(queued.entry_id)
+        for stream, entry_ids in by_stream.items():
+            arguments: list[Argument] = [GROUP, self._owner.consumer, _RELEASED_IDLE_MS, *entry_ids]
+            await self._redis.script(scripts.RELEASE, [stream], arguments)
+
+    async def reclaim(self, model: str) -> tuple[list[QueuedJob], list[ClosedJob]]:
+        """Picks up entries whose owner's lease ran out: (jobs to place again, now this scheduler's; jobs closed because
+        their gateway's heartbeat is gone).
+        """
+        reclaimed: list[QueuedJob] = []
+        closed: list[ClosedJob] = []
+        for stream in queue_streams(model):
+            expired = await self._expired(stream)
+            alive = await self._existing({entry.heartbeat for entry in expired})
+            dead = [entry for entry in expired if entry.heartbeat not in alive]
+            left = [entry for entry in expired if entry.heartbeat in alive and self._left_behind(entry)]
+            closed_ids = await self._seize(scripts.CLOSE, stream, dead)
+            taken_ids = await self._seize(scripts.TAKE, stream, left)
+            closed += [ClosedJob(entry.entry_id, entry.job) for entry in dead if entry.entry_id in closed_ids]
+            reclaimed += [QueuedJob(entry.entry_id, entry.job) for entry in left if entry.entry_id in taken_ids]
+            await self._redis.script(scripts.TIDY, [stream], (GROUP, _FORGET_CONSUMER_MS))
+        return reclaimed, closed
+
+    async def depths(self, model: str) -> dict[int, int]:
+        """Jobs that no gateway runs yet, by priority."""
+        counts: list[int] = await self._redis.script(scripts.DEPTHS, queue_streams(model), (GROUP,))
+        return {int(priority): count for priority, count in zip(PRIORITIES, counts, strict=True)}
+
+    async def close(self) -> None:
+        await self._redis.close()
+
+    # --- what both sides share
+
+    async def _claim(self, stream: str, entry_ids: list[str]) -> set[str]:
+        """Returns the ids that could not be claimed."""
+        arguments: list[Argument] = [GROUP, self._owner.consumer, *entry_ids]
+        lost: list[bytes] = await self._redis.script(scripts.CLAIM, [stream], arguments)
+        return {entry_id.decode() for entry_id in lost}
+
+    async def _beat(self) -> None:
+        if self._owner.kind == "gateway":
+            key = gateway_heartbeat(self._owner.id, self._owner.incarnation)
+            await self._redis.command("SET", key, "1", "PX", self._lease_ms)
+
+    async def _expired(self, stream: str) -> list[_Expired]:
+        expired: list[_Expired] = []
+        begin = "-"
+        while len(expired) < _RECLAIM_LIMIT:
+            arguments = (GROUP, self._lease_ms, begin, _RECLAIM_PAGE)
+            looked_at, last, entries = await self._redis.script(scripts.EXPIRED, [stream], arguments)
+            for entry_id, owner, idle_ms, fields in entries:
+                expired.append(_Expired(entry_id.decode(), owner.decode(), idle_ms, Job.FromString(fields[1])))
+            if looked_at < _RECLAIM_PAGE:
+                break
+            begin = "(" + last.decode()
+        return expired
+
+    async def _existing(self, keys: set[str]) -> set[str]:
+        ordered = list(keys)
+        found = await asyncio.gather(*(self._redis.command("EXISTS", key) for key in ordered))
+        return {key for key, exists in zip(ordered, found, strict=True) if exists}
+
+    def _left_behind(self, entry: _Expired) -> bool:
+        """Whether an entry of a live gateway is to be offered again."""
+        return entry.owner.startswith("s:") or entry.idle_ms > _FORGOTTEN_LEASES * self._lease_ms
+
+    async def _seize(self, script: Script, stream: str, entries: list[_Expired]) -> set[str]:
+        if not entries:
+            return set()
+        arguments: list[Argument] = [GROUP, self._owner.consumer, self._lease_ms]
+        arguments += [entry.entry_id for entry in entries]
+        seized: list[bytes] = await self._redis.script(script, [stream], arguments)
+        return {entry_id.decode() for entry_id in seized}

@@ -1,0 +1,29 @@
+"""The Lua scripts, each in a file of its own under `lua/` that opens with its keys and arguments."""
+
+from dataclasses import dataclass
+from hashlib import sha1
+from importlib.resources import files
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script's text and the SHA-1 that Redis knows it by."""
+
+    text: str
+    sha: str
+
+
+def _load(name: str) -> Script:
+    text = files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+POP = _load("pop")
+CLAIM = _load("claim")
+ACKNOWLEDGE = _load("acknowledge")
+RELEASE = _load("release")
+EXPIRED = _load("expired")
+TAKE = _load("take")
+CLOSE = _load("close")
+DEPTHS = _load("depths")
+TIDY = _load("tidy")

@@ -1,0 +1,291 @@
+"""Gives one model's jobs to its workers: places the first in rank, offers it to its gateway, hears the answer.
+
+Knows no Redis: `intake.py` brings jobs from the queue and carries out what is decided here about their entries.
+
+Nobody overtakes: while the first job fits no worker, the others wait, so that small jobs do not starve a large one.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from headrace.v1 import scheduler_pb2
+from headrace.v1.job_pb2 import Job
+from services.common.redis.queue import QueuedJob
+from services.scheduler.fleet import Clock, Fleet
+from services.scheduler.gateways import GatewayKey, Gateways, GatewaySession
+from services.scheduler.held import FIRST_ATTEMPT, HeldJob, HeldJobs, Where
+from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.placement import Candidate, Choice, IndexView, impossible, place
+
+log = logging.getLogger(__name__)
+
+Answer = scheduler_pb2.OfferAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds. `lease_s`: to answer an offer, or to come back; `patience_s`: for a worker to serve the model again."""
+
+    lease_s: float
+    patience_s: float
+
+
+class Dispatcher:
+    """The jobs of one model, between the queue, the gateways and the fleet."""
+
+    def __init__(
+        self,
+        model: str,
+        scheduler_id: str,
+        fleet: Fleet,
+        gateways: Gateways,
+        index: Callable[[], IndexView],
+        metrics: SchedulerMetrics,
+        timing: Timing,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._model = model
+        self._scheduler_id = scheduler_id
+        self._fleet = fleet
+        self._gateways = gateways
+        self._index = index
+        self._metrics = metrics
+        self._timing = timing
+        self._clock = clock
+        self._held = HeldJobs()
+        self._wake = asyncio.Event()
+        self._to_remove: list[QueuedJob] = []
+        self._to_release: list[QueuedJob] = []
+        self.room_changed = asyncio.Event()
+        """Set after every look at the waiting jobs: there may be room for more."""
+        self.all_answered = asyncio.Event()
+        """Set while no offer waits for its answer."""
+        self.all_answered.set()
+
+    async def run(self) -> None:
+        """Places jobs whenever something has changed. Runs until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                self.place_waiting()
+            except Exception:
+                first = self._held.first()
+                log.exception("placing failed at request %s", first.key[0] if first else "-")
+            self.room_changed.set()
+
+    def wake(self) -> None:
+        """Something has changed: look at the waiting jobs again."""
+        self._wake.set()
+
+    @property
+    def held_jobs(self) -> int:
+        return len(self._held)
+
+    # --- what comes in
+
+    def hold(self, jobs: Iterable[QueuedJob]) -> None:
+        """Takes jobs from the queue. One that is held already stays as it is."""
+        for queued in jobs:
+            if (queued.job.request_id, FIRST_ATTEMPT) not in self._held:
+                self._held.add(HeldJob.from_queue(queued), self._clock())
+        self.wake()
+
+    def request(self, request: scheduler_pb2.PlacementRequest) -> None:
+        """Takes a request that its gateway wants placed again. The newest word on an attempt counts."""
+        held = HeldJob.from_request(request)
+        held.tried_reports = self._fleet.reports(held.tried_worker_id)
+        self._held.add(held, self._clock())
+        self.wake()
+
+    def gateway_connected(self, gateway: GatewayKey) -> None:
+        """Goes on with the jobs whose gateway was missing."""
+        for held in self._held.all():
+            if held.where is Where.PARKED and held.gateway == gateway:
+                self._held.add(held, self._clock())
+        self.wake()
+
+    # --- what the queue's side asks
+
+    def room(self) -> int:
+        """How many more jobs could be placed now."""
+        free = sum(worker.room for worker in self._fleet.candidates(self._model))
+        return max(0, free - self._held.waiting_choices)
+
+    def entries(self) -> list[tuple[Job, str]]:
+        """The queue entries that this scheduler owns."""
+        return [(held.queued.job, held.queued.entry_id) for held in self._held.all() if not held.replaces]
+
+    def lost(self, entries: Iterable[tuple[Job, str]]) -> None:
+        """Forgets jobs whose entries are somebody else's now. One that is offered may be its gateway's already: its
+        answer is on the way.
+        """
+        gone = {job.request_id for job, _ in entries}
+        for held in self._held.all():
+            if held.key[0] in gone and not held.replaces and held.where is not Where.OFFERED:
+                self._drop(held)
+
+    def take_removals(self) -> list[QueuedJob]:
+        """Entries to remove from the queue; the caller does it."""
+        removals, self._to_remove = self._to_remove, []
+        return removals
+
+    def take_releases(self) -> list[QueuedJob]:
+        """Entries to give up for whoever reclaims next; the caller does it."""
+        releases, self._to_release = self._to_release, []
+        return releases
+
+    # --- time
+
+    def expire(self) -> None:
+        """Gives up what has taken too long; to be called about once a second."""
+        now = self._clock()
+        serves = self._fleet.serves(self._model)
+        for held in self._held.all():
+            waited_s = now - held.since
+            if held.where is Where.OFFERED and waited_s > self._timing.lease_s:
+                self._unanswered(held)
+            elif held.where is Where.PARKED and waited_s > self._timing.lease_s:
+                self._give_up(held)
+            elif held.where is Where.WAITING and held.is_past_deadline:
+                self._remove(held)
+            elif held.replaces and not serves and waited_s >= self._timing.patience_s:
+                self._refuse(held, f"No worker serves {self._model} any more.")
+        self._observe()
+        self.wake()  # time alone makes an unreported placement stop counting against its worker
+
+    def drain(self) -> None:
+        """Gives up everything that has not been offered."""
+        for held in self._held.all():
+            if held.where is not Where.OFFERED:
+                self._give_up(held)
+
+    def give_up_offers(self) -> None:
+        """Gives up what has been offered and not answered."""
+        for held in self._held.all():
+            if held.where is Where.OFFERED:
+                self._unanswered(held)
+
+    # --- placing
+
+    def place_waiting(self) -> None:
+        """Offers waiting jobs in the order of their rank, until one fits nowhere."""
+        while (held := self._held.first()) is not None and self._settle_first(held):
+            pass
+
+    def _settle_first(self, held: HeldJob) -> bool:
+        """Moves the first job on. False: it has to wait, and all others with it."""
+        session = self._gateways.find(held.gateway)
+        if held.is_past_deadline:
+            self._remove(held)
+        elif session is not None:
+            return self._place(held, session)
+        elif held.replaces:
+            self._drop(held)  # the gateway asks another scheduler
+        else:
+            self._held.park(held, self._clock())
+        return True
+
+    def _place(self, held: HeldJob, session: GatewaySession) -> bool:
+        workers = self._fleet.candidates(self._model)
+        if reason := impossible(held.shape, workers):
+            self._refuse(held, reason)
+            return True
+        choice = place(held.shape, self._untried(held, workers), self._index(), avoid=held.tried_worker_id)
+        if choice is None:
+            return False
+        self._offer(held, choice, session)
+        return True
+
+    def _untried(self, held: HeldJob, workers: list[Candidate]) -> list[Candidate]:
+        """Without the worker on which the job failed, until it reports again: what is known of it is out of date."""
+        if held.tried_reports is None or self._fleet.reports(held.tried_worker_id) != held.tried_reports:
+            return workers
+        return [worker for worker in workers if worker.id != held.tried_worker_id]
+
+    def _offer(self, held: HeldJob, choice: Choice, session: GatewaySession) -> None:
+        worker = choice.worker
+        self._fleet.reserve(worker.id, held.key, choice.cost)
+        self._held.offer(held, worker.id, self._clock())
+        self.all_answered.clear()
+        placement = scheduler_pb2.Placement(
+            worker_id=worker.id,
+            worker_incarnation=worker.incarnation,
+            worker_address=self._fleet.address(worker.id),
+            expected_hit_tokens=choice.expected_hit_tokens,
+            scheduler_id=self._scheduler_id,
+        )
+        offer = scheduler_pb2.Offer(
+            request_id=held.key[0],
+            attempt=held.attempt,
+            queue_entry_id=held.queued.entry_id,
+            placement=placement,
+        )
+        session.offer(offer, lambda status: self._answered(held, status))
+        self._metrics.placements.labels(self._model, "replaced" if held.replaces else choice.reason).inc()
+
+    # --- answers
+
+    def _answered(self, held: HeldJob, status: Answer.Status.ValueType) -> None:
+        if not self._held.has(held, Where.OFFERED):
+            return
+        if status == Answer.STATUS_ACCEPTED:
+            self._accepted(held)
+            return
+        self._fleet.settle(held.worker_id, held.key)
+        if status == Answer.STATUS_RUNNING:
+            self._metrics.offers.labels("running").inc()
+            self._drop(held)
+        else:
+            self._metrics.offers.labels("gone").inc()
+            self._remove(held)
+
+    def _accepted(self, held: HeldJob) -> None:
+        self._metrics.offers.labels("accepted").inc()
+        if not held.replaces:
+            waited_s = time.time() - held.queued.job.enqueued_unix_ms / 1000
+            self._metrics.queue_wait.labels(self._model).observe(max(0.0, waited_s))
+        self._drop(held)
+
+    def _unanswered(self, held: HeldJob) -> None:
+        log.warning("request %s: gateway %s did not answer an offer", held.key[0], held.gateway[0])
+        self._metrics.offers.labels("none").inc()
+        if session := self._gateways.find(held.gateway):
+            session.withdraw(*held.key)
+        self._fleet.settle(held.worker_id, held.key)
+        self._give_up(held)
+
+    # --- letting go
+
+    def _refuse(self, held: HeldJob, reason: str) -> None:
+        log.warning("request %s refused: %s", held.key[0], reason)
+        self._metrics.refusals.inc()
+        if session := self._gateways.find(held.gateway):
+            session.refuse(*held.key, reason)
+        self._remove(held)
+
+    def _remove(self, held: HeldJob) -> None:
+        """Ends a job: its gateway does not want it, or cannot have it."""
+        if not held.replaces:
+            self._to_remove.append(held.queued)
+        self._drop(held)
+
+    def _give_up(self, held: HeldJob) -> None:
+        """Leaves a job to whoever reclaims its entry; if its gateway is dead, it is closed then."""
+        if not held.replaces:
+            self._to_release.append(held.queued)
+        self._drop(held)
+
+    def _drop(self, held: HeldJob) -> None:
+        self._held.drop(held)
+        if not self._held.offered:
+            self.all_answered.set()
+        self.wake()
+
+    def _observe(self) -> None:
+        self._metrics.held_jobs.labels(self._model).set(len(self._held))
+        for state, count in self._fleet.count_states(self._model).items():
+            self._metrics.workers.labels(self._model, state).set(count)

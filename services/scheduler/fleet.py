@@ -1,0 +1,208 @@
+"""What is known of each worker: who it is, how it does, and what of its credits is spoken for.
+
+A worker is connected while its stream is open, and gets work while it is also heard from, not draining and of the
+incarnation that registered last. Its grant counts what is free now, so this scheduler subtracts the placements it has
+made since that the grant does not reflect yet. Knows no connection: the servicer feeds it, listeners are told.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from headrace.v1 import scheduler_pb2
+from services.common.errors import InvalidRequest
+from services.scheduler.placement import Candidate, Credits
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+PlacementKey = tuple[str, int]
+"""Request id and attempt."""
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    cost: Credits
+    placed_at: float
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One connected worker. Whoever opened its stream holds it and gives it back to the fleet."""
+
+    registration: scheduler_pb2.Registration
+    heard_at: float
+    state: scheduler_pb2.WorkerState | None = None
+    reports: int = 0
+    """Counts its states, so that "has reported since" can be asked."""
+    outstanding: dict[PlacementKey, _Outstanding] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return self.registration.worker_id
+
+    @property
+    def model(self) -> str:
+        return self.registration.model.name
+
+
+class Fleet:
+    """All connected workers."""
+
+    def __init__(self, *, silence_s: float, placement_timeout_s: float, clock: Clock = time.monotonic) -> None:
+        self._silence_s = silence_s
+        self._placement_timeout_s = placement_timeout_s
+        self._clock = clock
+        self._workers: dict[str, Worker] = {}
+        self._on_report: Callable[[str], None] = lambda model: None
+        self._on_catalog: Callable[[], None] = lambda: None
+
+    def listen(self, *, on_report: Callable[[str], None], on_catalog: Callable[[], None]) -> None:
+        """`on_report(model)` is called when a worker has reported or left, so that there may be more room;
+        `on_catalog()` when the models or their addresses may have changed.
+        """
+        self._on_report = on_report
+        self._on_catalog = on_catalog
+
+    # --- the workers' side
+
+    def register(self, registration: scheduler_pb2.Registration) -> Worker:
+        """Takes in a worker, in place of what was known under its id. Raises InvalidRequest if it cannot serve."""
+        self._check(registration)
+        worker = Worker(registration, self._clock())
+        old = self._workers.get(worker.id)
+        if old is not None and old.registration.incarnation == registration.incarnation:
+            worker.outstanding = old.outstanding  # a new stream of the same process: placements are still on their way
+        self._workers[worker.id] = worker
+        log.info("worker %s joined: %s at %s", worker.id, worker.model, registration.address)
+        self._on_catalog()
+        return worker
+
+    def report(self, worker: Worker, state: scheduler_pb2.WorkerState) -> None:
+        """Takes in a worker's state."""
+        worker.state = state
+        worker.heard_at = self._clock()
+        worker.reports += 1
+        for settled in state.settled:
+            worker.outstanding.pop((settled.request_id, settled.attempt), None)
+        self._on_report(worker.model)
+
+    def leave(self, worker: Worker) -> None:
+        """Takes out a worker whose stream has ended, unless a newer stream has replaced it."""
+        if self._workers.get(worker.id) is not worker:
+            return
+        del self._workers[worker.id]
+        log.info("worker %s left", worker.id)
+        self._on_catalog()
+        self._on_report(worker.model)
+
+    # --- placement's side
+
+    def candidates(self, model: str) -> list[Candidate]:
+        """The model's workers that have reported, with what is left of their credits."""
+        now = self._clock()
+        return [
+            _candidate(worker, worker.state, self._is_healthy(worker, now), self._spoken_for(worker, now))
+            for worker in self._workers.values()
+            if worker.model == model and worker.state is not None
+        ]
+
+    def reserve(self, worker_id: str, key: PlacementKey, cost: Credits) -> None:
+        """Counts a placement against its worker until the worker reports it, `settle`, or a timeout."""
+        self._workers[worker_id].outstanding[key] = _Outstanding(cost, self._clock())
+
+    def settle(self, worker_id: str, key: PlacementKey) -> None:
+        """Ends a placement that will not reach its worker."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and worker.outstanding.pop(key, None) is not None:
+            self._on_report(worker.model)
+
+    def address(self, worker_id: str) -> str:
+        return self._workers[worker_id].registration.address
+
+    def reports(self, worker_id: str) -> int | None:
+        """How often a worker has reported on its stream; None if it is not connected."""
+        worker = self._workers.get(worker_id)
+        return None if worker is None else worker.reports
+
+    def serves(self, model: str) -> bool:
+        """Whether a connected worker serves the model, be it healthy or not."""
+        return any(worker.model == model for worker in self._workers.values())
+
+    # --- everybody's side
+
+    def catalog(self) -> scheduler_pb2.Catalog:
+        """The models that connected workers serve, and where. A model's context is the shortest of its workers'."""
+        entries: dict[str, scheduler_pb2.CatalogEntry] = {}
+        for worker in self._workers.values():
+            model = worker.registration.model
+            entry = entries.setdefault(worker.model, scheduler_pb2.CatalogEntry(model=model))
+            shortest = min(entry.model.max_context_tokens, model.max_context_tokens)
+            entry.model.max_context_tokens = shortest
+            entry.worker_addresses.append(worker.registration.address)
+        return scheduler_pb2.Catalog(entries=[entries[name] for name in sorted(entries)])
+
+    def describe(self) -> Iterator[scheduler_pb2.FleetWorker]:
+        now = self._clock()
+        for worker in self._workers.values():
+            yield scheduler_pb2.FleetWorker(
+                registration=worker.registration, state=worker.state, healthy=self._is_healthy(worker, now)
+            )
+
+    def count_states(self, model: str) -> dict[str, int]:
+        """The model's connected workers by state: healthy, draining or silent."""
+        now = self._clock()
+        counts = {"healthy": 0, "draining": 0, "silent": 0}
+        for worker in self._workers.values():
+            if worker.model == model:
+                is_draining = worker.state is not None and worker.state.draining
+                silent = "draining" if is_draining else "silent"
+                counts["healthy" if self._is_healthy(worker, now) else silent] += 1
+        return counts
+
+    def _is_healthy(self, worker: Worker, now: float) -> bool:
+        return worker.state is not None and not worker.state.draining and now - worker.heard_at <= self._silence_s
+
+    def _spoken_for(self, worker: Worker, now: float) -> Credits:
+        """What outstanding placements take. Those too old to be on their way any more are forgotten."""
+        total = Credits()
+        for key, placement in list(worker.outstanding.items()):
+            if now - placement.placed_at > self._placement_timeout_s:
+                del worker.outstanding[key]
+            else:
+                total += placement.cost
+        return total
+
+    def _check(self, registration: scheduler_pb2.Registration) -> None:
+        model = registration.model
+        if not (registration.worker_id and registration.incarnation and registration.address and model.name):
+            raise InvalidRequest("A registration needs worker_id, incarnation, address and a model's name.")
+        if model.block_size < 1 or model.max_context_tokens < 1:
+            raise InvalidRequest("A model's block_size and max_context_tokens are at least 1.", field="model")
+        for worker in self._workers.values():
+            other = worker.registration.model
+            same = (other.tokenizer_hash, other.block_size) == (model.tokenizer_hash, model.block_size)
+            if worker.id != registration.worker_id and other.name == model.name and not same:
+                # Gateways tokenize and hash once for all workers of a model.
+                raise InvalidRequest(
+                    f"Worker {worker.id} serves {model.name} with another tokenizer or block size.", field="model"
+                )
+
+
+def _candidate(worker: Worker, state: scheduler_pb2.WorkerState, healthy: bool, spoken_for: Credits) -> Candidate:
+    registration = worker.registration
+    granted = Credits(state.credits.sequences, state.credits.blocks, state.credits.prefill_tokens)
+    return Candidate(
+        id=worker.id,
+        incarnation=registration.incarnation,
+        kv_format=registration.kv_format,
+        block_size=registration.model.block_size,
+        max_sequences=registration.max_sequences,
+        total_blocks=registration.total_blocks,
+        healthy=healthy,
+        prefill_only=registration.role == scheduler_pb2.WORKER_ROLE_PREFILL,
+        credits=granted - spoken_for,
+        sequences=state.running_sequences + state.waiting_sequences + spoken_for.sequences,
+        pending_prefill_tokens=state.pending_prefill_tokens + spoken_for.prefill_tokens,
+    )

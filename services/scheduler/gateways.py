@@ -1,0 +1,75 @@
+"""The gateway instances that are connected: what is sent to them, and whom their answers are for."""
+
+import logging
+from collections.abc import Callable
+
+from headrace.v1 import scheduler_pb2
+from services.common.channel import Outbox
+
+log = logging.getLogger(__name__)
+
+GatewayKey = tuple[str, str]
+"""A gateway's id and incarnation."""
+
+OnAnswer = Callable[["scheduler_pb2.OfferAnswer.Status.ValueType"], None]
+
+
+class GatewaySession:
+    """One gateway's stream."""
+
+    def __init__(self, key: GatewayKey) -> None:
+        self.key = key
+        self.outbox: Outbox[scheduler_pb2.SchedulerMessage] = Outbox()
+        self._waiting_for: dict[tuple[str, int], OnAnswer] = {}
+
+    def offer(self, offer: scheduler_pb2.Offer, on_answer: OnAnswer) -> None:
+        """Sends an offer; `on_answer` is called with the answer, if one comes."""
+        self._waiting_for[offer.request_id, offer.attempt] = on_answer
+        self.outbox.put(scheduler_pb2.SchedulerMessage(offer=offer))
+
+    def withdraw(self, request_id: str, attempt: int) -> None:
+        """Waits no longer for the answer to an offer."""
+        self._waiting_for.pop((request_id, attempt), None)
+
+    def answered(self, answer: scheduler_pb2.OfferAnswer) -> None:
+        """Hands an answer to whoever made the offer. An answer that comes too late has no reader."""
+        on_answer = self._waiting_for.pop((answer.request_id, answer.attempt), None)
+        if on_answer is not None:
+            on_answer(answer.status)
+
+    def refuse(self, request_id: str, attempt: int, reason: str) -> None:
+        refusal = scheduler_pb2.PlacementRefusal(request_id=request_id, attempt=attempt, reason=reason)
+        self.outbox.put(scheduler_pb2.SchedulerMessage(refusal=refusal))
+
+
+class Gateways:
+    """All connected gateway instances."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[GatewayKey, GatewaySession] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def connect(self, hello: scheduler_pb2.GatewayHello, catalog: scheduler_pb2.Catalog) -> GatewaySession:
+        """Opens a session, which begins with the catalog. An older stream of the same instance is ended."""
+        session = GatewaySession((hello.gateway_id, hello.incarnation))
+        if old := self._sessions.get(session.key):
+            old.outbox.close()
+        self._sessions[session.key] = session
+        session.outbox.put(scheduler_pb2.SchedulerMessage(catalog=catalog))
+        log.info("gateway %s connected", hello.gateway_id)
+        return session
+
+    def leave(self, session: GatewaySession) -> None:
+        if self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
+            log.info("gateway %s left", session.key[0])
+
+    def find(self, key: GatewayKey) -> GatewaySession | None:
+        return self._sessions.get(key)
+
+    def announce(self, catalog: scheduler_pb2.Catalog) -> None:
+        """Sends the catalog to every gateway."""
+        for session in self._sessions.values():
+            session.outbox.put(scheduler_pb2.SchedulerMessage(catalog=catalog))

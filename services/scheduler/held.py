@@ -1,0 +1,145 @@
+"""The jobs of one model that a scheduler holds, from their arrival until their gateway's answer.
+
+    waiting   in the order of its rank, until a worker has room
+    parked    its gateway is not connected here; it may be on its way back
+    offered   a worker's credits are reserved, and the gateway has a lease to answer in
+
+Rank: requests that run already come first, since their clients have seen tokens; then those that a worker answered busy
+and those from the queue alike, by priority and age.
+"""
+
+import heapq
+import itertools
+import time
+from dataclasses import dataclass
+from enum import Enum
+
+from headrace.v1 import scheduler_pb2
+from services.common.block_hash import HASH_BYTES
+from services.common.redis.queue import QueuedJob
+from services.scheduler.fleet import PlacementKey
+from services.scheduler.gateways import GatewayKey
+from services.scheduler.placement import JobShape
+
+FIRST_ATTEMPT = 1
+"""The attempt that an offer of a queued job would be."""
+
+
+class Where(Enum):
+    """What a held job waits for."""
+
+    WAITING = "a worker"
+    PARKED = "its gateway"
+    OFFERED = "an answer"
+
+
+@dataclass(slots=True, eq=False)
+class HeldJob:
+    """A job that this scheduler holds."""
+
+    queued: QueuedJob
+    attempt: int
+    rank: tuple[int, ...]
+    shape: JobShape
+    replaces: bool
+    """Its gateway asked for another placement: the queue entry is the gateway's, and no deadline to start applies."""
+    since: float = 0.0
+    """When it came to be where it is, on the dispatcher's clock."""
+    where: Where = Where.WAITING
+    worker_id: str = ""
+    """The worker it is offered."""
+    tried_worker_id: str = ""
+    tried_reports: int | None = None
+    """How often that worker had reported when the job failed on it."""
+
+    @classmethod
+    def from_queue(cls, queued: QueuedJob) -> "HeldJob":
+        return cls(queued, FIRST_ATTEMPT, (1, *queued.rank), _shape(queued), replaces=False)
+
+    @classmethod
+    def from_request(cls, request: scheduler_pb2.PlacementRequest) -> "HeldJob":
+        queued = QueuedJob(request.queue_entry_id, request.job)
+        busy = request.reason == scheduler_pb2.PlacementRequest.REASON_BUSY
+        held = cls(queued, request.attempt, (1 if busy else 0, *queued.rank), _shape(queued), replaces=True)
+        held.tried_worker_id = request.tried_worker_id
+        return held
+
+    @property
+    def key(self) -> PlacementKey:
+        return self.queued.job.request_id, self.attempt
+
+    @property
+    def gateway(self) -> GatewayKey:
+        return self.queued.job.gateway_id, self.queued.job.gateway_incarnation
+
+    @property
+    def is_past_deadline(self) -> bool:
+        """Whether it is not to be started any more."""
+        return not self.replaces and 0 < self.queued.job.deadline_unix_ms < time.time() * 1000
+
+
+class HeldJobs:
+    """All held jobs, at most one per (request, attempt)."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[PlacementKey, HeldJob] = {}
+        self._waiting: list[tuple[tuple[int, ...], int, HeldJob]] = []  # a heap; who waits no longer is skipped
+        self._arrivals = itertools.count()
+        self._offered = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __contains__(self, key: PlacementKey) -> bool:
+        return key in self._jobs
+
+    @property
+    def offered(self) -> int:
+        return self._offered
+
+    @property
+    def waiting_choices(self) -> int:
+        return sum(held.shape.choices for held in self._jobs.values() if held.where is Where.WAITING)
+
+    def all(self) -> list[HeldJob]:
+        """A copy, so that jobs may be moved and dropped on the way."""
+        return list(self._jobs.values())
+
+    def has(self, held: HeldJob, where: Where) -> bool:
+        return held.where is where and self._jobs.get(held.key) is held
+
+    def add(self, held: HeldJob, now: float) -> None:
+        """Makes a job wait for a worker; takes the place of what is held of the same attempt."""
+        if (before := self._jobs.get(held.key)) is not None:
+            self.drop(before)
+        held.where, held.since = Where.WAITING, now
+        self._jobs[held.key] = held
+        heapq.heappush(self._waiting, (held.rank, next(self._arrivals), held))
+
+    def first(self) -> HeldJob | None:
+        """The waiting job of the best rank."""
+        while self._waiting:
+            held = self._waiting[0][-1]
+            if self.has(held, Where.WAITING):
+                return held
+            heapq.heappop(self._waiting)
+        return None
+
+    def park(self, held: HeldJob, now: float) -> None:
+        held.where, held.since = Where.PARKED, now
+
+    def offer(self, held: HeldJob, worker_id: str, now: float) -> None:
+        held.where, held.worker_id, held.since = Where.OFFERED, worker_id, now
+        self._offered += 1
+
+    def drop(self, held: HeldJob) -> None:
+        """Holds a job no longer."""
+        del self._jobs[held.key]
+        self._offered -= held.where is Where.OFFERED
+
+
+def _shape(queued: QueuedJob) -> JobShape:
+    job = queued.job
+    hashes = job.block_hashes
+    blocks = [hashes[begin : begin + HASH_BYTES] for begin in range(0, len(hashes), HASH_BYTES)]
+    return JobShape(job.request_id, job.prompt_tokens, max(1, job.choices), blocks)

@@ -1,0 +1,129 @@
+"""This scheduler's copy of the block index: which worker holds which blocks, and how much of a prompt each would hit.
+
+Pure: it is fed the messages of one `Cache/Watch` stream and knows no connection. Every holder has one bit of an
+integer, and every block the bits of its holders, so that a prompt is matched against all workers at once with one
+dictionary look-up and one AND per block.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from headrace.v1 import cache_pb2
+from services.common.block_hash import HASH_BYTES
+
+HolderKey = tuple[str, str]
+"""A holder's id and incarnation: what an earlier incarnation held says nothing of the present one."""
+
+
+class IndexGap(Exception):
+    """An update is missing, or the cache service restarted: what is known cannot be kept up, so watch again."""
+
+
+@dataclass(slots=True)
+class _Holder:
+    key: HolderKey
+    kv_format: str
+    bit: int
+    blocks: set[bytes] = field(default_factory=set)
+
+
+class BlockIndex:
+    """The state after a snapshot and the updates that followed it."""
+
+    def __init__(self) -> None:
+        self._holders: dict[str, _Holder] = {}
+        self._holder_bits: dict[str, dict[bytes, int]] = {}  # KV format -> chain hash -> bits of its holders
+        self._by_bit: dict[int, _Holder] = {}
+        self._epoch = ""
+        self._sequence: int | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Distinct (KV format, chain hash) pairs."""
+        return sum(len(bits) for bits in self._holder_bits.values())
+
+    def apply(self, update: cache_pb2.IndexUpdate) -> None:
+        """Takes in the next message of the stream. Raises IndexGap if it does not follow the last one."""
+        self._follow(update)
+        kind = update.WhichOneof("update")
+        if kind == "holder_joined":
+            self._join(update.holder_joined)
+        elif kind == "blocks":
+            self._change(update.blocks)
+        elif kind == "holder_left_id":
+            self._leave(update.holder_left_id)
+
+    def match(self, kv_format: str, hashes: Sequence[bytes]) -> dict[HolderKey, int]:
+        """Leading blocks of the chain that each holder has; holders of none are left out."""
+        if not hashes:
+            return {}
+        holder_bits = self._holder_bits.get(kv_format, {})
+        matched: dict[HolderKey, int] = {}
+        still = holder_bits.get(hashes[0], 0)
+        for position, block in enumerate(hashes):
+            here = still & holder_bits.get(block, 0)
+            if here != still:
+                for holder in self._of_bits(still & ~here):
+                    matched[holder.key] = position
+                still = here
+            if not still:
+                break
+        for holder in self._of_bits(still):
+            matched[holder.key] = len(hashes)
+        return matched
+
+    def _follow(self, update: cache_pb2.IndexUpdate) -> None:
+        if self._sequence is None:
+            self._epoch = update.epoch
+        elif update.epoch != self._epoch:
+            raise IndexGap(f"epoch {update.epoch} follows {self._epoch}")
+        elif update.sequence != self._sequence + 1:
+            raise IndexGap(f"sequence {update.sequence} follows {self._sequence}")
+        self._sequence = update.sequence
+
+    def _join(self, joined: cache_pb2.Holder) -> None:
+        self._leave(joined.id)
+        bit = 1
+        while bit in self._by_bit:
+            bit <<= 1
+        holder = _Holder((joined.id, joined.incarnation), joined.kv_format, bit)
+        self._holders[joined.id] = self._by_bit[bit] = holder
+
+    def _leave(self, holder_id: str) -> None:
+        if holder := self._holders.pop(holder_id, None):
+            self._forget(holder, list(holder.blocks))
+            del self._by_bit[holder.bit]
+
+    def _change(self, change: cache_pb2.HolderBlocks) -> None:
+        holder = self._holders.get(change.holder_id)
+        if holder is None:
+            raise IndexGap(f"blocks of an unknown holder {change.holder_id}")
+        self._forget(holder, list(holder.blocks) if change.replace else _split(change.removed))
+        holder_bits = self._holder_bits.setdefault(holder.kv_format, {})
+        for block in _split(change.stored):
+            holder.blocks.add(block)
+            holder_bits[block] = holder_bits.get(block, 0) | holder.bit
+
+    def _forget(self, holder: _Holder, blocks: list[bytes]) -> None:
+        holder_bits = self._holder_bits.get(holder.kv_format, {})
+        for block in blocks:
+            if block not in holder.blocks:
+                continue
+            holder.blocks.discard(block)
+            left = holder_bits[block] & ~holder.bit
+            if left:
+                holder_bits[block] = left
+            else:
+                del holder_bits[block]
+        if not holder_bits:
+            self._holder_bits.pop(holder.kv_format, None)
+
+    def _of_bits(self, bits: int) -> Iterator[_Holder]:
+        while bits:
+            lowest = bits & -bits
+            yield self._by_bit[lowest]
+            bits ^= lowest
+
+
+def _split(hashes: bytes) -> list[bytes]:
+    return [hashes[begin : begin + HASH_BYTES] for begin in range(0, len(hashes), HASH_BYTES)]

@@ -1,0 +1,122 @@
+"""Brings one model's jobs from Redis to its dispatcher, and carries out in Redis what the dispatcher decides.
+
+Jobs are popped only while workers have room, so that they wait in Redis and not here. Once in a while the queue is
+looked after: leases of held jobs are renewed, and entries that dead owners left behind are picked up or closed. While
+Redis is away both wait, and what was decided meanwhile is carried out when it is back; the dispatcher goes on without
+it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from services.common.channel import cancel_and_wait
+from services.common.errors import Unavailable
+from services.common.redis.queue import JobQueue, QueuedJob
+from services.scheduler.dispatch import Dispatcher
+from services.scheduler.metrics import SchedulerMetrics
+
+log = logging.getLogger(__name__)
+
+_MOST_JOBS_A_POP = 64
+_LONGEST_WAIT_S = 5.0
+_LONGEST_BACKOFF_S = 2.0
+_PRIORITY_NAMES = {1: "high", 2: "normal", 3: "low"}
+
+
+class Intake:
+    """One model's way between Redis and its dispatcher."""
+
+    def __init__(
+        self,
+        model: str,
+        queue: JobQueue,
+        dispatcher: Dispatcher,
+        metrics: SchedulerMetrics,
+        *,
+        interval_s: float,
+    ) -> None:
+        self._model = model
+        self._queue = queue
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._interval_s = interval_s
+        self._removals: list[QueuedJob] = []
+        self._releases: list[QueuedJob] = []
+        # Each held from the moment jobs are asked for until they are in the dispatcher's hands.
+        self._popping = asyncio.Lock()
+        self._reclaiming = asyncio.Lock()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._away = False
+
+    def start(self) -> None:
+        """Begins to move jobs to the dispatcher whenever it has room, and to look after the queue once per interval."""
+        self._tasks = [
+            asyncio.create_task(self._repeat(self._pop, pause_s=0), name=f"pop {self._model}"),
+            asyncio.create_task(self._repeat(self._look_after, pause_s=self._interval_s), name=f"look {self._model}"),
+        ]
+
+    async def stop(self) -> None:
+        """Stops both, but not while jobs are on their way."""
+        async with self._popping, self._reclaiming:
+            await cancel_and_wait(self._tasks)
+
+    async def settle(self) -> None:
+        """Removes and releases what the dispatcher has decided on. What fails is kept for the next time."""
+        self._removals += self._dispatcher.take_removals()
+        self._releases += self._dispatcher.take_releases()
+        while self._removals:
+            await self._queue.remove(self._removals[-1].job, self._removals[-1].entry_id)
+            self._removals.pop()
+        await self._queue.release(self._releases)
+        self._releases.clear()
+
+    async def _pop(self) -> None:
+        while not (room := self._dispatcher.room()):
+            self._dispatcher.room_changed.clear()
+            await self._dispatcher.room_changed.wait()
+        count = min(room, _MOST_JOBS_A_POP)
+        async with self._popping:
+            jobs = await self._queue.pop(self._model, count)
+            self._dispatcher.hold(jobs)
+        if len(jobs) < count:
+            await self._queue.wait_for_jobs(self._model, _LONGEST_WAIT_S)
+
+    async def _look_after(self) -> None:
+        self._dispatcher.expire()
+        await self.settle()
+        self._dispatcher.lost(await self._queue.renew(self._dispatcher.entries()))
+        async with self._reclaiming:
+            reclaimed, closed = await self._queue.reclaim(self._model)
+            self._dispatcher.hold(reclaimed)
+        for gone in closed:
+            log.warning("request %s closed: gateway %s is lost", gone.job.request_id, gone.job.gateway_id)
+            self._metrics.gateway_lost.inc()
+        for priority, depth in (await self._queue.depths(self._model)).items():
+            self._metrics.queue_depth.labels(self._model, _PRIORITY_NAMES[priority]).set(depth)
+
+    async def _repeat(self, work: Callable[[], Awaitable[None]], *, pause_s: float) -> None:
+        backoff_s = 0.1
+        while True:
+            try:
+                await work()
+                self._back()
+                backoff_s = 0.1
+                await asyncio.sleep(pause_s)
+            except Unavailable as error:
+                self._gone(error)
+                await asyncio.sleep(max(backoff_s, pause_s))
+                backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+            except Exception:
+                log.exception("model %s: the queue's side failed", self._model)
+                await asyncio.sleep(_LONGEST_BACKOFF_S)
+
+    def _gone(self, error: Unavailable) -> None:
+        if not self._away:
+            log.warning("model %s: waiting for Redis: %s", self._model, error)
+        self._away = True
+
+    def _back(self) -> None:
+        if self._away:
+            log.info("model %s: Redis is back", self._model)
+        self._away = False

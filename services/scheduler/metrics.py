@@ -1,0 +1,54 @@
+"""Metrics of the scheduler."""
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+_WAIT_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class SchedulerMetrics:
+    """All metrics of this service, registered once per process."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.queue_depth = Gauge(
+            "headrace_queue_depth",
+            "Jobs in Redis that no gateway runs yet; every scheduler replica sees the same.",
+            ["model", "priority"],
+            registry=registry,
+        )
+        self.queue_wait = Histogram(
+            "headrace_queue_wait_seconds",
+            "Seconds from a job's entry in the queue to its acceptance by its gateway.",
+            ["model"],
+            buckets=_WAIT_BUCKETS_S,
+            registry=registry,
+        )
+        self.placements = Counter(
+            "headrace_placements",
+            "Placements offered, by reason: prefix_hit, least_loaded, or replaced (a running request placed again).",
+            ["model", "reason"],
+            registry=registry,
+        )
+        self.workers = Gauge(
+            "headrace_workers",
+            "Connected workers by state: healthy, draining or silent.",
+            ["model", "state"],
+            registry=registry,
+        )
+        self.offers = Counter(
+            "headrace_offers", "Offers by answer: accepted, running, gone or none.", ["answer"], registry=registry
+        )
+        self.gateway_lost = Counter(
+            "headrace_gateway_lost", "Jobs closed because their gateway is gone.", registry=registry
+        )
+        self.refusals = Counter(
+            "headrace_placement_refusals", "Requests told that no worker can run them.", registry=registry
+        )
+        self.index_blocks = Gauge(
+            "headrace_index_blocks", "Distinct blocks known to be held by some worker.", registry=registry
+        )
+        self.held_jobs = Gauge(
+            "headrace_scheduler_held_jobs",
+            "Jobs taken from Redis that wait here for a placement or an answer.",
+            ["model"],
+            registry=registry,
+        )

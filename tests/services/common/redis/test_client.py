@@ -1,0 +1,139 @@
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from services.common.errors import Unavailable
+from services.common.redis import client as client_module
+from services.common.redis.client import RedisClient, UnfitRedis
+from services.common.redis.scripts import Script
+from tests.redis_server import RedisServer
+
+ECHO = Script("return ARGV[1]", "7f923f79fe76194c868d7e1d0820de36700eb649")
+
+
+@pytest.fixture
+async def client(redis_url: str) -> AsyncIterator[RedisClient]:
+    client = RedisClient(redis_url)
+    yield client
+    await client.close()
+
+
+async def test_concurrent_commands_get_their_own_replies(client: RedisClient) -> None:
+    replies = await asyncio.gather(*(client.command("ECHO", str(number)) for number in range(1000)))
+    assert replies == [str(number).encode() for number in range(1000)]
+
+
+async def test_an_error_of_one_command_is_its_callers_alone(client: RedisClient) -> None:
+    await client.command("SET", "text", "x")
+    ok, failed = await asyncio.gather(
+        client.command("ECHO", "a"), client.command("INCR", "text"), return_exceptions=True
+    )
+    assert ok == b"a"
+    assert "not an integer" in str(failed)
+    assert not isinstance(failed, Unavailable)
+
+
+async def test_a_cancelled_caller_disturbs_nobody(client: RedisClient) -> None:
+    cancelled = asyncio.create_task(client.command("ECHO", "a"))
+    kept = asyncio.create_task(client.command("ECHO", "b"))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    assert await kept == b"b"
+
+
+async def test_a_script_is_sent_again_when_redis_forgot_it(client: RedisClient) -> None:
+    assert await client.script(ECHO, [], ["a"]) == b"a"
+    assert await client.script(ECHO, [], ["b"]) == b"b"
+    await client.command("SCRIPT", "FLUSH")
+    assert await client.script(ECHO, [], ["c"]) == b"c"
+
+
+async def test_check_accepts_a_durable_redis(client: RedisClient) -> None:
+    await client.check(allow_volatile=False)
+
+
+async def test_check_refuses_eviction(client: RedisClient) -> None:
+    await client.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(UnfitRedis, match="allkeys-lru"):
+            await client.check(allow_volatile=True)
+    finally:
+        await client.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+
+
+async def test_check_refuses_redis_without_aof_unless_allowed(client: RedisClient) -> None:
+    await client.command("CONFIG", "SET", "appendonly", "no")
+    try:
+        with pytest.raises(UnfitRedis, match="appendonly"):
+            await client.check(allow_volatile=False)
+        await client.check(allow_volatile=True)
+    finally:
+        await client.command("CONFIG", "SET", "appendonly", "yes")
+
+
+async def test_a_redis_that_is_away_is_unavailable_and_then_back(tmp_path: Path, redis_server: RedisServer) -> None:
+    server = RedisServer(tmp_path, binary=redis_server.binary)
+    client = RedisClient(server.url)
+    await client.command("SET", "kept", "1")
+    server.kill()
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await client.command("GET", "kept")
+        with pytest.raises(Unavailable):
+            await client.blocking_command("XREAD", "BLOCK", 10, "STREAMS", "s", "0")
+    server.start()
+    assert await client.command("GET", "kept") == b"1"
+    await client.close()
+    server.kill()
+
+
+async def test_a_hung_redis_is_unavailable(
+    tmp_path: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "ANSWER_TIMEOUT_S", 0.2)
+    server = RedisServer(tmp_path, binary=redis_server.binary)
+    client = RedisClient(server.url)
+    await client.command("PING")
+    server.signal(signal.SIGSTOP)
+    with pytest.raises(Unavailable):
+        await client.command("PING")
+    server.signal(signal.SIGCONT)
+    assert await client.command("ECHO", "a") == b"a"
+    await client.close()
+    server.kill()
+
+
+async def test_a_read_only_replica_is_unavailable_for_scripts_too(client: RedisClient) -> None:
+    await client.command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        with pytest.raises(Unavailable):
+            await client.command("SET", "a", "b")
+        with pytest.raises(Unavailable):
+            await client.script(Script("return redis.call('SET', KEYS[1], 'x')", "0" * 40), ["a"], [])
+    finally:
+        await client.command("REPLICAOF", "NO", "ONE")
+
+
+async def test_a_blocked_caller_can_always_be_cancelled(client: RedisClient) -> None:
+    async def read_forever() -> None:
+        while True:
+            await client.blocking_command("XREAD", "BLOCK", 1, "STREAMS", "s", "0")
+
+    for number in range(200):
+        reading = asyncio.create_task(read_forever())
+        await asyncio.sleep(number / 50_000)
+        reading.cancel()
+        await asyncio.wait([reading], timeout=5)
+        assert reading.cancelled()
+
+
+async def test_closing_ends_what_is_blocked(redis_url: str) -> None:
+    client = RedisClient(redis_url)
+    reading = asyncio.create_task(client.blocking_command("XREAD", "BLOCK", 10_000, "STREAMS", "s", "0"))
+    await client.command("ECHO", "a")
+    await client.close()
+    with pytest.raises(Unavailable):
+        await reading

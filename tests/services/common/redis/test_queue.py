@@ -1,0 +1,343 @@
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from headrace.v1.job_pb2 import Job
+from headrace.v1.sampling_pb2 import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL
+from services.common.errors import Unavailable
+from services.common.redis.client import RedisClient
+from services.common.redis.keys import GROUP, Owner, queue_stream, queue_streams
+from services.common.redis.queue import JobQueue
+from tests.redis_server import RedisServer
+
+LEASE_S = 5.0
+MODEL = "org/smol{1}"
+
+MakeQueue = Callable[[Owner], JobQueue]
+GATEWAY = Owner("gateway", "gw", "1")
+OTHER_GATEWAY = Owner("gateway", "other", "1")
+SCHEDULER = Owner("scheduler", "sched", "1")
+OTHER_SCHEDULER = Owner("scheduler", "other", "1")
+
+
+def job(request_id: str, priority: int = PRIORITY_NORMAL) -> Job:
+    return Job(
+        request_id=request_id, gateway_id="gw", gateway_incarnation="1", model=MODEL, priority=priority, choices=1
+    )
+
+
+@pytest.fixture
+async def make(redis_url: str) -> AsyncIterator[MakeQueue]:
+    queues: list[JobQueue] = []
+
+    def make_queue(owner: Owner) -> JobQueue:
+        queues.append(JobQueue(redis_url, owner, lease_s=LEASE_S))
+        return queues[-1]
+
+    yield make_queue
+    for queue in queues:
+        await queue.close()
+
+
+@pytest.fixture
+async def gateway(make: MakeQueue) -> JobQueue:
+    queue = make(GATEWAY)
+    await queue.renew([])
+    return queue
+
+
+@pytest.fixture
+def scheduler(make: MakeQueue) -> JobQueue:
+    return make(SCHEDULER)
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[RedisClient]:
+    client = RedisClient(redis_url)
+    yield client
+    await client.close()
+
+
+async def expire_leases(redis: RedisClient, idle_ms: int = int(LEASE_S * 1500)) -> None:
+    """Makes every pending entry look as old as that, without waiting."""
+    for stream in queue_streams(MODEL):
+        if not await redis.command("EXISTS", stream):
+            continue
+        for entry_id, owner, *_ in await redis.command("EVAL", PENDING, 1, stream, GROUP):
+            claim = "return redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'IDLE', ARGV[4], 'JUSTID')"
+            await redis.command("EVAL", claim, 1, stream, GROUP, owner, entry_id, idle_ms)
+
+
+PENDING = "return redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000)"
+
+
+async def test_a_job_comes_out_as_it_went_in(gateway: JobQueue, scheduler: JobQueue) -> None:
+    sent = job("r1")
+    sent.block_hashes = bytes(range(256))
+    entry_id = await gateway.enqueue(sent)
+    [popped] = await scheduler.pop(MODEL, 5)
+    assert (popped.entry_id, popped.job) == (entry_id, sent)
+    assert await scheduler.pop(MODEL, 5) == []
+
+
+async def test_pop_takes_by_priority_then_age_and_no_more_than_asked(gateway: JobQueue, scheduler: JobQueue) -> None:
+    for number, priority in enumerate((PRIORITY_LOW, PRIORITY_NORMAL, PRIORITY_HIGH, 0, PRIORITY_HIGH)):
+        await gateway.enqueue(job(f"r{number}", priority))
+    first = await scheduler.pop(MODEL, 3)
+    second = await scheduler.pop(MODEL, 3)
+    assert [queued.job.request_id for queued in first + second] == ["r2", "r4", "r1", "r3", "r0"]
+    assert first + second == sorted(first + second, key=lambda queued: queued.rank)
+
+
+async def test_a_job_is_handed_to_one_scheduler(gateway: JobQueue, scheduler: JobQueue, make: MakeQueue) -> None:
+    for number in range(50):
+        await gateway.enqueue(job(f"r{number}"))
+    other = make(OTHER_SCHEDULER)
+    popped = await asyncio.gather(*(queue.pop(MODEL, 7) for queue in [scheduler, other] * 5))
+    ids = [queued.entry_id for jobs in popped for queued in jobs]
+    assert len(ids) == len(set(ids)) == 50
+
+
+async def test_acknowledged_jobs_leave_nothing(gateway: JobQueue, scheduler: JobQueue, redis: RedisClient) -> None:
+    entry_id = await gateway.enqueue(job("r1"))
+    await scheduler.pop(MODEL, 1)
+    assert await gateway.take_over(job("r1"), entry_id)
+    for _ in range(2):
+        await gateway.acknowledge(job("r1"), entry_id)
+    stream = queue_stream(MODEL, PRIORITY_NORMAL)
+    assert await redis.command("XLEN", stream) == 0
+    assert await redis.command("EVAL", PENDING, 1, stream, GROUP) == []
+
+
+async def test_a_waiting_job_can_be_withdrawn(gateway: JobQueue, scheduler: JobQueue) -> None:
+    entry_id = await gateway.enqueue(job("r1"))
+    await gateway.acknowledge(job("r1"), entry_id)
+    assert await scheduler.pop(MODEL, 1) == []
+
+
+async def test_only_one_gateway_takes_over(gateway: JobQueue, scheduler: JobQueue, make: MakeQueue) -> None:
+    entry_id = await gateway.enqueue(job("r1"))
+    other = make(OTHER_GATEWAY)
+    assert not await gateway.take_over(job("r1"), entry_id), "nobody offered it yet"
+    await scheduler.pop(MODEL, 1)
+    assert await gateway.take_over(job("r1"), entry_id)
+    assert await gateway.take_over(job("r1"), entry_id), "taking over twice is harmless"
+    assert not await other.take_over(job("r1"), entry_id)
+    await other.acknowledge(job("r1"), entry_id)
+    await scheduler.remove(job("r1"), entry_id)
+    assert await gateway.renew([(job("r1"), entry_id)]) == [], "neither of them could end it"
+
+
+async def test_renew_names_what_is_lost(gateway: JobQueue, scheduler: JobQueue, make: MakeQueue) -> None:
+    entries = [(job(f"r{n}", p), await gateway.enqueue(job(f"r{n}", p))) for n, p in enumerate((1, 2, 2, 3))]
+    await scheduler.pop(MODEL, 4)
+    for entry in entries:
+        assert await gateway.take_over(*entry)
+    await gateway.acknowledge(*entries[1])
+    assert await gateway.renew(entries) == [entries[1]]
+    assert sorted(await scheduler.renew(entries), key=str) == sorted(entries, key=str)
+
+
+async def test_depths_count_what_no_gateway_runs(gateway: JobQueue, scheduler: JobQueue) -> None:
+    assert await scheduler.depths(MODEL) == {1: 0, 2: 0, 3: 0}
+    entry_id = await gateway.enqueue(job("r1"))
+    await gateway.enqueue(job("r2"))
+    await gateway.enqueue(job("r3", PRIORITY_LOW))
+    assert await scheduler.depths(MODEL) == {1: 0, 2: 2, 3: 1}
+    await scheduler.pop(MODEL, 2)
+    assert await scheduler.depths(MODEL) == {1: 0, 2: 2, 3: 1}
+    await gateway.take_over(job("r1"), entry_id)
+    assert await scheduler.depths(MODEL) == {1: 0, 2: 1, 3: 1}
+
+
+async def test_a_dead_schedulers_jobs_are_reclaimed(
+    gateway: JobQueue, scheduler: JobQueue, make: MakeQueue, redis: RedisClient
+) -> None:
+    await gateway.enqueue(job("r1"))
+    await scheduler.pop(MODEL, 1)
+    other = make(OTHER_SCHEDULER)
+    assert await other.reclaim(MODEL) == ([], []), "its lease still runs"
+    await expire_leases(redis)
+    [reclaimed], closed = await other.reclaim(MODEL)
+    assert (reclaimed.job.request_id, closed) == ("r1", [])
+    assert await scheduler.renew([(reclaimed.job, reclaimed.entry_id)]) == [(reclaimed.job, reclaimed.entry_id)]
+    assert await gateway.take_over(reclaimed.job, reclaimed.entry_id)
+
+
+async def test_reclaim_goes_through_more_than_a_page(
+    gateway: JobQueue, scheduler: JobQueue, redis: RedisClient
+) -> None:
+    await asyncio.gather(*(gateway.enqueue(job(f"r{number}")) for number in range(300)))
+    await scheduler.pop(MODEL, 300)
+    await expire_leases(redis)
+    reclaimed, _ = await scheduler.reclaim(MODEL)
+    assert len({queued.job.request_id for queued in reclaimed}) == 300
+
+
+async def test_a_lost_gateways_jobs_are_closed(gateway: JobQueue, scheduler: JobQueue, redis: RedisClient) -> None:
+    entry_id = await gateway.enqueue(job("running"))
+    await gateway.enqueue(job("offered"))
+    await scheduler.pop(MODEL, 2)
+    await gateway.take_over(job("running"), entry_id)
+    await expire_leases(redis)
+    await redis.command("DEL", "headrace:gateway:gw:1")
+    reclaimed, closed = await scheduler.reclaim(MODEL)
+    assert reclaimed == []
+    assert {gone.job.request_id for gone in closed} == {"running", "offered"}
+    assert await redis.command("XLEN", queue_stream(MODEL, PRIORITY_NORMAL)) == 0
+
+
+async def test_a_live_gateways_job_is_left_alone_until_it_is_clearly_forgotten(
+    gateway: JobQueue, scheduler: JobQueue, redis: RedisClient
+) -> None:
+    entry_id = await gateway.enqueue(job("r1"))
+    await scheduler.pop(MODEL, 1)
+    await gateway.take_over(job("r1"), entry_id)
+    await expire_leases(redis, idle_ms=int(LEASE_S * 2000))
+    await gateway.renew([])
+    assert await scheduler.reclaim(MODEL) == ([], [])
+    await expire_leases(redis, idle_ms=int(LEASE_S * 4000))
+    await gateway.renew([])
+    [reclaimed], closed = await scheduler.reclaim(MODEL)
+    assert (reclaimed.entry_id, closed) == (entry_id, [])
+    assert await gateway.renew([(job("r1"), entry_id)]) == [], "a gateway that runs it after all keeps it"
+
+
+async def test_released_jobs_are_reclaimed_at_once(gateway: JobQueue, scheduler: JobQueue, make: MakeQueue) -> None:
+    await gateway.enqueue(job("r1"))
+    popped = await scheduler.pop(MODEL, 1)
+    await scheduler.release(popped)
+    assert (await make(OTHER_SCHEDULER).reclaim(MODEL))[0] == popped
+
+
+async def test_release_spares_what_a_gateway_took_over(gateway: JobQueue, scheduler: JobQueue, make: MakeQueue) -> None:
+    entry_id = await gateway.enqueue(job("r1"))
+    popped = await scheduler.pop(MODEL, 1)
+    await gateway.take_over(job("r1"), entry_id)
+    await scheduler.release(popped)
+    assert await make(OTHER_SCHEDULER).reclaim(MODEL) == ([], [])
+
+
+async def test_waiting_ends_with_a_new_job_on_any_priority(gateway: JobQueue, scheduler: JobQueue) -> None:
+    for priority in (PRIORITY_LOW, PRIORITY_HIGH):
+        assert await scheduler.pop(MODEL, 10) == []
+        waiting = asyncio.create_task(scheduler.wait_for_jobs(MODEL, 10))
+        await gateway.enqueue(job("r", priority))
+        await waiting
+        assert len(await scheduler.pop(MODEL, 10)) == 1
+
+
+async def test_waiting_sees_a_job_that_came_before_it(gateway: JobQueue, scheduler: JobQueue) -> None:
+    await scheduler.pop(MODEL, 10)
+    await gateway.enqueue(job("r1"))
+    await scheduler.wait_for_jobs(MODEL, 10)
+
+
+async def test_waiting_ends_after_its_time_and_ignores_jobs_already_handed_out(
+    gateway: JobQueue, scheduler: JobQueue
+) -> None:
+    await gateway.enqueue(job("r1"))
+    await scheduler.pop(MODEL, 10)
+    started = time.monotonic()
+    await scheduler.wait_for_jobs(MODEL, 0.05)
+    assert time.monotonic() - started >= 0.05
+
+
+async def test_a_lost_consumer_group_is_made_again(gateway: JobQueue, scheduler: JobQueue, redis: RedisClient) -> None:
+    await gateway.enqueue(job("r1"))
+    await scheduler.pop(MODEL, 1)
+    await redis.command("XGROUP", "DESTROY", queue_stream(MODEL, PRIORITY_NORMAL), GROUP)
+    assert await scheduler.reclaim(MODEL) == ([], [])
+    [again] = await scheduler.pop(MODEL, 1)
+    assert again.job.request_id == "r1"
+
+
+async def test_an_entry_deleted_by_hand_is_forgotten(
+    gateway: JobQueue, scheduler: JobQueue, redis: RedisClient
+) -> None:
+    entry_id = await gateway.enqueue(job("r1"))
+    await scheduler.pop(MODEL, 1)
+    stream = queue_stream(MODEL, PRIORITY_NORMAL)
+    await redis.command("XDEL", stream, entry_id)
+    await expire_leases(redis)
+    assert await scheduler.reclaim(MODEL) == ([], [])
+    assert await redis.command("EVAL", PENDING, 1, stream, GROUP) == []
+
+
+async def test_consumers_of_processes_long_gone_are_forgotten(
+    gateway: JobQueue, scheduler: JobQueue, redis: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await gateway.enqueue(job("r1"))
+    await scheduler.pop(MODEL, 1)
+    stream = queue_stream(MODEL, PRIORITY_NORMAL)
+    await redis.command("XGROUP", "CREATECONSUMER", stream, GROUP, "s:old:1")
+    monkeypatch.setattr("services.common.redis.queue._FORGET_CONSUMER_MS", -1)
+    await scheduler.reclaim(MODEL)
+    consumers = await redis.command("EVAL", "return redis.call('XINFO','CONSUMERS',KEYS[1],ARGV[1])", 1, stream, GROUP)
+    assert [info[1] for info in consumers] == [SCHEDULER.consumer.encode()]
+
+
+async def test_jobs_and_owners_outlive_a_crash_of_redis(tmp_path: Path, redis_server: RedisServer) -> None:
+    server = RedisServer(tmp_path, binary=redis_server.binary)
+    gateway, scheduler = JobQueue(server.url, GATEWAY), JobQueue(server.url, SCHEDULER)
+    running = await gateway.enqueue(job("running"))
+    await scheduler.pop(MODEL, 1)
+    await gateway.take_over(job("running"), running)
+    await gateway.enqueue(job("waiting"))
+    server.kill()
+    with pytest.raises(Unavailable):
+        await gateway.enqueue(job("refused"))
+    with pytest.raises(Unavailable):
+        await scheduler.reclaim(MODEL)
+    server.start()
+    assert await gateway.renew([(job("running"), running)]) == []
+    assert [queued.job.request_id for queued in await scheduler.pop(MODEL, 5)] == ["waiting"]
+    for queue in (gateway, scheduler):
+        await queue.close()
+    server.kill()
+
+
+async def test_every_script_keeps_to_one_slot_of_a_cluster(tmp_path: Path, redis_server: RedisServer) -> None:
+    options = ("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
+    server = RedisServer(tmp_path, *options, binary=redis_server.binary)
+    redis = RedisClient(server.url)
+    await redis.command("CLUSTER", "ADDSLOTS", *range(16384))
+    # Redis tells of no event when it has settled.
+    state = "return redis.call('CLUSTER', 'INFO')"
+    while b"cluster_state:ok" not in await redis.command("EVAL", state, 0):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    gateway = JobQueue(server.url, GATEWAY, lease_s=LEASE_S)
+    scheduler = JobQueue(server.url, SCHEDULER, lease_s=LEASE_S)
+    await gateway.renew([])
+    entries = [(job(f"r{n}", n), await gateway.enqueue(job(f"r{n}", n))) for n in (1, 2, 3)]
+    await scheduler.wait_for_jobs(MODEL, 1)
+    popped = await scheduler.pop(MODEL, 3)
+    await scheduler.release(popped)
+    assert len((await scheduler.reclaim(MODEL))[0]) == 3
+    assert await gateway.take_over(*entries[0])
+    assert await gateway.renew(entries) == []
+    for entry in entries:
+        await gateway.acknowledge(*entry)
+    assert sum((await scheduler.depths(MODEL)).values()) == 0
+    for closing in (gateway, scheduler, redis):
+        await closing.close()
+    server.kill()
+
+
+async def test_cost_of_a_queue_hop(gateway: JobQueue, scheduler: JobQueue) -> None:
+    """Prints how long a job takes from enqueue to pop on an idle queue, the wake-up included."""
+    hops = []
+    for _ in range(50):
+        await scheduler.pop(MODEL, 1)
+        waiting = asyncio.create_task(scheduler.wait_for_jobs(MODEL, 5))
+        await asyncio.sleep(0.005)  # the wait is to be blocked in Redis before the job comes
+        started = time.perf_counter()
+        entry_id = await gateway.enqueue(job("r"))
+        await waiting
+        assert await scheduler.pop(MODEL, 1)
+        hops.append(time.perf_counter() - started)
+        await gateway.acknowledge(job("r"), entry_id)
+    print(f"\nenqueue -> wake -> pop: median {sorted(hops)[25] * 1000:.2f} ms, worst {max(hops) * 1000:.2f} ms")

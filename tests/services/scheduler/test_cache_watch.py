@@ -1,0 +1,63 @@
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.common.channel import cancel_and_wait
+from services.scheduler.cache_watch import CacheWatch
+from services.scheduler.metrics import SchedulerMetrics
+from tests.services.scheduler.fakes import FakeCache, serving_cache
+
+BLOCK = bytes(16)
+OTHER = bytes([1]) * 16
+
+
+class Watched:
+    """A watch of a fake cache, and the means to wait for what it has learned."""
+
+    def __init__(self, cache: FakeCache, watch: CacheWatch) -> None:
+        self.cache = cache
+        self.watch = watch
+
+    async def until_held(self, *blocks: bytes) -> None:
+        while self.watch.index.match("f", blocks) != {("a", "1"): len(blocks)}:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+async def watched() -> AsyncIterator[Watched]:
+    cache = FakeCache()
+    watch = CacheWatch("s1", SchedulerMetrics(CollectorRegistry()))
+    async with serving_cache(cache) as address:
+        running = asyncio.create_task(watch.run((address,)))
+        assert await cache.watchers.get() == "s1"
+        yield Watched(cache, watch)
+        await cancel_and_wait([running])
+
+
+async def test_snapshot_then_changes(watched: Watched) -> None:
+    watched.cache.snapshot("e", BLOCK)
+    await watched.until_held(BLOCK)
+    watched.cache.stored("e", 4, OTHER)
+    await watched.until_held(BLOCK, OTHER)
+
+
+async def test_what_is_known_stays_while_the_cache_is_away_and_until_the_next_snapshot(watched: Watched) -> None:
+    watched.cache.snapshot("e", BLOCK)
+    await watched.until_held(BLOCK)
+    watched.cache.updates.put_nowait(None)
+    await watched.cache.watchers.get()
+    assert watched.watch.index.blocks == 1
+    watched.cache.snapshot("f", OTHER)
+    await watched.until_held(OTHER)
+    assert not watched.watch.index.match("f", [BLOCK])
+
+
+async def test_a_gap_means_watching_again(watched: Watched) -> None:
+    watched.cache.snapshot("e", BLOCK)
+    watched.cache.stored("e", 9, OTHER)
+    await watched.cache.watchers.get()
+    assert watched.watch.index.match("f", [BLOCK]), "what came before the gap is kept for now"
+    watched.cache.snapshot("e", BLOCK, OTHER)
+    await watched.until_held(BLOCK, OTHER)

@@ -1,0 +1,147 @@
+from collections import defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.v1.cache_pb2 import Holder, HolderBlocks, IndexUpdate, SnapshotEnd
+from services.scheduler.index import BlockIndex, IndexGap
+
+
+def block(number: int) -> bytes:
+    return bytes([number]) * 16
+
+
+def blocks(*numbers: int) -> bytes:
+    return b"".join(block(number) for number in numbers)
+
+
+class Feed:
+    """An index fed with updates that are numbered as the cache service numbers them."""
+
+    def __init__(self) -> None:
+        self.index = BlockIndex()
+        self._sequence = 0
+
+    def __call__(self, update: IndexUpdate) -> None:
+        self._sequence += 1
+        update.epoch, update.sequence = "e", self._sequence
+        self.index.apply(update)
+
+    def join(self, id: str, kv_format: str = "f", incarnation: str = "1") -> None:
+        self(IndexUpdate(holder_joined=Holder(id=id, incarnation=incarnation, kv_format=kv_format)))
+
+    def change(self, id: str, stored: bytes = b"", removed: bytes = b"", replace: bool = False) -> None:
+        self(IndexUpdate(blocks=HolderBlocks(holder_id=id, stored=stored, removed=removed, replace=replace)))
+
+
+@pytest.fixture
+def feed() -> Feed:
+    return Feed()
+
+
+def chain(*numbers: int) -> list[bytes]:
+    return [block(number) for number in numbers]
+
+
+def test_matches_are_the_leading_blocks_of_each_holder(feed: Feed) -> None:
+    for id in "abcd":
+        feed.join(id)
+    feed.change("a", stored=blocks(1, 2, 3))
+    feed.change("b", stored=blocks(1, 3))
+    feed.change("c", stored=blocks(2, 3))
+    assert feed.index.match("f", chain(1, 2, 3, 4)) == {("a", "1"): 3, ("b", "1"): 1}
+    assert feed.index.match("f", chain(1, 2)) == {("a", "1"): 2, ("b", "1"): 1}
+    assert feed.index.match("f", []) == {}
+    assert feed.index.match("f", chain(9)) == {}
+    assert feed.index.match("other", chain(1)) == {}
+
+
+def test_formats_are_apart(feed: Feed) -> None:
+    feed.join("a", "f")
+    feed.join("b", "g")
+    feed.change("a", stored=blocks(1))
+    feed.change("b", stored=blocks(1))
+    assert feed.index.match("f", chain(1)) == {("a", "1"): 1}
+    assert feed.index.match("g", chain(1)) == {("b", "1"): 1}
+    assert feed.index.blocks == 2
+
+
+def test_removals_come_before_additions(feed: Feed) -> None:
+    feed.join("a")
+    feed.change("a", stored=blocks(1))
+    feed.change("a", removed=blocks(1, 7), stored=blocks(1, 2))
+    assert feed.index.match("f", chain(1, 2)) == {("a", "1"): 2}
+
+
+def test_a_new_incarnation_holds_nothing(feed: Feed) -> None:
+    feed.join("a")
+    feed.change("a", stored=blocks(1))
+    feed.join("a", incarnation="2")
+    assert feed.index.match("f", chain(1)) == {}
+    feed.change("a", stored=blocks(1))
+    assert feed.index.match("f", chain(1)) == {("a", "2"): 1}
+
+
+def test_who_leaves_takes_its_blocks_along(feed: Feed) -> None:
+    feed.join("a")
+    feed.join("b")
+    feed.change("a", stored=blocks(1, 2))
+    feed.change("b", stored=blocks(1))
+    feed(IndexUpdate(holder_left_id="a"))
+    assert feed.index.match("f", chain(1, 2)) == {("b", "1"): 1}
+    assert feed.index.blocks == 1
+    feed(IndexUpdate(holder_left_id="unknown"))
+
+
+def test_a_gap_or_another_epoch_is_noticed(feed: Feed) -> None:
+    feed.join("a")
+    with pytest.raises(IndexGap):
+        feed.index.apply(IndexUpdate(epoch="e", sequence=3, snapshot_end=SnapshotEnd()))
+    with pytest.raises(IndexGap):
+        feed.index.apply(IndexUpdate(epoch="x", sequence=2, snapshot_end=SnapshotEnd()))
+    with pytest.raises(IndexGap):
+        feed.change("nobody", stored=blocks(1))
+
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("join"), st.sampled_from("abc"), st.sampled_from("fg")),
+        st.tuples(st.just("leave"), st.sampled_from("abc")),
+        st.tuples(
+            st.just("change"),
+            st.sampled_from("abc"),
+            st.lists(st.integers(0, 5), max_size=4),
+            st.lists(st.integers(0, 5), max_size=4),
+            st.booleans(),
+        ),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=200)
+@given(operations, st.lists(st.integers(0, 5), unique=True, max_size=6))
+def test_it_agrees_with_a_plain_model(steps: list[tuple[str, ...]], wanted: list[int]) -> None:
+    feed = Feed()
+    formats: dict[str, str] = {}
+    held: dict[str, set[int]] = defaultdict(set)
+    for kind, id, *rest in steps:
+        if kind == "join":
+            feed.join(id, rest[0])
+            formats[id], held[id] = rest[0], set()
+        elif kind == "leave":
+            feed(IndexUpdate(holder_left_id=id))
+            formats.pop(id, None)
+        elif id in formats:
+            stored, removed, replace = rest
+            feed.change(id, blocks(*map(int, stored)), blocks(*map(int, removed)), bool(replace))
+            held[id] = (set() if replace else held[id] - set(map(int, removed))) | set(map(int, stored))
+    for kv_format in "fg":
+        expected = {}
+        for id in (id for id, format in formats.items() if format == kv_format):
+            leading = next((i for i, number in enumerate(wanted) if number not in held[id]), len(wanted))
+            if leading:
+                expected[id, "1"] = leading
+        assert feed.index.match(kv_format, chain(*wanted)) == expected
+    assert feed.index.blocks == len({(formats[id], number) for id in formats for number in held[id]})

@@ -1,0 +1,48 @@
+"""The process: `python -m services.scheduler`."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.common.config import child_environment
+from tests.redis_server import RedisServer, free_port
+
+
+def start(redis_url: str, port: int) -> "subprocess.Popen[str]":
+    settings = {"redis_url": redis_url, "port": port, "metrics_port": 0, "caches": f"127.0.0.1:{free_port()}"}
+    environment = child_environment("scheduler", settings)
+    command = [sys.executable, "-m", "services.scheduler"]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_it_serves_and_ends_with_0_on_sigterm(redis_url: str) -> None:
+    port = free_port()
+    process = start(redis_url, port)
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service="headrace.v1.Scheduler"), wait_for_ready=True)
+        assert any(response.status == health_pb2.HealthCheckResponse.SERVING for response in watch)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert f"ready on 127.0.0.1:{port}" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(("--appendonly", "no"), "appendonly"), (("--maxmemory-policy", "allkeys-lru"), "allkeys-lru")],
+)
+def test_it_refuses_a_redis_that_would_lose_requests(tmp_path: Path, options: tuple[str, ...], reason: str) -> None:
+    redis = RedisServer(tmp_path, *options)
+    process = start(redis.url, free_port())
+    _, log = process.communicate(timeout=20)
+    redis.kill()
+    assert process.returncode == 1
+    assert reason in log
+    assert "Traceback" not in log

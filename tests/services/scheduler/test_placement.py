@@ -1,0 +1,181 @@
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.scheduler.index import HolderKey
+from services.scheduler.placement import Candidate, Credits, JobShape, impossible, place
+
+BLOCK = 16
+
+
+class Hits:
+    """An index in which each worker holds so many leading blocks."""
+
+    def __init__(self, blocks: Mapping[str, int]) -> None:
+        self._blocks = blocks
+
+    def match(self, kv_format: str, hashes: Sequence[bytes]) -> dict[HolderKey, int]:
+        return {(worker, "1"): min(count, len(hashes)) for worker, count in self._blocks.items()}
+
+
+NO_HITS = Hits({})
+FULL = Credits(sequences=8, blocks=1000, prefill_tokens=4096)
+
+
+def worker(id: str = "a", **changes: object) -> Candidate:
+    base = Candidate(
+        id=id,
+        incarnation="1",
+        kv_format="f",
+        block_size=BLOCK,
+        max_sequences=8,
+        total_blocks=1000,
+        healthy=True,
+        prefill_only=False,
+        credits=FULL,
+        sequences=0,
+        pending_prefill_tokens=0,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def job(prompt_tokens: int = 100, choices: int = 1, request_id: str = "r") -> JobShape:
+    hashes = [bytes([position % 256]) * 16 for position in range(prompt_tokens // BLOCK)]
+    return JobShape(request_id, prompt_tokens, choices, hashes)
+
+
+def chosen(shape: JobShape, *workers: Candidate, hits: Hits = NO_HITS, avoid: str = "") -> str | None:
+    choice = place(shape, workers, hits, avoid=avoid)
+    return choice.worker.id if choice else None
+
+
+def test_nobody_to_choose_from() -> None:
+    assert chosen(job()) is None
+    assert chosen(job(), worker(healthy=False)) is None
+    assert chosen(job(), worker(credits=Credits(0, 1000, 4096))) is None
+
+
+def test_the_least_loaded_of_equals() -> None:
+    assert chosen(job(), worker("a", sequences=3), worker("b", sequences=1), worker("c", sequences=2)) == "b"
+    assert chosen(job(), worker("a", pending_prefill_tokens=500), worker("b", pending_prefill_tokens=100)) == "b"
+
+
+def test_a_prefix_hit_draws_until_the_queue_is_longer_than_what_it_saves() -> None:
+    hits = Hits({"a": 40})  # 640 tokens
+    assert chosen(job(1000), worker("a", pending_prefill_tokens=600), worker("b"), hits=hits) == "a"
+    assert chosen(job(1000), worker("a", pending_prefill_tokens=700), worker("b"), hits=hits) == "b"
+    assert chosen(job(1000), worker("a", sequences=7), worker("b"), hits=hits) == "a"
+
+
+def test_the_last_prompt_token_is_never_a_hit() -> None:
+    choice = place(job(64), [worker()], Hits({"a": 4}))
+    assert choice is not None
+    assert (choice.expected_hit_tokens, choice.cost.prefill_tokens) == (48, 16)
+    choice = place(job(65), [worker()], Hits({"a": 4}))
+    assert choice is not None
+    assert (choice.expected_hit_tokens, choice.reason) == (64, "prefix_hit")
+
+
+def test_blocks_of_an_earlier_incarnation_are_no_hit() -> None:
+    choice = place(job(), [worker(incarnation="2")], Hits({"a": 6}))
+    assert choice is not None
+    assert (choice.expected_hit_tokens, choice.reason) == (0, "least_loaded")
+
+
+def test_choices_share_the_prompts_blocks() -> None:
+    choice = place(job(100, choices=3), [worker()], NO_HITS)
+    assert choice is not None
+    assert choice.cost == Credits(sequences=3, blocks=7 + 3, prefill_tokens=100)
+
+
+def test_ties_are_spread_evenly() -> None:
+    workers = [worker(id) for id in "abcd"]
+    counts = dict.fromkeys("abcd", 0)
+    for number in range(400):
+        counts[chosen(job(request_id=f"r{number}"), *workers) or ""] += 1
+    assert min(counts.values()) > 60
+
+
+def test_the_worker_that_failed_is_taken_only_if_no_other_can() -> None:
+    busy = worker("b", sequences=7)
+    assert chosen(job(), worker("a"), busy, avoid="a") == "b"
+    assert chosen(job(), worker("a"), worker("b", credits=Credits()), avoid="a") == "a"
+
+
+def test_a_prefill_worker_decodes_only_if_no_other_can() -> None:
+    assert chosen(job(), worker("a", prefill_only=True), worker("b", sequences=7)) == "b"
+    assert chosen(job(), worker("a", prefill_only=True)) == "a"
+
+
+def test_a_prompt_beyond_every_grant_goes_where_no_prefill_waits() -> None:
+    assert chosen(job(10_000), worker(sequences=5)) == "a"
+    assert chosen(job(10_000), worker(sequences=5, pending_prefill_tokens=1)) is None
+
+
+def test_a_job_beyond_a_share_goes_to_an_idle_worker() -> None:
+    share = Credits(sequences=2, blocks=50, prefill_tokens=512)
+    assert chosen(job(1000, choices=6), worker(credits=share)) == "a"
+    assert chosen(job(1000, choices=6), worker(credits=share, sequences=1)) is None
+
+
+def test_what_no_worker_could_ever_run_is_named() -> None:
+    assert impossible(job(), []) is None
+    assert impossible(job(), [worker()]) is None
+    assert impossible(job(choices=9), [worker(), worker("b", max_sequences=16)]) is None
+    assert "9 choices" in str(impossible(job(choices=9), [worker()]))
+    assert "fit no connected worker" in str(impossible(job(20_000), [worker()]))
+    assert chosen(job(choices=9), worker()) is None
+
+
+workers_strategy = st.lists(
+    st.builds(
+        worker,
+        id=st.sampled_from("abcdefgh"),
+        healthy=st.booleans(),
+        prefill_only=st.booleans(),
+        max_sequences=st.integers(1, 16),
+        total_blocks=st.integers(1, 200),
+        credits=st.builds(Credits, st.integers(-2, 16), st.integers(-10, 200), st.integers(-100, 4096)),
+        sequences=st.integers(0, 16),
+        pending_prefill_tokens=st.integers(0, 5000),
+    ),
+    unique_by=lambda candidate: candidate.id,
+    max_size=8,
+)
+
+
+@given(
+    workers_strategy,
+    st.builds(job, prompt_tokens=st.integers(1, 4000), choices=st.integers(1, 8)),
+    st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 300)),
+)
+def test_credits_are_never_overdrawn_but_on_what_is_idle(
+    workers: list[Candidate], shape: JobShape, hits: dict[str, int]
+) -> None:
+    choice = place(shape, workers, Hits(hits))
+    if choice is None:
+        assert not any(
+            w.healthy
+            and w.credits.sequences >= shape.choices
+            and w.credits.blocks >= shape.prompt_tokens // BLOCK + 1 + shape.choices
+            and w.credits.prefill_tokens >= shape.prompt_tokens
+            for w in workers
+        )
+        return
+    taker, cost = choice.worker, choice.cost
+    assert taker.healthy
+    assert taker.credits.sequences > 0
+    assert 0 < cost.prefill_tokens == shape.prompt_tokens - choice.expected_hit_tokens
+    left = taker.credits - cost
+    idle = not taker.sequences and not taker.pending_prefill_tokens
+    fits_idle = cost.sequences <= taker.max_sequences and cost.blocks <= taker.total_blocks
+    assert (left.sequences >= 0 and left.blocks >= 0) or (idle and fits_idle)
+    assert left.prefill_tokens >= 0 or not taker.pending_prefill_tokens
+
+
+@given(workers_strategy, st.permutations(range(8)))
+def test_the_order_of_workers_does_not_matter(workers: list[Candidate], order: list[int]) -> None:
+    shuffled = [workers[position] for position in order if position < len(workers)]
+    assert place(job(), workers, NO_HITS) == place(job(), shuffled, NO_HITS)
