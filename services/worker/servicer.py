@@ -34,7 +34,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
                 reader.result()  # raises what was wrong with the commands
         finally:
             self._executions.close(execution)
-            # Not awaited: CPython 3.11 crashes when a second cancellation meets a nested async generator that awaits here.
+            # Not awaited: CPython 3.11 crashes when a second cancellation meets a nested async generator that
+            # awaits here.
             reader.cancel()
 
     async def _follow(self, execution: Execution, commands: Commands) -> None:

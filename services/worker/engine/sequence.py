@@ -8,6 +8,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from services.common.block_hash import block_hash
+
 
 class Finish(Enum):
     """Why a sequence ended."""
@@ -65,20 +67,37 @@ class Sequence:
     cache_root: bytes = b""  # root of its chain hashes: sequences share blocks only under one root
     leader: "Sequence | None" = None  # choice 0 of the same request: its prompt blocks are shared, so it goes first
     blocks: list[int] = field(default_factory=list)  # block table: ids in the block pool, in order of position
+    hashes: list[bytes] = field(default_factory=list)  # chain hashes of its leading full blocks, as far as asked for
     computed: int = 0
-    cached_tokens: int = 0  # leading tokens whose KV was found in the pool at first admission
+    cached_tokens: int = 0  # leading prompt tokens whose KV was found in the pool at first admission
     preemptions: int = 0
     finish: Finish | None = None
+    delivered: int = field(init=False)  # output tokens that it was born with
+    # Token id -> how often it is in the output; a token of the prompt alone has 0. Kept for penalized sequences only.
+    occurrences: dict[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.prompt_length <= len(self.tokens):
             raise ValueError(f"prompt_length {self.prompt_length} must lie between 1 and {len(self.tokens)} tokens")
         if self.output_length >= self.stop.max_tokens:
-            raise ValueError(f"{self.output_length} delivered tokens leave nothing of max_tokens {self.stop.max_tokens}")
+            raise ValueError(
+                f"{self.output_length} delivered tokens leave nothing of max_tokens {self.stop.max_tokens}"
+            )
+        self.delivered = self.output_length
+        self.occurrences = {}
+        if self.sampling.penalized:
+            self.occurrences = dict.fromkeys(self.tokens[: self.prompt_length], 0)
+            for token in self.tokens[self.prompt_length :]:
+                self._count(token)
 
     @property
     def output_length(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def max_length(self) -> int:
+        """Tokens it has if it runs until max_tokens."""
+        return self.prompt_length + self.stop.max_tokens
 
     @property
     def uncomputed(self) -> int:
@@ -89,7 +108,19 @@ class Sequence:
         """Takes a sampled token and decides whether it is the last one."""
         assert self.finish is None, "a finished sequence takes no more tokens"
         self.tokens.append(token)
+        if self.sampling.penalized:
+            self._count(token)
         if token in self.stop.stop_token_ids and self.output_length > self.stop.min_tokens:
             self.finish = Finish.STOP
         elif self.output_length >= self.stop.max_tokens:
             self.finish = Finish.LENGTH
+
+    def hash_blocks(self, count: int, block_size: int) -> None:
+        """Extends `hashes` to the first `count` blocks, all full. Tokens never change, so each is hashed once."""
+        assert count * block_size <= len(self.tokens), "only full blocks have a name"
+        for index in range(len(self.hashes), count):
+            parent = self.hashes[-1] if self.hashes else self.cache_root
+            self.hashes.append(block_hash(parent, self.tokens[index * block_size : (index + 1) * block_size]))
+
+    def _count(self, token: int) -> None:
+        self.occurrences[token] = self.occurrences.get(token, 0) + 1

@@ -1,0 +1,1 @@
+"""Models: reading checkpoints, the fast path for Llama-shaped models, the general path through transformers."""

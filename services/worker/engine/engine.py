@@ -1,0 +1,123 @@
+"""The engine: takes sequences in and turns them, step by step, into tokens. Read this first.
+
+A step is one sentence: form the batch, run the model on it, sample, commit. The batcher decides what runs, the block
+pool where its KV lies, the runner computes, `sampling` draws. Knows no clients, no text, no network; not thread-safe,
+one thread calls it.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from services.worker.engine.batcher import Batch, Batcher
+from services.worker.engine.block_pool import BlockEvents, BlockPool
+from services.worker.engine.counters import EngineCounters
+from services.worker.engine.sampling import sample
+from services.worker.engine.sequence import Sequence
+
+
+class Runner(Protocol):
+    """Runs the model."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Computes the KV of all slices into their blocks.
+
+        Returns float32 logits [slices that sample, vocabulary], in the order of the slices.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step produced."""
+
+    tokens: list[tuple[Sequence, int]]  # new tokens; if a sequence has several, they are in order
+    started: list[Sequence]  # their first token is among `tokens`
+    finished: list[Sequence]  # their last token is among `tokens`; `finish` says why
+    block_events: BlockEvents
+    computed_tokens: int  # 0: nothing could run, since a static batch is still filling
+
+
+class Engine:
+    """`add` and `cancel` sequences between steps; call `step` while `has_work`."""
+
+    def __init__(self, runner: Runner, pool: BlockPool, batcher: Batcher, *, max_context: int) -> None:
+        if pool.num_blocks * pool.block_size < max_context:
+            raise ValueError(
+                f"the KV block pool holds {pool.num_blocks} blocks of {pool.block_size} tokens, too few for one "
+                f"sequence of the full context of {max_context} tokens: it takes {pool.blocks_for(max_context)} blocks"
+            )
+        self._runner = runner
+        self._pool = pool
+        self._batcher = batcher
+        self._max_context = max_context
+
+    @property
+    def counters(self) -> EngineCounters:
+        return self._batcher.counters
+
+    @property
+    def has_work(self) -> bool:
+        return self.num_running + self.num_waiting > 0
+
+    @property
+    def num_running(self) -> int:
+        return self._batcher.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._batcher.num_waiting
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        return self._batcher.pending_prefill_tokens
+
+    @property
+    def free_blocks(self) -> int:
+        return self._pool.free_blocks
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new sequence. ValueError if it could outgrow the context or its key is taken."""
+        if sequence.max_length > self._max_context:
+            raise ValueError(
+                f"prompt of {sequence.prompt_length} and max_tokens of {sequence.stop.max_tokens} tokens exceed the "
+                f"context of {self._max_context}"
+            )
+        self._batcher.add(sequence)
+
+    def cancel(self, key: Hashable) -> bool:
+        """Drops a sequence and frees its blocks; False if there is none of that key (it may have finished)."""
+        return self._batcher.remove(key)
+
+    def step(self) -> StepResult:
+        """One turn. If the model fails, its error comes through and no sequence has moved: cancel them or go on."""
+        self.counters.steps += 1
+        batch = self._batcher.form_batch()
+        sampling = [piece.sequence for piece in batch.slices if piece.samples]
+        tokens = sample(self._runner.forward(batch), sampling) if batch.slices else []
+        return self._commit(batch, sampling, tokens)
+
+    def held_hashes(self) -> list[bytes]:
+        """Chain hashes of all blocks that can be shared now; later block events start from here."""
+        self._pool.drain_events()
+        return self._pool.held_hashes()
+
+    def _commit(self, batch: Batch, sampling: list[Sequence], tokens: list[int]) -> StepResult:
+        self._batcher.commit(batch)
+        started: list[Sequence] = []
+        finished: list[Sequence] = []
+        for sequence, token in zip(sampling, tokens, strict=True):
+            if sequence.output_length == sequence.delivered:
+                started.append(sequence)
+            sequence.append(token)
+            if sequence.finish is not None:
+                self._batcher.remove(sequence.key)
+                finished.append(sequence)
+        return StepResult(
+            tokens=list(zip(sampling, tokens, strict=True)),
+            started=started,
+            finished=finished,
+            block_events=self._pool.drain_events(),
+            computed_tokens=sum(piece.length for piece in batch.slices),
+        )
