@@ -35,6 +35,9 @@ run: setup ## Start the whole stack with the default model (ARGS="--workers 2 ..
 test: setup ## Run every test
 	$(BIN)/python -m pytest $(ARGS)
 
+bench: setup ## Run the rows of the load test through a stack of its own and print a table (ARGS="--rounds 3 ...")
+	$(BIN)/headrace bench $(ARGS)
+
 check: setup ## ruff, mypy, import-linter, buf lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,0 +1,71 @@
+"""The layout of a stack: who runs, where, with which settings."""
+
+from itertools import count
+
+from toolkit.stack import Stack, StackOptions, plan_stack
+
+OPTIONS = StackOptions(host="0.0.0.0", http_port=8000, grpc_port=50051)
+
+
+def plan(options: StackOptions = OPTIONS, cores: int = 8) -> Stack:
+    return plan_stack(options, count(20_000), cores)
+
+
+def tiers(stack: Stack) -> list[list[str]]:
+    return [[member.name for member in tier] for tier in stack.tiers]
+
+
+def test_what_others_need_starts_first() -> None:
+    assert tiers(plan()) == [["redis"], ["cache"], ["scheduler"], ["worker"], ["gateway"]]
+
+
+def test_an_existing_redis_is_used_and_not_started() -> None:
+    stack = plan(StackOptions(host="127.0.0.1", http_port=1, grpc_port=2, redis_url="redis://elsewhere/3"))
+    assert tiers(stack)[0] == ["cache"]
+    assert {member.settings["redis_url"] for member in stack.members} == {"redis://elsewhere/3"}
+
+
+def test_everyone_finds_everyone() -> None:
+    stack = plan()
+    redis, cache, scheduler, worker, gateway = stack.members
+    for member in (worker, gateway):
+        assert member.settings["schedulers"] == scheduler.address
+        assert member.settings["caches"] == cache.address
+    assert scheduler.settings["caches"] == cache.address
+    assert {member.settings["redis_url"] for member in stack.members[1:]} == {f"redis://{redis.address}/0"}
+
+
+def test_ports_and_ids_are_distinct() -> None:
+    members = plan(StackOptions(host="127.0.0.1", http_port=1, grpc_port=2, workers=3)).members
+    ports = [value for member in members for name, value in member.settings.items() if name.endswith("port")]
+    assert len(ports) == len(set(ports)) == 2 * 5 + 2
+    assert [member.name for member in members if member.service == "worker"] == ["worker-1", "worker-2", "worker-3"]
+    assert all(member.settings["id"] == member.name for member in members if member.service != "redis")
+
+
+def test_workers_share_the_cores() -> None:
+    def threads(workers: int, cores: int, **given: object) -> object:
+        options = StackOptions(host="h", http_port=1, grpc_port=2, workers=workers, worker_settings=given)
+        return plan(options, cores).tiers[3][0].settings.get("threads")
+
+    assert threads(1, 8) is None
+    assert threads(2, 8) == 4
+    assert threads(4, 2) == 1
+    assert threads(2, 8, threads=3) == 3
+
+
+def test_the_gateway_listens_everywhere_and_is_reached_here() -> None:
+    stack = plan()
+    gateway = stack.members[-1]
+    assert gateway.settings["host"] == "0.0.0.0"
+    assert (stack.http_url, stack.grpc_address) == ("http://127.0.0.1:8000", "127.0.0.1:50051")
+    assert gateway.ready_url == "http://127.0.0.1:8000/health/ready"
+
+
+def test_an_ipv6_host_is_bracketed_in_addresses() -> None:
+    stack = plan(StackOptions(host="::1", http_port=8000, grpc_port=50051))
+    assert (stack.http_url, stack.grpc_address) == ("http://[::1]:8000", "[::1]:50051")
+
+
+def test_only_workers_get_variables_of_the_tensor_library() -> None:
+    assert [member.service for member in plan().members if member.environment] == ["worker"]

@@ -1,0 +1,50 @@
+"""Asks running processes whether they are ready: gRPC health, the gateway's HTTP readiness, a Redis PING."""
+
+import asyncio
+import contextlib
+
+import grpc
+import grpc.aio
+import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.common.channel import dial
+
+_TIMEOUT_S = 2.0
+
+
+async def grpc_health(address: str) -> str:
+    """The server's own word of grpc.health.v1 (`serving`, `not serving`), or `unreachable`."""
+    request = health_pb2.HealthCheckRequest()
+    async with dial(address) as channel:
+        try:
+            check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
+            reply = await check(request, timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return "unreachable"
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status).lower().replace("_", " ")
+
+
+async def grpc_serves(address: str) -> bool:
+    """True if grpc.health.v1 says SERVING."""
+    return await grpc_health(address) == "serving"
+
+
+async def http_ready(url: str) -> bool:
+    """True if the address answers 200."""
+    async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as client:
+        try:
+            return (await client.get(url)).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+
+async def redis_answers(host: str, port: int) -> bool:
+    """True if PING is answered: not while Redis still reads its files."""
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(host, port)
+            with contextlib.closing(writer):
+                writer.write(b"PING\r\n")
+                return await reader.readline() == b"+PONG\r\n"
+    return False

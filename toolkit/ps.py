@@ -1,0 +1,83 @@
+"""`headrace ps`: the stacks that run on this machine, each process with its health and what it uses."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import grpc.aio
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from headrace.v1.scheduler_pb2 import DescribeFleetRequest, FleetWorker
+from headrace.v1.scheduler_pb2_grpc import SchedulerStub
+from services.common.channel import dial
+from toolkit.health import grpc_health, redis_answers
+from toolkit.run_directory import RunningProcess, RunningStack
+
+_FLEET_TIMEOUT_S = 2.0
+# What the table needs: a narrower terminal wraps its lines, which hides less than cutting ids and addresses would.
+_LEAST_WIDTH = 130
+_COLUMNS = ("service", "id", "pid", "address", "health", "uptime", "memory", "model", "running", "KV use")
+
+
+async def show_stacks(stacks: Sequence[RunningStack], console: Console) -> None:
+    """Prints a table per stack."""
+    for stack in stacks:
+        health = await asyncio.gather(*(_health(process) for process in stack.processes))
+        fleet = await _fleet(stack.scheduler_address)
+        table = Table(*_COLUMNS, box=None, pad_edge=False)
+        for process, word in zip(stack.processes, health, strict=True):
+            table.add_row(*_process_cells(process, word), *worker_cells(fleet.get(process.name)))
+        heading = f"{stack.http_url} (gRPC {stack.grpc_address}, pid {stack.pid}, logs {stack.directory})"
+        console.print(heading, soft_wrap=True)
+        console.print(table, width=max(console.width, _LEAST_WIDTH), crop=False)
+
+
+async def _health(process: RunningProcess) -> str:
+    if process.pid is None:
+        return process.state
+    if process.service == "redis":
+        host, _, port = process.address.rpartition(":")
+        return "serving" if await redis_answers(host, int(port)) else "unreachable"
+    return await grpc_health(process.address)
+
+
+async def _fleet(scheduler_address: str) -> dict[str, FleetWorker]:
+    """Workers by id, as the scheduler sees them; none if it does not answer."""
+    async with dial(scheduler_address) as channel:
+        try:
+            reply = await SchedulerStub(channel).DescribeFleet(DescribeFleetRequest(), timeout=_FLEET_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return {}
+    return {worker.registration.worker_id: worker for worker in reply.workers}
+
+
+def _process_cells(process: RunningProcess, health: str) -> tuple[str, ...]:
+    pid = str(process.pid or "")
+    uptime = format_duration(time.time() - process.started_unix_s) if process.pid else ""
+    return process.service, process.name, pid, process.address, health, uptime, format_memory(process.pid)
+
+
+def worker_cells(worker: FleetWorker | None) -> tuple[str, str, str]:
+    if worker is None:
+        return "", "", ""
+    total_blocks = worker.registration.total_blocks
+    used = 1 - worker.state.free_blocks / total_blocks if total_blocks else 0.0
+    return worker.registration.model.name, str(worker.state.running_sequences), f"{used:.0%}"
+
+
+def format_memory(pid: int | None) -> str:
+    """Resident set size in MiB; empty when the process is gone."""
+    try:
+        return f"{psutil.Process(pid).memory_info().rss / 2**20:.0f} MiB" if pid else ""
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def format_duration(seconds: float) -> str:
+    """The two largest units: `42s`, `3m 5s`, `2h 0m`, `4d 7h`."""
+    whole = max(0, int(seconds))
+    parts = [(whole // 86400, "d"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "m"), (whole % 60, "s")]
+    first = next((index for index, (count, _) in enumerate(parts) if count), len(parts) - 1)
+    return " ".join(f"{count}{unit}" for count, unit in parts[first : first + 2])

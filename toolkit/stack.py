@@ -1,0 +1,127 @@
+"""Which processes make up a stack, with which settings and addresses. Pure: starts nothing."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Service = Literal["redis", "cache", "scheduler", "worker", "gateway"]
+
+INTERNAL_HOST = "127.0.0.1"
+
+# Threads of the tensor library that wait for one another sleep instead of spinning. The other processes of the stack
+# need the same cores; on two contended ones a spinning worker was measured ten times slower than a sleeping one.
+_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@dataclass(frozen=True, slots=True)
+class StackOptions:
+    """What the person asked for. Public ports are final here."""
+
+    host: str
+    http_port: int
+    grpc_port: int
+    workers: int = 1
+    # An existing Redis; None: a private one.
+    redis_url: str | None = None
+    # Settings of every worker that were given; the others keep the worker's own defaults.
+    worker_settings: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process of a stack. Its name is unique in the stack and is the service's `id`."""
+
+    name: str
+    service: Service
+    # host:port of its gRPC server (Redis: of Redis).
+    address: str
+    # Where /metrics can be read; None for Redis.
+    metrics_url: str | None
+    # Answers 200 when the service is ready to its callers, beside what gRPC health says; None: nothing beside.
+    ready_url: str | None
+    # Fields of the service's settings schema.
+    settings: Mapping[str, object]
+    # Variables beside the settings, for where the caller's environment has none of that name.
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Members in tiers: a tier is started before the next one, and stopped after it."""
+
+    tiers: tuple[tuple[Member, ...], ...]
+    http_url: str
+    grpc_address: str
+    scheduler_address: str
+    redis_url: str
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return tuple(member for tier in self.tiers for member in tier)
+
+
+def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> Stack:
+    """Lays out a stack; internal ports are drawn from `free_ports`, `cores` are shared by the workers."""
+    redis_address = f"{INTERNAL_HOST}:{next(free_ports)}"
+    redis_url = options.redis_url or f"redis://{redis_address}/0"
+    cache = _internal_member("cache", "cache", free_ports, {"redis_url": redis_url})
+    finding = {"redis_url": redis_url, "caches": cache.address}
+    scheduler = _internal_member("scheduler", "scheduler", free_ports, finding)
+    finding = {**finding, "schedulers": scheduler.address}
+    workers = tuple(
+        _internal_member("worker", name, free_ports, {**finding, **_worker_settings(options, cores)})
+        for name in _worker_names(options.workers)
+    )
+    gateway = _gateway(options, finding)
+    redis = Member("redis", "redis", redis_address, metrics_url=None, ready_url=None, settings={})
+    return Stack(
+        tiers=(*(() if options.redis_url else ((redis,),)), (cache,), (scheduler,), workers, (gateway,)),
+        http_url=_http_url(options),
+        grpc_address=gateway.address,
+        scheduler_address=scheduler.address,
+        redis_url=redis_url,
+    )
+
+
+def _worker_names(count: int) -> tuple[str, ...]:
+    return ("worker",) if count == 1 else tuple(f"worker-{number}" for number in range(1, count + 1))
+
+
+def _worker_settings(options: StackOptions, cores: int) -> dict[str, object]:
+    # Workers that each use every core would slow one another down far more than by their share.
+    shared = {"threads": max(1, cores // options.workers)} if options.workers > 1 else {}
+    return {**shared, **options.worker_settings}
+
+
+def _internal_member(service: Service, name: str, free_ports: Iterator[int], settings: Mapping[str, object]) -> Member:
+    port, metrics_port = next(free_ports), next(free_ports)
+    return Member(
+        name=name,
+        service=service,
+        address=f"{INTERNAL_HOST}:{port}",
+        metrics_url=f"http://{INTERNAL_HOST}:{metrics_port}/metrics",
+        ready_url=None,
+        settings={"id": name, "host": INTERNAL_HOST, "port": port, "metrics_port": metrics_port, **settings},
+        environment=_WORKER_ENVIRONMENT if service == "worker" else {},
+    )
+
+
+def _gateway(options: StackOptions, finding: Mapping[str, object]) -> Member:
+    public = {"host": options.host, "http_port": options.http_port, "grpc_port": options.grpc_port}
+    return Member(
+        name="gateway",
+        service="gateway",
+        address=f"{_reachable(options.host)}:{options.grpc_port}",
+        metrics_url=f"{_http_url(options)}/metrics",
+        ready_url=f"{_http_url(options)}/health/ready",
+        settings={"id": "gateway", **public, **finding},
+    )
+
+
+def _http_url(options: StackOptions) -> str:
+    return f"http://{_reachable(options.host)}:{options.http_port}"
+
+
+def _reachable(host: str) -> str:
+    """How this machine reaches a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)

@@ -1,0 +1,161 @@
+"""`headrace up`: a whole stack on this machine, from its start to its drained stop."""
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Coroutine
+from functools import partial
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+from services.common.channel import cancel_and_wait
+from services.common.config import child_environment
+from toolkit.health import grpc_serves, http_ready, redis_answers
+from toolkit.process import Probe, ProcessSpec
+from toolkit.redis_server import find_redis_server, redis_command
+from toolkit.run_directory import RunDirectory, RunningProcess, RunningStack
+from toolkit.screen import Screen, open_screen
+from toolkit.stack import Member, Stack
+from toolkit.supervisor import Supervisor
+
+_REDRAW_EVERY_S = 0.25
+# Longer than the services give their running requests to finish, so that a kill is the exception.
+_STOP_GRACE_S = 60.0
+
+
+async def run_stack(stack: Stack, directory: RunDirectory, console: Console) -> None:
+    """Runs a stack until SIGINT, SIGTERM or SIGHUP; a second signal kills it. Raises ProcessFailed."""
+    screen = open_screen(console)
+
+    def on_change() -> None:
+        screen.draw(supervisor.processes)
+        directory.write_state(_describe(stack, directory, supervisor))
+
+    supervisor = Supervisor(on_change)
+    stop_asked = _stop_on_signals(supervisor)
+    redrawing = asyncio.create_task(_redraw(screen, supervisor))
+    try:
+        await _first_to_end(_serve(stack, directory, supervisor, console), supervisor.wait_failed(), stop_asked.wait())
+    finally:
+        for process in await supervisor.stop():
+            console.print(f"{process.spec.name} did not stop within {_STOP_GRACE_S:.0f} s and was killed.")
+        await cancel_and_wait([redrawing])
+        screen.close()
+
+
+async def _serve(stack: Stack, directory: RunDirectory, supervisor: Supervisor, console: Console) -> None:
+    """Starts everything, tells when it is ready, and stays."""
+    for tier in stack.tiers:
+        supervisor.start([_process_spec(member, directory) for member in tier])
+        if tier[0].service == "redis":  # the others would only retry
+            await supervisor.wait_ready()
+    await supervisor.wait_ready()
+    console.print(_welcome(stack, await _first_model(stack.http_url), directory.path), markup=False, soft_wrap=True)
+    await asyncio.Event().wait()
+
+
+async def _redraw(screen: Screen, supervisor: Supervisor) -> None:
+    while True:
+        screen.draw(supervisor.processes)
+        await asyncio.sleep(_REDRAW_EVERY_S)
+
+
+async def _first_to_end(*alternatives: Coroutine[object, object, object]) -> None:
+    """Runs all until one ends; raises what it raised."""
+    tasks = [asyncio.create_task(alternative) for alternative in alternatives]
+    ended, running = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    await cancel_and_wait(running)
+    for task in ended:
+        task.result()
+
+
+def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
+    """Set by the first signal; the second one kills everything, which lets the stop under way end."""
+    stop_asked = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop_asked.is_set():
+            supervisor.kill()
+        stop_asked.set()
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop_asked
+
+
+def _process_spec(member: Member, directory: RunDirectory) -> ProcessSpec:
+    if member.service == "redis":
+        host, _, port = member.address.rpartition(":")
+        command = redis_command(find_redis_server(), int(port), directory.data_path("redis"))
+        probe: Probe = partial(redis_answers, host, int(port))
+    else:
+        # -P: a folder named `services` where the command is typed must not be taken for ours.
+        command = (sys.executable, "-P", "-m", f"services.{member.service}")
+        probe = partial(_is_ready, member)
+    return ProcessSpec(
+        name=member.name,
+        address=member.address,
+        command=command,
+        environment={**member.environment, **child_environment(member.service, member.settings)},
+        log_path=directory.log_path(member.name),
+        probe=probe,
+        stop_grace_s=_STOP_GRACE_S,
+    )
+
+
+async def _is_ready(member: Member) -> bool:
+    if not await grpc_serves(member.address):
+        return False
+    return member.ready_url is None or await http_ready(member.ready_url)
+
+
+async def _first_model(http_url: str) -> str:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        reply = await client.get(f"{http_url}/v1/models")
+        return str(reply.raise_for_status().json()["data"][0]["id"])
+
+
+def _welcome(stack: Stack, model: str, directory: Path) -> str:
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": model, "stream": True, "messages": [question]})
+    return f"""
+{model} is ready. Ask it something:
+
+  curl -N {stack.http_url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
+
+OpenAI API {stack.http_url}/v1    gRPC {stack.grpc_address}    metrics {stack.http_url}/metrics
+logs {directory}    what runs: headrace ps    stop: Ctrl-C
+"""
+
+
+def _describe(stack: Stack, directory: RunDirectory, supervisor: Supervisor) -> RunningStack:
+    members = {member.name: member for member in stack.members}
+    return RunningStack(
+        pid=os.getpid(),
+        directory=str(directory.path),
+        http_url=stack.http_url,
+        grpc_address=stack.grpc_address,
+        scheduler_address=stack.scheduler_address,
+        redis_url=stack.redis_url,
+        processes=tuple(
+            RunningProcess(
+                name=process.spec.name,
+                service=members[process.spec.name].service,
+                address=process.spec.address,
+                metrics_url=members[process.spec.name].metrics_url,
+                log=str(process.spec.log_path),
+                state=process.state.value,
+                pid=process.pid,
+                started_unix_s=process.started_unix_s,
+            )
+            for process in supervisor.processes
+        ),
+    )
