@@ -19,8 +19,13 @@ async def merge(streams: Sequence[AsyncGenerator[Delta, None]], choices_each: in
             arrived.put_nowait(delta)
 
     tasks = [asyncio.create_task(pump(position, deltas)) for position, deltas in enumerate(streams)]
+
+    def ended(task: asyncio.Task[None]) -> None:
+        _ = task.cancelled() or task.exception()  # looked at, whether or not somebody still reads `arrived`
+        arrived.put_nowait(task)
+
     for task in tasks:
-        task.add_done_callback(arrived.put_nowait)
+        task.add_done_callback(ended)
     running = len(tasks)
     try:
         while running:
@@ -31,6 +36,6 @@ async def merge(streams: Sequence[AsyncGenerator[Delta, None]], choices_each: in
             else:
                 yield item
     finally:
+        # Not awaited: CPython 3.11 crashes when a second cancellation meets a nested async generator that awaits here.
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
