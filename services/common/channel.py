@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import random
 import socket
@@ -51,42 +52,43 @@ def dial(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
 
 
-async def resolve(addresses: Iterable[str]) -> set[str]:
-    """All `ip:port` behind `host:port` items. A name that cannot be looked up now counts for nothing.
+async def resolve(address: str) -> set[str]:
+    """All `ip:port` behind `host:port`. Raises socket.gaierror when the name cannot be looked up now.
 
     A name with IPv4 addresses stands for those alone: "localhost" would otherwise name every replica twice.
     """
+    host, _, port = address.rpartition(":")
     loop = asyncio.get_running_loop()
-    found: set[str] = set()
-    for address in addresses:
-        host, _, port = address.rpartition(":")
-        try:
-            entries = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except socket.gaierror:
-            continue
-        ipv4 = {f"{endpoint[0]!s}:{port}" for family, *_, endpoint in entries if family == socket.AF_INET}
-        found |= ipv4 or {f"[{endpoint[0]!s}]:{port}" for *_, endpoint in entries}
-    return found
+    entries = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    ipv4 = {f"{endpoint[0]!s}:{port}" for family, *_, endpoint in entries if family == socket.AF_INET}
+    return ipv4 or {f"[{endpoint[0]!s}]:{port}" for *_, endpoint in entries}
 
 
 async def reachable(host: str, port: int) -> str:
     """The `host:port` under which others can reach a server that listens here.
 
-    A server on all interfaces is reached at the address that this machine's own name stands for.
+    A server on all interfaces is reached at the address that this machine's own name stands for, or at that name where
+    it means only this machine itself, as on Debian.
     """
     if host not in ("0.0.0.0", "::"):
         return f"{host}:{port}"
-    own = await resolve([f"{socket.gethostname()}:{port}"])
-    if not own:
-        raise OSError(f"cannot look up this machine's own name {socket.gethostname()!r}: say how others reach it")
-    return min(own)
+    own = f"{socket.gethostname()}:{port}"
+    addresses: set[str] = set()
+    with contextlib.suppress(socket.gaierror):
+        addresses = await resolve(own)
+    return min((address for address in addresses if not _is_loopback(address)), default=own)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).is_loopback
 
 
 class ReplicaSessions:
     """Keeps one session with every replica behind a list of addresses.
 
     The addresses are looked up again every `refresh_s` seconds: a replica that appears gets a session, one that
-    vanishes loses it. A session that ends is started again with exponential backoff and jitter.
+    vanishes loses it. While a name cannot be looked up it stands for what it stood for before. A session that ends is
+    started again with exponential backoff and jitter.
     """
 
     def __init__(self, name: str, addresses: Iterable[str], session: Session, *, refresh_s: float = 5.0) -> None:
@@ -94,16 +96,23 @@ class ReplicaSessions:
         self._addresses = tuple(addresses)
         self._session = session
         self._refresh_s = refresh_s
+        self._found: dict[str, set[str]] = {}  # what each address stood for when it was last looked up
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Runs until cancelled."""
         try:
             while True:
-                self._follow(await resolve(self._addresses))
+                self._follow(await self._look_up())
                 await asyncio.sleep(self._refresh_s if self._tasks else min(self._refresh_s, 0.5))
         finally:
             self._follow(set())
+
+    async def _look_up(self) -> set[str]:
+        for address in self._addresses:
+            with contextlib.suppress(socket.gaierror):
+                self._found[address] = await resolve(address)
+        return set().union(*self._found.values())
 
     def _follow(self, addresses: set[str]) -> None:
         for gone in self._tasks.keys() - addresses:
@@ -158,10 +167,10 @@ class Outbox(Generic[M]):
 
 
 async def cancel_and_wait(tasks: Iterable["asyncio.Task[object]"]) -> None:
-    """Cancels tasks and waits until each has ended."""
+    """Cancels tasks and waits until each has ended. What one had failed of is logged."""
     tasks = list(tasks)
     for task in tasks:
         task.cancel()
-    for task in tasks:
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            log.error("a task failed before it was to end", exc_info=outcome)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 PREFIX = "HEADRACE_"
 SERVICES = ("gateway", "scheduler", "cache", "worker")
@@ -28,7 +28,14 @@ def _split_commas(value: object) -> object:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
-Addresses = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
+def _check_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) <= 65535):
+        raise ValueError(f"{address!r} is not host:port")
+    return address
+
+
+Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], BeforeValidator(_split_commas)]
 """`host:port` items, comma-separated; a DNS name stands for all its addresses and is looked up again and again."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]

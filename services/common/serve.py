@@ -28,9 +28,21 @@ def run(name: str, service: Callable[[Stop], Awaitable[None]]) -> None:
     """Runs a service until it returns after the first signal; a second signal ends the process at once."""
     try:
         uvloop.run(_run(name, service))
-    except OSError as error:  # a port in use, an address that is not ours
-        log.error("%s cannot start: %s", name, error)
+    except OSError as error:  # most often a port in use, or an address that is not ours
+        log.error("%s failed: %s", name, error)
+        log.debug("where it failed:", exc_info=error)
         raise SystemExit(1) from None
+
+
+async def stopped(stop: Stop, tasks: Iterable["asyncio.Task[None]"]) -> None:
+    """Returns when `stop` is set, or one of a service's tasks ends before; raises what that task died of."""
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        stopping.cancel()
 
 
 async def _run(name: str, service: Callable[[Stop], Awaitable[None]]) -> None:

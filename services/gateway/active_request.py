@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import Offer, OfferAnswer, Placement
 from services.common.errors import HeadraceError
+from services.common.redis.queue import FIRST_ATTEMPT
 from services.gateway.choice import Choice
 from services.gateway.request import GenerationRequest, Usage
-
-FIRST_ATTEMPT = 1
 
 
 @dataclass(slots=True)
@@ -145,8 +144,8 @@ class ActiveRequests:
     def __iter__(self) -> Iterator[ActiveRequest]:
         return iter(list(self._by_id.values()))
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._by_id
+    def __contains__(self, active: ActiveRequest) -> bool:
+        return self._by_id.get(active.id) is active
 
     def get(self, request_id: str) -> ActiveRequest | None:
         return self._by_id.get(request_id)

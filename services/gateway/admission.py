@@ -1,9 +1,10 @@
 """Which requests are let in, and the job that each becomes in the queue."""
 
 import asyncio
+import contextlib
 import random
-import secrets
 import time
+from collections.abc import Iterator
 
 from headrace.v1.job_pb2 import Job
 from services.common.block_hash import chain_hashes, chain_root
@@ -24,36 +25,50 @@ class Admission:
         self._max_requests = max_requests
         self._gateway_id = gateway_id
         self._incarnation = incarnation
+        self._entering = 0
         self._closed = False
 
     def close(self) -> None:
         """From now on every request is refused: this gateway is shutting down."""
         self._closed = True
 
-    def check_open(self) -> None:
+    def _check_open(self) -> None:
         """Raises Overloaded or Unavailable if a request that came now would not be admitted."""
         if self._closed:
             raise Unavailable("This gateway is shutting down; try again.")
-        if len(self._active) >= self._max_requests:
+        if len(self._active) + self._entering >= self._max_requests:
             raise Overloaded(
                 f"This gateway already has {self._max_requests} requests; try again later.",
                 retry_after_s=_RETRY_AFTER_S,
             )
 
-    async def admit(self, request: GenerationRequest) -> ActiveRequest:
+    @contextlib.contextmanager
+    def entering(self) -> Iterator[None]:
+        """Counts a request while it is read, before it can be admitted: it takes up memory already.
+
+        Raises Overloaded or Unavailable.
+        """
+        self._check_open()
+        self._entering += 1
+        try:
+            yield
+        finally:
+            self._entering -= 1
+
+    async def admit(self, request: GenerationRequest, traceparent: str) -> ActiveRequest:
         """Registers a request. It counts until `ActiveRequests.remove`. Raises Overloaded or Unavailable."""
         if not request.sampling.HasField("seed"):
             request.sampling.seed = random.getrandbits(63)
         hashes = await _prompt_hashes(request)
-        self.check_open()
-        active = ActiveRequest(request, self._job(request, hashes))
+        self._check_open()
+        active = ActiveRequest(request, self._job(request, hashes, traceparent))
         self._active.add(active)
         return active
 
-    def _job(self, request: GenerationRequest, hashes: bytes) -> Job:
+    def _job(self, request: GenerationRequest, hashes: bytes, traceparent: str) -> Job:
         now_ms = int(time.time() * 1000)
         return Job(
-            request_id=self._unused_id(request.caller.request_id),
+            request_id=request.caller.internal_id,
             gateway_id=self._gateway_id,
             gateway_incarnation=self._incarnation,
             model=request.model.name,
@@ -64,12 +79,8 @@ class Admission:
             block_hashes=hashes,
             enqueued_unix_ms=now_ms,
             deadline_unix_ms=now_ms + int(seconds_left(request) * 1000),
-            traceparent=request.caller.traceparent,
+            traceparent=traceparent,
         )
-
-    def _unused_id(self, wanted: str) -> str:
-        """The caller's id, with an addition while another request still runs under it."""
-        return wanted if wanted not in self._active else f"{wanted}.{secrets.token_hex(4)}"
 
 
 def seconds_left(request: GenerationRequest) -> float:

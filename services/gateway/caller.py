@@ -1,4 +1,8 @@
-"""What comes with a call beside its body, over HTTP and gRPC alike."""
+"""What comes with a call beside its body, over HTTP and gRPC alike.
+
+A request has two ids that begin alike: callers see the one they chose, which they may use again, and jobs, workers,
+traces and logs have `<caller's id>.<8 hex digits>`, which is unique. Where the caller chose none, both are the same.
+"""
 
 import re
 import secrets
@@ -13,8 +17,10 @@ _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 class Caller:
     """Who asks, since when, and for how long it may take."""
 
-    # The id in `x-request-id`, the caller's if it is sane.
+    # The id in `x-request-id` and in the answer, the caller's if it is sane.
     request_id: str
+    # The id in jobs, on workers, in traces and logs.
+    internal_id: str
     # Loop time of the arrival, and how many seconds from then the first token may take.
     arrived: float
     timeout_s: float
@@ -25,6 +31,11 @@ class Caller:
 def sane_request_id(wanted: str | None) -> str:
     """The caller's request id, or a new one if it is missing or cannot be a log field."""
     return wanted if wanted and _SANE_REQUEST_ID.fullmatch(wanted) else secrets.token_hex(16)
+
+
+def internal_id(request_id: str, wanted: str | None) -> str:
+    """The unique id of the request that callers know as `request_id`; `wanted` is what the caller sent."""
+    return f"{request_id}.{secrets.token_hex(4)}" if request_id == wanted else request_id
 
 
 def timeout_seconds(milliseconds: str | None, default_s: float) -> float:

@@ -5,6 +5,7 @@ whose last worker left is remembered for a while, so that its requests wait in t
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -16,8 +17,9 @@ from headrace.v1.scheduler_pb2 import Catalog as CatalogMessage
 from headrace.v1.scheduler_pb2 import ModelInfo
 from headrace.v1.worker_pb2 import GetTokenizerRequest
 from headrace.v1.worker_pb2_grpc import WorkerStub
-from services.common.channel import dial
+from services.common.channel import cancel_and_wait, dial
 from services.common.errors import Unavailable
+from services.common.tokenizer_hash import bundle_hash
 from services.gateway.errors import ModelNotFound
 from services.gateway.tokenization import ModelTokenizer
 
@@ -59,6 +61,7 @@ class Catalog:
         self._known: dict[str, _Known] = {}
         self._models: dict[str, Model] = {}
         self._tokenizers: dict[str, ModelTokenizer] = {}
+        self._fetching: dict[str, asyncio.Task[None]] = {}  # by tokenizer hash
         self._complained: set[tuple[str, str]] = set()
         self._changed = asyncio.Event()
 
@@ -90,16 +93,17 @@ class Catalog:
 
     async def run(self) -> None:
         """Fetches missing tokenizers and forgets models that have long been without a worker, until cancelled."""
-        while True:
-            self._changed.clear()
-            complete = await self._fetch_missing()
-            self._forget()
-            waiting = not complete or any(known.left_at is not None for known in self._known.values())
-            try:
-                async with asyncio.timeout(_RETRY_S if waiting else None):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+        try:
+            while True:
+                self._changed.clear()
+                incomplete = self._fetch_missing()
+                self._forget()
+                waiting = incomplete or any(known.left_at is not None for known in self._known.values())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_RETRY_S if waiting else None):
+                        await self._changed.wait()
+        finally:
+            await cancel_and_wait(list(self._fetching.values()))
 
     def _merge(self) -> None:
         if self._connected:
@@ -143,27 +147,33 @@ class Catalog:
         if gone:
             self._refresh_models()
 
-    async def _fetch_missing(self) -> bool:
-        """Fetches the tokenizers that are not here. Returns whether all are."""
-        complete = True
-        for known in list(self._known.values()):
+    def _fetch_missing(self) -> bool:
+        """Begins to fetch every tokenizer that is not here and not on its way. Returns whether any is not here."""
+        missing = [known for known in self._known.values() if known.info.tokenizer_hash not in self._tokenizers]
+        for known in missing:
             wanted = known.info.tokenizer_hash
-            if wanted in self._tokenizers:
-                continue
-            tokenizer = await self._fetch(wanted, known.worker_addresses)
-            if tokenizer is None:
-                complete = False
-                continue
+            if wanted not in self._fetching:
+                self._fetching[wanted] = asyncio.create_task(self._fetch(known), name=f"tokenizer {wanted:.12}")
+        return bool(missing)
+
+    async def _fetch(self, known: _Known) -> None:
+        wanted = known.info.tokenizer_hash
+        try:
+            tokenizer = await self._fetch_from(known.worker_addresses, wanted)
+        finally:
+            del self._fetching[wanted]
+        if tokenizer is not None:
             self._tokenizers[wanted] = tokenizer
             self._refresh_models()
             log.info("model %s: usable", known.info.name)
-        return complete
 
-    async def _fetch(self, wanted: str, addresses: Iterable[str]) -> ModelTokenizer | None:
+    async def _fetch_from(self, addresses: Iterable[str], wanted: str) -> ModelTokenizer | None:
         for address in addresses:
             try:
                 files = await _download(address, wanted)
-                return await asyncio.to_thread(ModelTokenizer, files)
+                if await asyncio.to_thread(bundle_hash, files) == wanted:
+                    return await asyncio.to_thread(ModelTokenizer, files)
+                self._complain(address, wanted, "what it sent has another hash")
             except grpc.aio.AioRpcError as error:
                 self._complain(address, wanted, error.details() or error.code().name)
             except Exception:

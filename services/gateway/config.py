@@ -21,8 +21,12 @@ class GatewaySettings(CommonSettings):
 
     # Largest HTTP body in bytes: twice what a 128k-token prompt of ids takes in JSON.
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
-    # Requests (prompts) accepted and unfinished at once, queued ones included; more are answered 429. It bounds the
-    # memory of this process: a request costs some tens of kilobytes.
+    # Seconds that an HTTP body may take to arrive: the largest one over 0.6 Mbit/s.
+    read_timeout_s: float = Field(default=60.0, gt=0)
+    # Seconds that a client may leave a full connection unread before it counts as gone.
+    write_timeout_s: float = Field(default=60.0, gt=0)
+    # Requests (prompts) being read or accepted and unfinished at once, queued ones included; more are answered 429. It
+    # bounds the memory of this process: a request costs some tens of kilobytes, and its body while that is read.
     max_requests: int = Field(default=2048, ge=1)
     # Prompts that one HTTP completion may carry, each a request of its own.
     max_prompts: int = Field(default=128, ge=1)

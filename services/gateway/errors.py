@@ -2,6 +2,7 @@
 
 InvalidRequest
 ├── ContextLengthExceeded    400  context_length_exceeded
+├── BodyTimeout              408
 └── BodyTooLarge             413  body_too_large
 NotFound
 └── ModelNotFound            404  model_not_found
@@ -18,6 +19,12 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and asked-for tokens do not fit the model's context."""
 
     openai_code: ClassVar[str] = "context_length_exceeded"
+
+
+class BodyTimeout(InvalidRequest):
+    """The HTTP body takes too long to arrive; it is read no further."""
+
+    http_status = 408
 
 
 class BodyTooLarge(InvalidRequest):

@@ -73,7 +73,7 @@ class Gateway:
         )
         self._http = HttpServer(self._http_app(generator, metrics), settings.host, settings.http_port)
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        servicer = InferenceServicer(generator, self._catalog, settings)
+        servicer = InferenceServicer(generator, self._admission, self._catalog, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)]
         )

@@ -83,12 +83,11 @@ class Generator:
 
         A caller that stops iterating cancels the request. However it ends, it ends once: in `_end`.
         """
-        active = await self._admission.admit(request)
         metrics = self._metrics.for_model(request.model.name)
         span = self._tracing.begin(request.caller, request.model.name)
-        active.job.traceparent = span.traceparent
-        metrics.active.inc()
+        active = await self._admission.admit(request, span.traceparent)
         try:
+            metrics.active.inc()
             active.limit(seconds_left(request), _deadline_error(request))
             active.entry_id = await self._queue.enqueue(active.job)  # it is accepted once Redis has answered
             while not active.finished:
@@ -117,9 +116,8 @@ class Generator:
             offer = await active.next_offer()
             if await self._take_over(active, offer):
                 break
-            log.warning("request %s: its entry is gone from Redis, adding it again", active.id)
             active.decline()
-            active.entry_id = await self._queue.enqueue(active.job)
+            await self._leases.add_again(active, offer.offer.queue_entry_id)
         self._placements.forget(active.id)
         if active.begun:
             active.unlimit()
@@ -131,7 +129,11 @@ class Generator:
         return active.accept(offer)
 
     async def _take_over(self, active: ActiveRequest, offer: ReceivedOffer) -> bool:
-        """Makes the entry this gateway's. While Redis is away the request runs on, and the renewals make up for it."""
+        """Makes the entry this gateway's. False: it is gone.
+
+        While Redis is away, and after the first placement in any case, the request goes on without its entry, and the
+        renewals make up for it: the queue could offer it only as a first attempt.
+        """
         if active.owns_entry:
             return True
         entry_id = offer.offer.queue_entry_id
@@ -142,7 +144,7 @@ class Generator:
             taken = True
         if taken:
             active.entry_id, active.owns_entry = entry_id, True
-        return taken
+        return taken or active.placed_at is not None
 
     def _start(self, active: ActiveRequest, placement: Placement) -> Attempt:
         """Starts every choice that is not finished, each after the tokens it has."""

@@ -12,7 +12,8 @@ from headrace.v1.inference_pb2_grpc import InferenceServicer as InferenceBase
 from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.errors import InvalidRequest
 from services.gateway import validation
-from services.gateway.caller import Caller, sane_request_id, timeout_seconds
+from services.gateway.admission import Admission
+from services.gateway.caller import Caller, internal_id, sane_request_id, timeout_seconds
 from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
 from services.gateway.generate import Generator
@@ -24,8 +25,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceServicer(InferenceBase):
     """Generate, ListModels and Tokenize."""
 
-    def __init__(self, generator: Generator, catalog: Catalog, settings: GatewaySettings) -> None:
+    def __init__(self, generator: Generator, admission: Admission, catalog: Catalog, settings: GatewaySettings) -> None:
         self._generator = generator
+        self._admission = admission
         self._catalog = catalog
         self._settings = settings
 
@@ -34,7 +36,9 @@ class InferenceServicer(InferenceBase):
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
         caller = self._caller(context)
         await context.send_initial_metadata((("x-request-id", caller.request_id),))
-        deltas = self._generator.generate(await self._read(request, caller))
+        with self._admission.entering():
+            wanted = await self._read(request, caller)
+        deltas = self._generator.generate(wanted)
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 yield _delta_message(delta, caller.request_id)
@@ -58,8 +62,11 @@ class InferenceServicer(InferenceBase):
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         timeout_s = timeout_seconds(metadata.get("x-request-timeout-ms"), self._settings.default_timeout_s)
         remaining_s = context.time_remaining()
+        wanted_id = metadata.get("x-request-id")
+        request_id = sane_request_id(wanted_id)
         return Caller(
-            request_id=sane_request_id(metadata.get("x-request-id")),
+            request_id=request_id,
+            internal_id=internal_id(request_id, wanted_id),
             arrived=asyncio.get_running_loop().time(),
             timeout_s=timeout_s if remaining_s is None else min(timeout_s, remaining_s),
             traceparent=metadata.get("traceparent", ""),

@@ -1,7 +1,8 @@
 """Keeps this gateway's claims in Redis alive while requests run, and lets them go when they end.
 
-All leases and the gateway's heartbeat are renewed together. An entry is acknowledged after its request's last event,
-and again until Redis answers; nobody waits for that but the shutdown.
+All leases and the gateway's heartbeat are renewed together, and an entry that Redis no longer has, of a running request
+or of one that still waits, is added again. An entry is acknowledged after its request's last event, and again until
+Redis answers; nobody waits for that but the shutdown.
 """
 
 import asyncio
@@ -48,9 +49,21 @@ class Leases:
 
     def acknowledge(self, active: ActiveRequest) -> None:
         """Ends the request's entry in the background."""
-        task = asyncio.create_task(self._acknowledge(active.job, active.entry_id), name=f"acknowledge {active.id}")
-        self._acknowledging.add(task)
-        task.add_done_callback(self._acknowledging.discard)
+        self._end_entry(active.job, active.entry_id)
+
+    async def add_again(self, active: ActiveRequest, entry_id: str) -> None:
+        """Gives a request whose entry Redis has lost another one, unless it has ended or has another already.
+
+        The new entry's offer starts the request, or hears that it runs: then the entry is this gateway's again.
+        """
+        if not self._is_current(active, entry_id):
+            return
+        log.warning("request %s: Redis lost its entry, adding it again", active.id)
+        added = await self._queue.enqueue(active.job)
+        if self._is_current(active, entry_id):
+            active.entry_id, active.owns_entry = added, False
+        else:
+            self._end_entry(active.job, added)
 
     async def wait_acknowledged(self, timeout_s: float) -> None:
         """Waits for what is being acknowledged."""
@@ -68,23 +81,25 @@ class Leases:
         return True
 
     async def _renew(self) -> None:
-        owned = [(active.job, active.entry_id) for active in self._active if active.owns_entry]
+        accepted = [active for active in self._active if active.entry_id]
+        owned = [(active.job, active.entry_id) for active in accepted if active.owns_entry]
+        waiting = [(active.job, active.entry_id) for active in accepted if not active.owns_entry]
         try:
-            for job, _entry_id in await self._queue.renew(owned):
-                await self._add_again(job)
+            lost = [*await self._queue.renew(owned), *await self._queue.missing(waiting)]
+            active_by_id = {active.id: active for active in accepted}
+            await asyncio.gather(*(self.add_again(active_by_id[job.request_id], entry_id) for job, entry_id in lost))
         except Unavailable as error:
             self._set_problem(error.message)
         else:
             self._set_problem(None)
 
-    async def _add_again(self, job: Job) -> None:
-        """Puts back a running request that Redis forgot. Its offer is answered `running`, and it is ours again."""
-        active = self._active.get(job.request_id)
-        if active is None:  # it has ended meanwhile
-            return
-        log.warning("request %s: Redis lost its entry, adding it again", active.id)
-        active.owns_entry = False
-        active.entry_id = await self._queue.enqueue(active.job)
+    def _is_current(self, active: ActiveRequest, entry_id: str) -> bool:
+        return active in self._active and active.entry_id == entry_id
+
+    def _end_entry(self, job: Job, entry_id: str) -> None:
+        task = asyncio.create_task(self._acknowledge(job, entry_id), name=f"acknowledge {job.request_id}")
+        self._acknowledging.add(task)
+        task.add_done_callback(self._acknowledging.discard)
 
     async def _acknowledge(self, job: Job, entry_id: str) -> None:
         failures = 0

@@ -69,7 +69,13 @@ class CompletionRoute(Generic[B]):
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = HttpExchange(scope, receive, send, comment_every_s=self._settings.sse_comment_every_s)
+        exchange = HttpExchange(
+            scope,
+            receive,
+            send,
+            comment_every_s=self._settings.sse_comment_every_s,
+            write_timeout_s=self._settings.write_timeout_s,
+        )
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{self._path} takes POST, not {scope['method']}.")
@@ -79,15 +85,17 @@ class CompletionRoute(Generic[B]):
         except HeadraceError as error:
             await exchange.fail(error)
         except Exception:
-            log.exception("request %s failed", exchange.request_id)
+            log.exception("request %s failed", exchange.internal_id)
             await exchange.fail(RequestFailed("The server failed while it handled this request; its log says why."))
         self._metrics.http_requests.labels(self._path, str(exchange.status)).inc()
 
     async def _handle(self, exchange: HttpExchange) -> None:
-        self._admission.check_open()  # before the body takes up memory
-        caller = exchange.caller(self._settings.default_timeout_s)
-        body = parse(await exchange.read_body(self._settings.max_body_bytes), self._kind.decoder)
-        requests = await self._kind.read(body, caller)
+        settings = self._settings
+        with self._admission.entering():  # before the body takes up memory
+            caller = exchange.caller(settings.default_timeout_s)
+            content = await exchange.read_body(settings.max_body_bytes, settings.read_timeout_s)
+            body = parse(content, self._kind.decoder)
+            requests = await self._kind.read(body, caller)
         deltas = self._deltas(requests)
         await exchange.while_connected(
             self._stream(exchange, body, deltas) if body.stream else self._respond(exchange, body, deltas)

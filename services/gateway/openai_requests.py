@@ -79,7 +79,7 @@ class RequestReader:
             )
         requests = []
         for position, prompt in enumerate(prompts):
-            own = caller if len(prompts) == 1 else replace(caller, request_id=f"{caller.request_id}-{position}")
+            own = caller if len(prompts) == 1 else replace(caller, internal_id=f"{caller.internal_id}-{position}")
             ids = await _encode_prompt(prompt, model)
             max_tokens = validation.token_budget(
                 model,

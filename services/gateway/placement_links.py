@@ -17,7 +17,7 @@ from headrace.v1.scheduler_pb2 import (
 )
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
 from services.common.channel import Outbox, ReplicaSessions
-from services.common.errors import Unavailable
+from services.common.errors import InvalidRequest, Unavailable
 from services.gateway.active_request import ActiveRequests, ReceivedOffer
 from services.gateway.catalog import Catalog
 
@@ -101,4 +101,5 @@ class PlacementLinks:
 
     def _refused(self, refusal: PlacementRefusal) -> None:
         if active := self._active.get(refusal.request_id):
-            active.refuse(refusal.attempt, Unavailable(refusal.reason))
+            error = InvalidRequest if refusal.permanent else Unavailable
+            active.refuse(refusal.attempt, error(refusal.reason))

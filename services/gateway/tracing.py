@@ -70,5 +70,5 @@ class Tracing:
         if self._tracer is None:
             return NoSpan(caller.traceparent)
         parent = TraceContextTextMapPropagator().extract({_HEADER: caller.traceparent})
-        attributes = {"gen_ai.request.model": model, "headrace.request_id": caller.request_id}
+        attributes = {"gen_ai.request.model": model, "headrace.request_id": caller.internal_id}
         return RequestSpan(self._tracer.start_span("generate", parent, trace.SpanKind.SERVER, attributes=attributes))

@@ -19,6 +19,8 @@ from services.common.channel import Outbox, cancel_and_wait, dial
 log = logging.getLogger(__name__)
 
 _WATCH_EVERY_S = 1.0
+# A watch that comes later than this says nothing of the workers: the gateway itself had no CPU.
+_LATE_S = 2.0
 
 
 class Outcome(StrEnum):
@@ -134,6 +136,11 @@ class WorkerLink:
             if feed := feeds.pop(ended.handle, None):
                 _end(feed, ended)
 
+    def excuse(self, seconds: float) -> None:
+        """Leaves out a time in which this process could hear nothing."""
+        self.heard_at += seconds
+        self.moved_at += seconds
+
     def lose(self, reason: str) -> None:
         """The stream is broken: all its sequences are lost."""
         self.broken = True
@@ -161,6 +168,8 @@ class WorkerLinks:
         self._stall_s = stall_s
         self._links: dict[str, tuple[WorkerLink, asyncio.Task[None]]] = {}
         self._wanted: frozenset[str] = frozenset()
+        # Loop time of the last watch.
+        self._watched_at = asyncio.get_running_loop().time()
 
     def follow(self, addresses: frozenset[str]) -> None:
         """Keeps links to these workers, and those to others only while they are in use."""
@@ -179,14 +188,22 @@ class WorkerLinks:
 
     async def run(self) -> None:
         """Watches the links until cancelled, then closes them all."""
+        loop = asyncio.get_running_loop()
+        self._watched_at = loop.time()
         try:
             while True:
                 await asyncio.sleep(_WATCH_EVERY_S)
-                self._watch(asyncio.get_running_loop().time())
+                self.watch(loop.time())
         finally:
             await cancel_and_wait([task for _link, task in self._links.values()])
 
-    def _watch(self, now: float) -> None:
+    def watch(self, now: float) -> None:
+        """Gives up the links that are silent, stalled or of no use any more at this loop time; due every second."""
+        late_s, self._watched_at = now - self._watched_at - _WATCH_EVERY_S, now
+        if late_s > _LATE_S:
+            # What the workers have sent meanwhile is not read yet.
+            for link, _task in self._links.values():
+                link.excuse(late_s)
         for link, task in list(self._links.values()):
             silent = now - link.heard_at > self._silence_s
             stalled = not link.idle and now - link.moved_at > self._stall_s

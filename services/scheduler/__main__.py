@@ -53,7 +53,7 @@ async def serve_scheduler(settings: SchedulerSettings, metrics: SchedulerMetrics
             models.open()
             await server.set_serving(True)
             log.info("ready on %s:%d, id %s", settings.host, port, settings.id)
-        await stop.wait()
+        await serve.stopped(stop, [watching])
         await server.set_serving(False)
         await models.drain(settings.drain_grace_s)
     finally:
@@ -78,13 +78,16 @@ async def _wait_for_redis(queue: JobQueue, settings: SchedulerSettings, stop: as
     return False
 
 
+async def _serve_with_metrics(settings: SchedulerSettings, stop: serve.Stop) -> None:
+    telemetry.serve_metrics(settings, settings.metrics_port)
+    await serve_scheduler(settings, SchedulerMetrics(), stop)
+
+
 def main() -> None:
     settings = config.load(SchedulerSettings, "scheduler")
     telemetry.set_up("scheduler", settings)
-    metrics = SchedulerMetrics()
-    telemetry.serve_metrics(settings, settings.metrics_port)
     try:
-        serve.run("scheduler", lambda stop: serve_scheduler(settings, metrics, stop))
+        serve.run("scheduler", lambda stop: _serve_with_metrics(settings, stop))
     except UnfitRedis as error:
         log.error("scheduler cannot start: %s", error)
         raise SystemExit(1) from None

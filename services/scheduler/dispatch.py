@@ -2,6 +2,8 @@
 
 Knows no Redis: `intake.py` brings jobs from the queue and carries out what is decided here about their entries.
 
+A job's deadline is its gateway's affair, which withdraws the entry: two machines' clocks may differ.
+
 Nobody overtakes: while the first job fits no worker, the others wait, so that small jobs do not starve a large one.
 """
 
@@ -13,10 +15,10 @@ from dataclasses import dataclass
 
 from headrace.v1 import scheduler_pb2
 from headrace.v1.job_pb2 import Job
-from services.common.redis.queue import QueuedJob
+from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
 from services.scheduler.fleet import Clock, Fleet
 from services.scheduler.gateways import GatewayKey, Gateways, GatewaySession
-from services.scheduler.held import FIRST_ATTEMPT, HeldJob, HeldJobs, Where
+from services.scheduler.held import HeldJob, HeldJobs, Where
 from services.scheduler.metrics import SchedulerMetrics
 from services.scheduler.placement import Candidate, Choice, IndexView, impossible, place
 
@@ -27,10 +29,13 @@ Answer = scheduler_pb2.OfferAnswer
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds. `lease_s`: to answer an offer, or to come back; `patience_s`: for a worker to serve the model again."""
+    """Seconds. `lease_s`: to answer an offer, or to come back; `patience_s`: for a worker to serve the model again;
+    `share_s`: until a job that fits no share of a worker may take what is granted to other schedulers.
+    """
 
     lease_s: float
     patience_s: float
+    share_s: float = 1.0
 
 
 class Dispatcher:
@@ -150,10 +155,8 @@ class Dispatcher:
                 self._unanswered(held)
             elif held.where is Where.PARKED and waited_s > self._timing.lease_s:
                 self._give_up(held)
-            elif held.where is Where.WAITING and held.is_past_deadline:
-                self._remove(held)
             elif held.replaces and not serves and waited_s >= self._timing.patience_s:
-                self._refuse(held, f"No worker serves {self._model} any more.")
+                self._refuse(held, f"No worker serves {self._model} any more.", permanent=False)
         self._observe()
         self.wake()  # time alone makes an unreported placement stop counting against its worker
 
@@ -179,9 +182,7 @@ class Dispatcher:
     def _settle_first(self, held: HeldJob) -> bool:
         """Moves the first job on. False: it has to wait, and all others with it."""
         session = self._gateways.find(held.gateway)
-        if held.is_past_deadline:
-            self._remove(held)
-        elif session is not None:
+        if session is not None:
             return self._place(held, session)
         elif held.replaces:
             self._drop(held)  # the gateway asks another scheduler
@@ -192,9 +193,16 @@ class Dispatcher:
     def _place(self, held: HeldJob, session: GatewaySession) -> bool:
         workers = self._fleet.candidates(self._model)
         if reason := impossible(held.shape, workers):
-            self._refuse(held, reason)
+            # What has run already was no mistake of its caller's: the worker it fits is away.
+            self._refuse(held, reason, permanent=held.attempt == FIRST_ATTEMPT)
             return True
-        choice = place(held.shape, self._untried(held, workers), self._index(), avoid=held.tried_worker_id)
+        choice = place(
+            held.shape,
+            self._untried(held, workers),
+            self._index(),
+            avoid=held.tried_worker_id,
+            beyond_share=self._clock() - held.since >= self._timing.share_s,
+        )
         if choice is None:
             return False
         self._offer(held, choice, session)
@@ -260,11 +268,11 @@ class Dispatcher:
 
     # --- letting go
 
-    def _refuse(self, held: HeldJob, reason: str) -> None:
+    def _refuse(self, held: HeldJob, reason: str, *, permanent: bool) -> None:
         log.warning("request %s refused: %s", held.key[0], reason)
         self._metrics.refusals.inc()
         if session := self._gateways.find(held.gateway):
-            session.refuse(*held.key, reason)
+            session.refuse(*held.key, reason, permanent=permanent)
         self._remove(held)
 
     def _remove(self, held: HeldJob) -> None:

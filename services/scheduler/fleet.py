@@ -192,6 +192,7 @@ class Fleet:
 
 def _candidate(worker: Worker, state: scheduler_pb2.WorkerState, healthy: bool, spoken_for: Credits) -> Candidate:
     registration = worker.registration
+    sequences = state.running_sequences + state.waiting_sequences
     granted = Credits(state.credits.sequences, state.credits.blocks, state.credits.prefill_tokens)
     return Candidate(
         id=worker.id,
@@ -203,6 +204,7 @@ def _candidate(worker: Worker, state: scheduler_pb2.WorkerState, healthy: bool, 
         healthy=healthy,
         prefill_only=registration.role == scheduler_pb2.WORKER_ROLE_PREFILL,
         credits=granted - spoken_for,
-        sequences=state.running_sequences + state.waiting_sequences + spoken_for.sequences,
+        free_blocks=state.free_blocks - sequences - spoken_for.blocks,
+        sequences=sequences + spoken_for.sequences,
         pending_prefill_tokens=state.pending_prefill_tokens + spoken_for.prefill_tokens,
     )

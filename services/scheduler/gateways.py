@@ -37,8 +37,10 @@ class GatewaySession:
         if on_answer is not None:
             on_answer(answer.status)
 
-    def refuse(self, request_id: str, attempt: int, reason: str) -> None:
-        refusal = scheduler_pb2.PlacementRefusal(request_id=request_id, attempt=attempt, reason=reason)
+    def refuse(self, request_id: str, attempt: int, reason: str, *, permanent: bool) -> None:
+        refusal = scheduler_pb2.PlacementRefusal(
+            request_id=request_id, attempt=attempt, reason=reason, permanent=permanent
+        )
         self.outbox.put(scheduler_pb2.SchedulerMessage(refusal=refusal))
 
 

@@ -10,19 +10,15 @@ and those from the queue alike, by priority and age.
 
 import heapq
 import itertools
-import time
 from dataclasses import dataclass
 from enum import Enum
 
 from headrace.v1 import scheduler_pb2
 from services.common.block_hash import HASH_BYTES
-from services.common.redis.queue import QueuedJob
+from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
 from services.scheduler.fleet import PlacementKey
 from services.scheduler.gateways import GatewayKey
 from services.scheduler.placement import JobShape
-
-FIRST_ATTEMPT = 1
-"""The attempt that an offer of a queued job would be."""
 
 
 class Where(Enum):
@@ -42,7 +38,7 @@ class HeldJob:
     rank: tuple[int, ...]
     shape: JobShape
     replaces: bool
-    """Its gateway asked for another placement: the queue entry is the gateway's, and no deadline to start applies."""
+    """Its gateway asked for another placement: the queue entry is the gateway's."""
     since: float = 0.0
     """When it came to be where it is, on the dispatcher's clock."""
     where: Where = Where.WAITING
@@ -71,11 +67,6 @@ class HeldJob:
     @property
     def gateway(self) -> GatewayKey:
         return self.queued.job.gateway_id, self.queued.job.gateway_incarnation
-
-    @property
-    def is_past_deadline(self) -> bool:
-        """Whether it is not to be started any more."""
-        return not self.replaces and 0 < self.queued.job.deadline_unix_ms < time.time() * 1000
 
 
 class HeldJobs:

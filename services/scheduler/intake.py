@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from services.common.channel import cancel_and_wait
 from services.common.errors import Unavailable
+from services.common.redis.keys import PRIORITY_NAMES, known_priority
 from services.common.redis.queue import JobQueue, QueuedJob
 from services.scheduler.dispatch import Dispatcher
 from services.scheduler.metrics import SchedulerMetrics
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 _MOST_JOBS_A_POP = 64
 _LONGEST_WAIT_S = 5.0
 _LONGEST_BACKOFF_S = 2.0
-_PRIORITY_NAMES = {1: "high", 2: "normal", 3: "low"}
 
 
 class Intake:
@@ -93,7 +93,7 @@ class Intake:
             log.warning("request %s closed: gateway %s is lost", gone.job.request_id, gone.job.gateway_id)
             self._metrics.gateway_lost.inc()
         for priority, depth in (await self._queue.depths(self._model)).items():
-            self._metrics.queue_depth.labels(self._model, _PRIORITY_NAMES[priority]).set(depth)
+            self._metrics.queue_depth.labels(self._model, PRIORITY_NAMES[known_priority(priority)]).set(depth)
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], *, pause_s: float) -> None:
         backoff_s = 0.1

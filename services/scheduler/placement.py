@@ -8,7 +8,8 @@ A worker can take a job when its remaining credits cover what the job needs:
     prefill tokens  prompt tokens that are still to be computed after its prefix hits
 
 A credit is only this scheduler's share of a worker, and a job may be larger than any share. So that it does not starve,
-a worker on which no prefill waits takes a prompt of any length, and an idle worker any job that fits it at all.
+a worker on which no prefill waits takes a prompt of any length, an idle worker any job that fits it at all, and a job
+that has waited long (`beyond_share`) goes where all that is free would do, whosever it is; the worker may answer busy.
 
 Among the workers that can take the job the lowest cost wins, in tokens:
 
@@ -79,6 +80,8 @@ class Candidate:
     """Decodes only when no other worker can (role `prefill`)."""
     credits: Credits
     """What is left of the last grant after the placements that it does not reflect yet."""
+    free_blocks: int
+    """Of the whole worker, whoever they are granted to; less one for each sequence and what is on its way."""
     sequences: int
     """Running, waiting and on their way."""
     pending_prefill_tokens: int
@@ -108,13 +111,18 @@ class IndexView(Protocol):
     def match(self, kv_format: str, hashes: Sequence[bytes]) -> Mapping[HolderKey, int]: ...
 
 
-def place(job: JobShape, candidates: Iterable[Candidate], index: IndexView, *, avoid: str = "") -> Choice | None:
-    """The best worker for the job, or None while no worker can take it. `avoid` is taken only if no other can."""
-    roomy = [worker for worker in candidates if worker.healthy and worker.credits.sequences > 0]
+def place(
+    job: JobShape, candidates: Iterable[Candidate], index: IndexView, *, avoid: str = "", beyond_share: bool = False
+) -> Choice | None:
+    """The best worker for the job, or None while no worker can take it. `avoid` is taken only if no other can.
+
+    `beyond_share`: what is free on a worker counts even where it is granted to another scheduler.
+    """
+    roomy = [worker for worker in candidates if worker.healthy and (beyond_share or worker.credits.sequences > 0)]
     matches = {kv_format: index.match(kv_format, job.block_hashes) for kv_format in {w.kv_format for w in roomy}}
     choices = [_choice(job, worker, matches[worker.kv_format]) for worker in roomy]
     return min(
-        (choice for choice in choices if _can_take(choice.worker, choice.cost)),
+        (choice for choice in choices if _can_take(choice.worker, job, choice.cost, beyond_share)),
         key=lambda choice: _preference(job, choice, avoid),
         default=None,
     )
@@ -122,7 +130,7 @@ def place(job: JobShape, candidates: Iterable[Candidate], index: IndexView, *, a
 
 def impossible(job: JobShape, candidates: Sequence[Candidate]) -> str | None:
     """Why none of these workers could run the job even when idle, in one sentence; None if one could."""
-    if not candidates or any(_fits_idle(worker, _cost(job, worker, 0)) for worker in candidates):
+    if not candidates or any(_fits_idle(worker, job) for worker in candidates):
         return None
     largest = max(candidates, key=lambda worker: (worker.max_sequences, worker.total_blocks))
     return (
@@ -142,21 +150,34 @@ def _choice(job: JobShape, worker: Candidate, matches: Mapping[HolderKey, int]) 
 
 
 def _cost(job: JobShape, worker: Candidate, hit_tokens: int) -> Credits:
-    prompt_blocks = -(-job.prompt_tokens // worker.block_size)
-    return Credits(job.choices, prompt_blocks + job.choices, job.prompt_tokens - hit_tokens)
+    return Credits(job.choices, _prompt_blocks(job, worker) + job.choices, job.prompt_tokens - hit_tokens)
 
 
-def _can_take(worker: Candidate, cost: Credits) -> bool:
+def _prompt_blocks(job: JobShape, worker: Candidate) -> int:
+    return -(-job.prompt_tokens // worker.block_size)
+
+
+def _can_take(worker: Candidate, job: JobShape, cost: Credits, beyond_share: bool) -> bool:
     idle = not worker.sequences and not worker.pending_prefill_tokens
-    if idle and _fits_idle(worker, cost):
+    if idle and _fits_idle(worker, job):
+        return True
+    if beyond_share and _fits_free(worker, cost):
         return True
     credits = worker.credits
     has_prefill = cost.prefill_tokens <= credits.prefill_tokens or not worker.pending_prefill_tokens
     return cost.sequences <= credits.sequences and cost.blocks <= credits.blocks and has_prefill
 
 
-def _fits_idle(worker: Candidate, cost: Credits) -> bool:
-    return cost.sequences <= worker.max_sequences and cost.blocks <= worker.total_blocks
+def _fits_idle(worker: Candidate, job: JobShape) -> bool:
+    """Whether it could run alone. Its prompt alone must fit: choices for which no block is left take turns."""
+    return job.choices <= worker.max_sequences and _prompt_blocks(job, worker) <= worker.total_blocks
+
+
+def _fits_free(worker: Candidate, cost: Credits) -> bool:
+    """Whether it fits what is free of the whole worker. One that takes on prompt tokens at all takes any number."""
+    takes_prefill = worker.credits.prefill_tokens > 0 or not worker.pending_prefill_tokens
+    free_sequences = worker.max_sequences - worker.sequences
+    return cost.sequences <= free_sequences and cost.blocks <= worker.free_blocks and takes_prefill
 
 
 def _preference(job: JobShape, choice: Choice, avoid: str) -> tuple[bool, bool, int, int, bytes]:

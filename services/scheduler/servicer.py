@@ -49,17 +49,15 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         finally:
             self._gateways.leave(session)
 
-    async def Register(
+    async def Register(  # type: ignore[override]  # a coroutine, since nothing is sent down; the stubs know generators
         self, request_iterator: AsyncIterator[scheduler_pb2.WorkerReport], context: Context
-    ) -> AsyncIterator[scheduler_pb2.WorkerDirective]:
+    ) -> None:
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("registration"):
             raise InvalidRequest("A Register stream begins with a registration.")
         worker = self._fleet.register(first.registration)
-        directives: Outbox[scheduler_pb2.WorkerDirective] = Outbox()
         try:
-            async for directive in _while_read(directives, self._read_worker(request_iterator, worker)):
-                yield directive
+            await self._read_worker(request_iterator, worker)
         finally:
             self._fleet.leave(worker)
 
@@ -98,7 +96,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
             self._fleet.report(worker, report.state)
 
 
-async def _while_read(outbox: "Outbox[Any]", reading: Coroutine[Any, Any, None]) -> AsyncIterator[Any]:
+async def _while_read(outbox: Outbox[Any], reading: Coroutine[Any, Any, None]) -> AsyncIterator[Any]:
     """What is put into the outbox, until the other side has said its last word. Raises what reading raises."""
     reader = asyncio.create_task(reading)
     reader.add_done_callback(lambda _: outbox.close())

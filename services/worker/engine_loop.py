@@ -157,16 +157,22 @@ class EngineLoop:
 
     def _status(self) -> EngineStatus:
         engine = self._engine
-        lengths = (len(sequence.tokens) for sequence in self._sequences.values() if not sequence.blocks)
+        waiting = [sequence for sequence in self._sequences.values() if not sequence.blocks]
+        own = [len(sequence.tokens) - self._shared_with_leader(sequence) for sequence in waiting]
         return EngineStatus(
             counters=dataclasses.replace(engine.counters),
             running=engine.num_running,
             waiting=engine.num_waiting,
             free_blocks=engine.free_blocks,
-            waiting_blocks=sum(-(-length // self._block_size) for length in lengths),
-            pending_prefill_tokens=engine.pending_prefill_tokens,
+            waiting_blocks=sum(-(-length // self._block_size) for length in own),
+            pending_prefill_tokens=engine.pending_prefill_tokens
+            - sum(self._shared_with_leader(sequence) for sequence in waiting),
             commands=self._commands_done,
         )
+
+    def _shared_with_leader(self, sequence: Sequence) -> int:
+        """Prompt tokens of a waiting sequence that its leader computes: those of full blocks before the last token."""
+        return 0 if sequence.leader is None else (sequence.prompt_length - 1) // self._block_size * self._block_size
 
     def _add(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

@@ -105,13 +105,8 @@ class Executions:
         self._step = 0
         self._all_ended = asyncio.Event()
         self._all_ended.set()
-        self._stopping = False
-        self.told_to_drain = False  # by a scheduler, which may take it back
-
-    @property
-    def draining(self) -> bool:
+        self.draining = False
         """Whether no new requests are taken on."""
-        return self._stopping or self.told_to_drain
 
     def open(self, gateway_id: str) -> Execution:
         """A new stream."""
@@ -181,7 +176,7 @@ class Executions:
 
     async def drain(self, grace_s: float) -> None:
         """Takes on nothing more, lets sequences finish for a while, then ends them and all streams."""
-        self._stopping = True
+        self.draining = True
         try:
             await asyncio.wait_for(self._all_ended.wait(), grace_s)
         except TimeoutError:

@@ -64,22 +64,14 @@ class _Link:
 
 
 class SchedulerLinks:
-    """Keeps every scheduler informed.
-
-    `load` gives the state of the moment; `on_drain` takes a scheduler's directive to drain, or to stop draining.
-    """
+    """Keeps every scheduler informed. `load` gives the state of the moment."""
 
     def __init__(
-        self,
-        registration: scheduler_pb2.Registration,
-        schedulers: Iterable[str],
-        load: Callable[[], WorkerLoad],
-        on_drain: Callable[[bool], None],
+        self, registration: scheduler_pb2.Registration, schedulers: Iterable[str], load: Callable[[], WorkerLoad]
     ) -> None:
         self._registration = registration
         self._sessions = ReplicaSessions("scheduler", schedulers, self._session)
         self._load = load
-        self._on_drain = on_drain
         self._links: list[_Link] = []
         # A placement is made by one scheduler, and the others do not know it; so all may be told of it.
         self._settled: list[scheduler_pb2.PlacementKey] = []
@@ -137,20 +129,13 @@ class SchedulerLinks:
         self._last_sent = ()  # the shares are others now
         self._changed.set()
         try:
-            async for directive in call:
-                self._follow(address, directive)
+            async for _directive in call:
+                log.warning("scheduler %s sent a directive, and this worker follows none", address)
         finally:
             self._links.remove(link)
             self._last_sent = ()
             self._changed.set()
             call.cancel()
-
-    def _follow(self, address: str, directive: scheduler_pb2.WorkerDirective) -> None:
-        if directive.WhichOneof("directive") == "drain":
-            log.info("scheduler %s: drain %s", address, directive.drain)
-            self._on_drain(directive.drain)
-        else:
-            log.warning("scheduler %s sent a directive that this worker does not follow", address)
 
 
 def _to_state(load: WorkerLoad, share: Room) -> scheduler_pb2.WorkerState:

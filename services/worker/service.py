@@ -2,13 +2,12 @@
 
 import asyncio
 import secrets
-import socket
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from headrace.v1 import cache_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channel import cancel_and_wait, reachable
-from services.common.serve import GrpcServer, Registration
+from services.common.serve import GrpcServer, Registration, Stop, stopped
 from services.worker.build import LoadedModel
 from services.worker.cache_link import CacheLink
 from services.worker.capacity import Capacity
@@ -57,19 +56,17 @@ class WorkerService:
         settings = self._settings
         port = await self._server.start(f"{settings.host}:{settings.port}")
         address = settings.advertise_address or await reachable(settings.host, port)
-        self._schedulers = SchedulerLinks(
-            self._registration(address), settings.schedulers, self._load, self._on_drain_directive
-        )
+        self._schedulers = SchedulerLinks(self._registration(address), settings.schedulers, self._load)
         self._cache = CacheLink(self._holder(address), settings.caches, self._engine.request_snapshot)
         self._engine.start(self._on_turn)
         await self._server.set_serving(True)
-        coroutines = (self._schedulers.run(), self._cache.run(), self._send_signs_of_life())
+        coroutines = (self._engine.ended(), self._schedulers.run(), self._cache.run(), self._send_signs_of_life())
         self._tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
         return f"{settings.host}:{port}"
 
-    async def engine_ended(self) -> None:
-        """Returns when the engine was stopped; raises what it died of if it died."""
-        await self._engine.ended()
+    async def stopped(self, stop: Stop) -> None:
+        """Returns when `stop` is set; raises what the engine, or a link that is to last, died of if one did."""
+        await stopped(stop, self._tasks)
 
     async def stop(self, drain_grace_s: float) -> None:
         """Readiness off, no new work; running work finishes within the grace or goes on elsewhere; then all ends.
@@ -111,10 +108,6 @@ class WorkerService:
 
     def _on_settled(self, request_id: str, attempt: int) -> None:
         self._schedulers.settle(request_id, attempt)
-
-    def _on_drain_directive(self, drain: bool) -> None:
-        self._executions.told_to_drain = drain
-        self._schedulers.notify()
 
     def _load(self) -> WorkerLoad:
         status = self._status
@@ -159,15 +152,3 @@ class WorkerService:
         while True:
             await asyncio.sleep(_SIGN_OF_LIFE_S)
             self._executions.send_signs_of_life()
-
-
-def reachable_host(host: str) -> str:
-    """Where others reach a server that listens on `host`: for all interfaces, this machine's address or name."""
-    if host not in ("0.0.0.0", "::"):
-        return host
-    name = socket.gethostname()
-    try:
-        address = socket.gethostbyname(name)
-    except OSError:
-        return name
-    return name if address.startswith("127.") else address  # Debian gives a machine's own name a loopback address

@@ -1,4 +1,4 @@
-"""The files a gateway needs to render prompts and tokenize, and the hash that names them.
+"""The files a gateway needs to render prompts and tokenize.
 
 The bundle holds tokenizer.json as it is, tokenizer_config.json if there is one, and headrace_tokenizer.json, which
 says in one shape what Hugging Face folders spread over many files, so that `tokenizers` and `jinja2` suffice:
@@ -12,14 +12,12 @@ says in one shape what Hugging Face folders spread over many files, so that `tok
 """
 
 import json
-import struct
-from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from services.common.tokenizer_hash import bundle_hash as bundle_hash
 from services.worker.engine.model.checkpoint import read_config
 
 FACTS_FILE = "headrace_tokenizer.json"
@@ -32,16 +30,6 @@ def tokenizer_bundle(folder: Path) -> dict[str, bytes]:
     bundle = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     bundle[FACTS_FILE] = json.dumps(_facts(folder), indent=2, sort_keys=True).encode()
     return bundle
-
-
-def bundle_hash(bundle: Mapping[str, bytes]) -> str:
-    """SHA-256, hex, over names and contents, whatever their order."""
-    digest = sha256()
-    for name, content in sorted(bundle.items()):
-        for part in (name.encode(), content):
-            digest.update(struct.pack("<Q", len(part)))
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _facts(folder: Path) -> Json:

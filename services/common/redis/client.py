@@ -5,7 +5,9 @@ which costs each a fraction of a round trip of its own.
 """
 
 import asyncio
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -27,10 +29,13 @@ from redis.exceptions import (
 from services.common.errors import HeadraceError, Unavailable
 from services.common.redis.scripts import Script
 
+log = logging.getLogger(__name__)
+
 CONNECT_TIMEOUT_S = 2.0
 # A Redis that is stopped or cut off keeps its connections open: this long, and the caller is told.
 ANSWER_TIMEOUT_S = 3.0
 LONGEST_BLOCK_S = 10.0
+_LONGEST_ANSWER_S = 1.0  # a Redis that takes longer stood still
 _PIPELINE_LENGTH = 256
 _OLDEST_VERSION = (6, 2)
 # What says "not now". redis-py has classes for some replies; others, and those within a script's error, are text.
@@ -56,12 +61,19 @@ class UnfitRedis(HeadraceError):
 class RedisClient:
     """Commands and scripts on one Redis; every method raises Unavailable when it does not answer."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._redis = _connect(url, ANSWER_TIMEOUT_S)
         self._blocking = _connect(url, LONGEST_BLOCK_S + ANSWER_TIMEOUT_S)
         self._pending: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = []
         self._sender: asyncio.Task[None] | None = None
         self._blocked: set[asyncio.Future[Any]] = set()
+        self._clock = clock
+        self._away_at = clock()
+
+    @property
+    def answering_s(self) -> float:
+        """For how many seconds Redis has been answering all commands, and soon; at most since this client was made."""
+        return self._clock() - self._away_at
 
     async def command(self, *command: Argument) -> Any:
         """Sends one command and returns its reply, as redis-py's RESP2 parser leaves it."""
@@ -88,8 +100,8 @@ class RedisClient:
         call.add_done_callback(self._unblocked)
         try:
             return await asyncio.shield(call)
-        except (RedisError, OSError) as error:
-            raise _translate(error) from error
+        except Exception as error:
+            raise _translate(_known(error)) from error
 
     async def check(self, *, allow_volatile: bool) -> None:
         """Raises UnfitRedis unless this Redis keeps what it accepted."""
@@ -132,17 +144,25 @@ class RedisClient:
         pipeline = self._redis.pipeline(transaction=False)
         for command, _ in batch:
             pipeline.execute_command(*command)
+        sent_at = self._clock()
         try:
             replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        except (RedisError, OSError) as error:
-            replies = [error] * len(batch)
+        except Exception as error:  # noqa: BLE001 - whatever it is, all who wait get it
+            replies = [_known(error)] * len(batch)
+        if self._clock() - sent_at > _LONGEST_ANSWER_S:
+            self._away_at = self._clock()
         for (_, waiting), reply in zip(batch, replies, strict=True):
-            if waiting.done():
-                continue
-            if isinstance(reply, Exception):
-                waiting.set_exception(_translate(reply))
-            else:
-                waiting.set_result(reply)
+            self._settle(waiting, _translate(reply) if isinstance(reply, Exception) else reply)
+
+    def _settle(self, waiting: asyncio.Future[Any], outcome: Any) -> None:
+        if isinstance(outcome, Unavailable):
+            self._away_at = self._clock()
+        if waiting.done():
+            return
+        if isinstance(outcome, Exception):
+            waiting.set_exception(outcome)
+        else:
+            waiting.set_result(outcome)
 
 
 def _connect(url: str, answer_timeout_s: float) -> Redis:
@@ -154,6 +174,14 @@ def _connect(url: str, answer_timeout_s: float) -> Redis:
         # An XADD sent twice is a job queued twice: whoever calls decides what is tried again.
         retry=Retry(NoBackoff(), 0),
     )
+
+
+def _known(error: Exception) -> Exception:
+    """An error as redis-py should have said it: uvloop raises RuntimeError when a closed connection is written to."""
+    if isinstance(error, (RedisError, OSError)):
+        return error
+    log.warning("the connection to Redis failed in an unexpected way", exc_info=error)
+    return ConnectionError(f"{type(error).__name__}: {error}")
 
 
 def _translate(error: Exception) -> Exception:

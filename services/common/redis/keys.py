@@ -25,7 +25,7 @@ JOB_FIELD = "job"
 PRIORITIES = (sampling_pb2.PRIORITY_HIGH, sampling_pb2.PRIORITY_NORMAL, sampling_pb2.PRIORITY_LOW)
 """Highest first; a smaller number is served before a larger one."""
 
-_PRIORITY_NAMES = dict(zip(PRIORITIES, ("high", "normal", "low"), strict=True))
+PRIORITY_NAMES = dict(zip(PRIORITIES, ("high", "normal", "low"), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def known_priority(priority: int) -> "sampling_pb2.Priority.ValueType":
 
 def queue_stream(model: str, priority: int) -> str:
     """The stream of a model's jobs of one priority. Braces in a model's name must not cut the hash tag short."""
-    return f"headrace:queue:{{{quote(model, safe='/:@+')}}}:{_PRIORITY_NAMES[known_priority(priority)]}"
+    return f"headrace:queue:{{{quote(model, safe='/:@+')}}}:{PRIORITY_NAMES[known_priority(priority)]}"
 
 
 def queue_streams(model: str) -> list[str]:

@@ -6,9 +6,13 @@ pops, and reclaims what owners left behind. Knows nothing of workers or placemen
 """
 
 import asyncio
+import logging
+import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
 
 from headrace.v1.job_pb2 import Job
 from services.common.redis import scripts
@@ -25,9 +29,14 @@ from services.common.redis.keys import (
 )
 from services.common.redis.scripts import Script
 
+log = logging.getLogger(__name__)
+
 LEASE_S = 5.0
 """How long an owner may stay silent before its entries are somebody else's; also how long a gateway's heartbeat lasts.
 Owners renew about once a second, so that a lease survives a few lost renewals."""
+
+FIRST_ATTEMPT = 1
+"""What comes from the queue is a request's first attempt. Only a gateway knows of later ones."""
 
 # A live gateway renews all it runs. An entry that it does not renew for this many leases is one it does not know of
 # (the answer to its take-over was lost): it is offered again, and the gateway says what it makes of it.
@@ -53,14 +62,6 @@ class QueuedJob:
 
 
 @dataclass(frozen=True, slots=True)
-class ClosedJob:
-    """An entry that was removed because its gateway is lost."""
-
-    entry_id: str
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
 class _Expired:
     """An entry whose owner's lease ran out."""
 
@@ -77,8 +78,15 @@ class _Expired:
 class JobQueue:
     """The queue as one gateway or one scheduler uses it. All raise Unavailable when Redis does not answer."""
 
-    def __init__(self, redis_url: str, owner: Owner, *, lease_s: float = LEASE_S) -> None:
-        self._redis = RedisClient(redis_url)
+    def __init__(
+        self,
+        redis_url: str,
+        owner: Owner,
+        *,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._redis = RedisClient(redis_url, clock=clock)
         self._owner = owner
         self._lease_ms = int(lease_s * 1000)
         self._handed_out: dict[str, str] = {}  # stream -> id of the last entry handed out when it was last popped
@@ -108,17 +116,12 @@ class JobQueue:
 
         A gateway gets back an entry that a scheduler has picked up meanwhile.
         """
-        by_stream: dict[str, list[tuple[Job, str]]] = defaultdict(list)
-        for job, entry_id in entries:
-            by_stream[queue_stream(job.model, job.priority)].append((job, entry_id))
-        claims = [self._claim(stream, [entry_id for _, entry_id in own]) for stream, own in by_stream.items()]
-        lost, _ = await asyncio.gather(asyncio.gather(*claims), self._beat())
-        return [
-            (job, entry_id)
-            for own, lost_ids in zip(by_stream.values(), lost, strict=True)
-            for job, entry_id in own
-            if entry_id in lost_ids
-        ]
+        lost, _ = await asyncio.gather(_select(entries, self._claim), self._beat())
+        return lost
+
+    async def missing(self, entries: Iterable[tuple[Job, str]]) -> list[tuple[Job, str]]:
+        """Those of the entries that Redis does not hold: ended by somebody, or forgotten in a restart of Redis."""
+        return await _select(entries, self._not_held)
 
     async def acknowledge(self, job: Job, entry_id: str) -> None:
         """Ends an entry: after the job's last event, or to withdraw it while it waits. Does nothing the second time."""
@@ -128,14 +131,18 @@ class JobQueue:
     # --- the scheduler's side
 
     async def pop(self, model: str, count: int) -> list[QueuedJob]:
-        """Takes up to `count` waiting jobs, best rank first. Fewer than `count`: no more were waiting."""
+        """Takes up to `count` waiting jobs, best rank first. Fewer than `count`: no more were waiting.
+
+        An entry that holds no job is left to its lease, and `reclaim` ends it.
+        """
         streams = queue_streams(model)
         popped: list[QueuedJob] = []
         taken = await self._redis.script(scripts.POP, streams, (GROUP, self._owner.consumer, count))
         for stream, (handed_out, entries) in zip(streams, taken, strict=True):
             if handed_out:
                 self._handed_out[stream] = handed_out.decode()
-            popped += [QueuedJob(entry_id.decode(), Job.FromString(fields[1])) for entry_id, fields in entries]
+            jobs = ((entry_id.decode(), _decode(stream, fields)) for entry_id, fields in entries)
+            popped += [QueuedJob(entry_id, job) for entry_id, job in jobs if job is not None]
         return popped
 
     async def wait_for_jobs(self, model: str, timeout_s: float) -> None:
@@ -158,20 +165,24 @@ class JobQueue:
             arguments: list[Argument] = [GROUP, self._owner.consumer, _RELEASED_IDLE_MS, *entry_ids]
             await self._redis.script(scripts.RELEASE, [stream], arguments)
 
-    async def reclaim(self, model: str) -> tuple[list[QueuedJob], list[ClosedJob]]:
+    async def reclaim(self, model: str) -> tuple[list[QueuedJob], list[QueuedJob]]:
         """Picks up entries whose owner's lease ran out: (jobs to place again, now this scheduler's; jobs closed because
         their gateway's heartbeat is gone).
+
+        A pause of Redis lets the heartbeats of live gateways run out. So none counts as gone before Redis has answered
+        for a full lease, in which they beat again.
         """
         reclaimed: list[QueuedJob] = []
-        closed: list[ClosedJob] = []
+        closed: list[QueuedJob] = []
         for stream in queue_streams(model):
             expired = await self._expired(stream)
             alive = await self._existing({entry.heartbeat for entry in expired})
-            dead = [entry for entry in expired if entry.heartbeat not in alive]
+            may_close = self._redis.answering_s * 1000 > self._lease_ms
+            dead = [entry for entry in expired if may_close and entry.heartbeat not in alive]
             left = [entry for entry in expired if entry.heartbeat in alive and self._left_behind(entry)]
-            closed_ids = await self._seize(scripts.CLOSE, stream, dead)
-            taken_ids = await self._seize(scripts.TAKE, stream, left)
-            closed += [ClosedJob(entry.entry_id, entry.job) for entry in dead if entry.entry_id in closed_ids]
+            closed_ids = await self._seize(scripts.CLOSE, stream, [entry.entry_id for entry in dead])
+            taken_ids = await self._seize(scripts.TAKE, stream, [entry.entry_id for entry in left])
+            closed += [QueuedJob(entry.entry_id, entry.job) for entry in dead if entry.entry_id in closed_ids]
             reclaimed += [QueuedJob(entry.entry_id, entry.job) for entry in left if entry.entry_id in taken_ids]
             await self._redis.script(scripts.TIDY, [stream], (GROUP, _FORGET_CONSUMER_MS))
         return reclaimed, closed
@@ -192,22 +203,34 @@ class JobQueue:
         lost: list[bytes] = await self._redis.script(scripts.CLAIM, [stream], arguments)
         return {entry_id.decode() for entry_id in lost}
 
+    async def _not_held(self, stream: str, entry_ids: list[str]) -> set[str]:
+        missing: list[bytes] = await self._redis.script(scripts.MISSING, [stream], entry_ids)
+        return {entry_id.decode() for entry_id in missing}
+
     async def _beat(self) -> None:
         if self._owner.kind == "gateway":
             key = gateway_heartbeat(self._owner.id, self._owner.incarnation)
             await self._redis.command("SET", key, "1", "PX", self._lease_ms)
 
     async def _expired(self, stream: str) -> list[_Expired]:
+        """The entries of this stream whose lease ran out; ends those that hold no job."""
         expired: list[_Expired] = []
+        broken: list[str] = []
         begin = "-"
         while len(expired) < _RECLAIM_LIMIT:
             arguments = (GROUP, self._lease_ms, begin, _RECLAIM_PAGE)
             looked_at, last, entries = await self._redis.script(scripts.EXPIRED, [stream], arguments)
             for entry_id, owner, idle_ms, fields in entries:
-                expired.append(_Expired(entry_id.decode(), owner.decode(), idle_ms, Job.FromString(fields[1])))
+                if (job := _decode(stream, fields)) is None:
+                    broken.append(entry_id.decode())
+                else:
+                    expired.append(_Expired(entry_id.decode(), owner.decode(), idle_ms, job))
             if looked_at < _RECLAIM_PAGE:
                 break
             begin = "(" + last.decode()
+        if broken:
+            log.error("entries %s of %s hold no job of that queue and are removed", ", ".join(broken), stream)
+            await self._seize(scripts.CLOSE, stream, broken)
         return expired
 
     async def _existing(self, keys: set[str]) -> set[str]:
@@ -219,10 +242,36 @@ class JobQueue:
         """Whether an entry of a live gateway is to be offered again."""
         return entry.owner.startswith("s:") or entry.idle_ms > _FORGOTTEN_LEASES * self._lease_ms
 
-    async def _seize(self, script: Script, stream: str, entries: list[_Expired]) -> set[str]:
-        if not entries:
+    async def _seize(self, script: Script, stream: str, entry_ids: list[str]) -> set[str]:
+        if not entry_ids:
             return set()
-        arguments: list[Argument] = [GROUP, self._owner.consumer, self._lease_ms]
-        arguments += [entry.entry_id for entry in entries]
+        arguments: list[Argument] = [GROUP, self._owner.consumer, self._lease_ms, *entry_ids]
         seized: list[bytes] = await self._redis.script(script, [stream], arguments)
         return {entry_id.decode() for entry_id in seized}
+
+
+def _decode(stream: str, fields: list[bytes]) -> Job | None:
+    """The job in an entry of this stream; None if whoever wrote the entry put none there that belongs there."""
+    try:
+        job = Job.FromString(dict(zip(fields[::2], fields[1::2], strict=True))[JOB_FIELD.encode()])
+    except (KeyError, DecodeError):
+        return None
+    return job if queue_stream(job.model, job.priority) == stream else None
+
+
+async def _select(
+    entries: Iterable[tuple[Job, str]], choose: Callable[[str, list[str]], Awaitable[set[str]]]
+) -> list[tuple[Job, str]]:
+    """The entries whose ids `choose` picks, asked once per stream."""
+    by_stream: dict[str, list[tuple[Job, str]]] = defaultdict(list)
+    for job, entry_id in entries:
+        by_stream[queue_stream(job.model, job.priority)].append((job, entry_id))
+    chosen = await asyncio.gather(
+        *(choose(stream, [entry_id for _, entry_id in own]) for stream, own in by_stream.items())
+    )
+    return [
+        (job, entry_id)
+        for own, ids in zip(by_stream.values(), chosen, strict=True)
+        for job, entry_id in own
+        if entry_id in ids
+    ]

@@ -1,6 +1,7 @@
 """Real servers and channels on loopback: errors become status, sessions follow replicas that come and go."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.v1 import inference_pb2, inference_pb2_grpc
-from services.common.channel import Outbox, ReplicaSessions, dial, reachable, resolve
+from services.common.channel import Outbox, ReplicaSessions, cancel_and_wait, dial, reachable, resolve
 from services.common.errors import InvalidRequest, Overloaded
 from services.common.serve import GrpcServer, Registration
 
@@ -79,14 +80,102 @@ async def test_a_taken_port_is_an_os_error(address: str) -> None:
         await server().start(address)
 
 
-async def test_resolve_gives_ipv4_alone_and_skips_unknown_names() -> None:
-    assert await resolve(["localhost:1", "127.0.0.1:2", "no-such-host.invalid:3"]) == {"127.0.0.1:1", "127.0.0.1:2"}
+async def test_resolve_gives_ipv4_alone() -> None:
+    assert await resolve("localhost:1") == {"127.0.0.1:1"}
 
 
-async def test_a_server_on_all_interfaces_is_reached_by_this_machines_address() -> None:
-    assert await reachable("127.0.0.1", 7) == "127.0.0.1:7"
-    address = await reachable("0.0.0.0", 7)
-    assert address.endswith(":7") and not address.startswith("0.0.0.0")
+class Names:
+    """What a machine's resolver says, in place of the real one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.known: dict[str, list[str]] = {}
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self._look_up, raising=False)
+
+    async def _look_up(self, host: str, port: int, **options: object) -> list[tuple[object, ...]]:
+        if host not in self.known:
+            raise socket.gaierror(socket.EAI_AGAIN, "not now")
+        families = [(socket.AF_INET6 if ":" in address else socket.AF_INET, address) for address in self.known[host]]
+        return [(family, socket.SOCK_STREAM, 6, "", (address, port)) for family, address in families]
+
+
+@pytest.mark.parametrize(
+    ("host", "own", "advertised"),
+    [
+        ("10.1.2.3", ["192.168.7.8"], "10.1.2.3:7"),
+        ("0.0.0.0", ["192.168.7.8"], "192.168.7.8:7"),
+        ("0.0.0.0", ["fd00::8"], "[fd00::8]:7"),
+        ("0.0.0.0", ["127.0.1.1", "192.168.7.8"], "192.168.7.8:7"),
+        ("::", ["127.0.1.1"], "node-7:7"),  # as on Debian
+        ("0.0.0.0", None, "node-7:7"),
+    ],
+)
+async def test_a_server_on_all_interfaces_is_reached_by_this_machines_address(
+    host: str, own: list[str] | None, advertised: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = Names(monkeypatch)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-7")
+    if own is not None:
+        names.known["node-7"] = own
+    assert await reachable(host, 7) == advertised
+
+
+async def test_sessions_outlive_a_name_that_cannot_be_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = Names(monkeypatch)
+    names.known = {"a": ["10.0.0.1", "10.0.0.2"], "b": ["10.0.0.3"]}
+    events: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+
+    async def session(address: str, channel: grpc.aio.Channel) -> None:
+        events.put_nowait(("begins", address))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            events.put_nowait(("ends", address))
+
+    keeper = asyncio.create_task(ReplicaSessions("test", ["a:1", "b:1"], session, refresh_s=0.001).run())
+    assert {await events.get() for _ in range(3)} == {("begins", f"10.0.0.{last}:1") for last in (1, 2, 3)}
+    del names.known["a"]
+    names.known["b"] = ["10.0.0.4"]
+    assert {await events.get() for _ in range(2)} == {("begins", "10.0.0.4:1"), ("ends", "10.0.0.3:1")}
+    await cancel_and_wait([keeper])
+
+
+async def test_cancelling_waits_for_all_whatever_one_failed_of(caplog: pytest.LogCaptureFixture) -> None:
+    cleaned_up = asyncio.Event()
+
+    async def fails() -> None:
+        raise ValueError("a bug")
+
+    async def runs() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            cleaned_up.set()
+
+    tasks = [asyncio.create_task(fails()), asyncio.create_task(runs())]
+    await asyncio.sleep(0)
+    await cancel_and_wait(tasks)
+    assert cleaned_up.is_set()
+    assert "a bug" in caplog.text
+
+
+async def test_a_cancelled_caller_of_cancel_and_wait_is_cancelled() -> None:
+    going_on = asyncio.Event()
+
+    async def ends_late() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            going_on.set()
+            await asyncio.sleep(0.01)
+
+    task = asyncio.create_task(ends_late())
+    await asyncio.sleep(0)
+    caller = asyncio.create_task(cancel_and_wait([task]))
+    await going_on.wait()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
 
 
 async def test_sessions_start_again_when_the_replica_returns() -> None:

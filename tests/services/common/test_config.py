@@ -50,6 +50,8 @@ def test_settings_of_other_services_are_not_ours() -> None:
         ({"HEADRACE_PORT": "1"}, "HEADRACE_PORT: there is no such setting"),
         ({"HEADRACE_WORKER_PORT": "70000"}, "HEADRACE_WORKER_PORT: Input should be less than or equal to 65535"),
         ({"HEADRACE_LOG_LEVEL": "loud"}, "HEADRACE_LOG_LEVEL: "),
+        ({"HEADRACE_SCHEDULERS": "a:1,scheduler"}, "HEADRACE_SCHEDULERS: Value error, 'scheduler' is not host:port"),
+        ({"HEADRACE_CACHES": "cache:0"}, "HEADRACE_CACHES: Value error, 'cache:0' is not host:port"),
         ({"HEADRACE_CONFIG": "/nowhere.toml"}, "HEADRACE_CONFIG: cannot read /nowhere.toml"),
     ],
 )

@@ -39,6 +39,7 @@ from services.common.errors import Unavailable
 from services.common.redis.keys import Owner
 from services.common.redis.queue import JobQueue
 from services.common.serve import GrpcServer, Registration
+from services.common.tokenizer_hash import bundle_hash
 from tests.services.gateway.tokenizers_for_tests import bundle, byte_level_tokenizer
 
 MODEL = "org/tiny"
@@ -82,6 +83,7 @@ class FakeWorker(WorkerServicer):
     # Steps wait until this is set.
     go: asyncio.Event = field(default_factory=asyncio.Event)
     starts: list[Start] = field(default_factory=list)
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     address: str = ""
@@ -101,6 +103,7 @@ class FakeWorker(WorkerServicer):
             half = len(data) // 2
             yield FileChunk(name=name, data=data[:half])
             yield FileChunk(name=name, data=data[half:])
+        self.asked.set()
 
     async def Execute(self, commands: AsyncIterator[ExecuteCommand], context: Context) -> AsyncIterator[StepOutput]:
         running: dict[int, Running] = {}
@@ -211,7 +214,9 @@ class FakeScheduler(SchedulerServicer):
         # Offers wait until this is set.
         self.go = asyncio.Event()
         self.go.set()
+        # Refuse every placement request for this reason.
         self.refuse: str | None = None
+        self.refuse_permanently = False
         self.popped = asyncio.Event()
         self.queue = JobQueue(redis_url, Owner("scheduler", "s", "1"))
         self.outboxes: list[Outbox[SchedulerMessage]] = []
@@ -222,13 +227,19 @@ class FakeScheduler(SchedulerServicer):
 
     async def serve(self, port: int = 0) -> None:
         self.address = f"127.0.0.1:{await self._server.start(f'127.0.0.1:{port}')}"
+        self.start_popping()
+
+    def start_popping(self) -> None:
         self._popping = asyncio.create_task(self._pop())
+
+    async def stop_popping(self) -> None:
+        if self._popping is not None:
+            await cancel_and_wait([self._popping])
 
     async def stop(self) -> None:
         for outbox in self.outboxes:
             outbox.close()
-        if self._popping is not None:
-            await cancel_and_wait([self._popping])
+        await self.stop_popping()
         await self._server.stop(0)
         await self.queue.close()
 
@@ -250,7 +261,7 @@ class FakeScheduler(SchedulerServicer):
             max_context_tokens=CONTEXT,
             vocabulary_size=byte_level_tokenizer().get_vocab_size(),
             block_size=BLOCK_SIZE,
-            tokenizer_hash="t",
+            tokenizer_hash=bundle_hash(bundle()),
         )
         addresses = [worker.address for worker in self.workers]
         return Catalog(entries=[CatalogEntry(model=info, worker_addresses=addresses)] if addresses else [])
@@ -292,7 +303,12 @@ class FakeScheduler(SchedulerServicer):
     def _place_again(self, request: PlacementRequest, outbox: Outbox[SchedulerMessage]) -> None:
         self.requests.append(request)
         if self.refuse is not None:
-            refusal = PlacementRefusal(request_id=request.job.request_id, attempt=request.attempt, reason=self.refuse)
+            refusal = PlacementRefusal(
+                request_id=request.job.request_id,
+                attempt=request.attempt,
+                reason=self.refuse,
+                permanent=self.refuse_permanently,
+            )
             outbox.put(SchedulerMessage(refusal=refusal))
             return
         others = [worker for worker in self.workers if worker.id != request.tried_worker_id] or self.workers

@@ -3,10 +3,13 @@
 import asyncio
 import json
 
+import grpc
+import grpc.aio
 import pytest
 
+from headrace.v1.inference_pb2 import GenerateRequest
 from tests.services.gateway.fakes import CONTEXT, MODEL
-from tests.services.gateway.stack import TEXT, Stack, eventually
+from tests.services.gateway.stack import TEXT, Stack, eventually, running_stack
 from tests.services.gateway.tokenizers_for_tests import byte_level_tokenizer
 
 VOCABULARY = byte_level_tokenizer().get_vocab_size()
@@ -187,11 +190,44 @@ async def test_bad_timeouts(stack: Stack) -> None:
         assert response.json()["error"]["param"] == "x-request-timeout-ms"
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_body(stack: Stack) -> None:
+async def begin_body(stack: Stack) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection on which a body has begun to arrive."""
     host, port = stack.base_url.removeprefix("http://").split(":")
-    _reader, writer = await asyncio.open_connection(host, int(port))
+    reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
     await writer.drain()
+    return reader, writer
+
+
+async def test_a_body_that_does_not_arrive(redis_url: str) -> None:
+    async with running_stack(redis_url, read_timeout_s=0.1) as stack:
+        reader, writer = await begin_body(stack)
+        answer = await asyncio.wait_for(reader.read(), 10)
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"0.1 seconds" in answer
+        writer.close()
+
+
+async def test_a_body_that_arrives_counts_as_a_request(redis_url: str) -> None:
+    async with running_stack(redis_url, max_requests=1) as stack:
+        _reader, writer = await begin_body(stack)
+
+        async def full() -> bool:
+            return (await stack.complete()).status_code == 429
+
+        await eventually(full)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await anext(aiter(stack.inference.Generate(GenerateRequest(model=MODEL))))
+        assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        writer.close()
+
+        async def free() -> bool:
+            return not await full()
+
+        await eventually(free)
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body(stack: Stack) -> None:
+    _reader, writer = await begin_body(stack)
     writer.close()
     await writer.wait_closed()
 

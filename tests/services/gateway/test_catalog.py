@@ -1,20 +1,27 @@
 import asyncio
+import contextlib
+import socket
 
 import pytest
 
 from headrace.v1.scheduler_pb2 import Catalog as CatalogMessage
 from headrace.v1.scheduler_pb2 import CatalogEntry, ModelInfo
 from services.common.errors import Unavailable
+from services.common.tokenizer_hash import bundle_hash
 from services.gateway.catalog import Catalog
 from services.gateway.errors import ModelNotFound
 from tests.services.gateway.fakes import FakeWorker, running_worker, says
 from tests.services.gateway.stack import eventually
+from tests.services.gateway.tokenizers_for_tests import bundle
+
+HASH = bundle_hash(bundle())
 
 
-def announcing(**workers: str) -> CatalogMessage:
+def announcing(tokenizer_hash: str = HASH, **workers: str) -> CatalogMessage:
     """A catalog that gives each model one worker."""
     infos = {
-        name: ModelInfo(name=name, max_context_tokens=8, vocabulary_size=9, tokenizer_hash="t") for name in workers
+        name: ModelInfo(name=name, max_context_tokens=8, vocabulary_size=9, tokenizer_hash=tokenizer_hash)
+        for name in workers
     }
     return CatalogMessage(
         entries=[CatalogEntry(model=infos[name], worker_addresses=[address]) for name, address in workers.items()]
@@ -54,6 +61,31 @@ async def test_a_worker_that_cannot_be_reached_is_asked_again() -> None:
         catalog.announce("s2", announcing(m=worker.address))
         await usable(catalog, "m")
     running.cancel()
+
+
+async def test_a_bundle_that_is_not_what_its_hash_names_is_not_used() -> None:
+    catalog = Catalog(memory_s=60, on_workers=lambda _: None)
+    async with running_worker(FakeWorker("bad", says("x"), files=bundle(eos_token_ids=[0]))) as bad:
+        catalog.announce("s1", announcing(m=bad.address))
+        running = asyncio.create_task(catalog.run())
+        await bad.asked.wait()
+        async with running_worker(FakeWorker("good", says("x"))) as good:
+            catalog.announce("s2", announcing(m=good.address))
+            await usable(catalog, "m")
+    assert catalog.get("m").tokenizer.eos_token_ids != {0}
+    running.cancel()
+
+
+async def test_a_worker_that_does_not_answer_delays_no_other_model() -> None:
+    catalog = Catalog(memory_s=60, on_workers=lambda _: None)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as mute:
+        catalog.announce("s1", announcing("another hash", dead=f"127.0.0.1:{mute.getsockname()[1]}"))
+        running = asyncio.create_task(catalog.run())
+        await asyncio.to_thread(mute.accept)
+        async with running_worker(FakeWorker("w", says("x"))) as worker:
+            catalog.announce("s2", announcing(m=worker.address))
+            await usable(catalog, "m")
+        running.cancel()
 
 
 async def test_schedulers_add_up_and_the_last_ones_word_counts_on() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from headrace.v1.scheduler_pb2 import OfferAnswer, PlacementRequest
 from headrace.v1.worker_pb2 import SequenceEnded
+from services.gateway.tracing import Tracing
 from tests.redis_server import RedisServer
 from tests.services.gateway.fakes import MODEL, FakeScheduler, FakeWorker, says, unpack
 from tests.services.gateway.stack import TEXT, Stack, eventually, running_stack
@@ -129,6 +130,15 @@ async def test_a_refused_placement_ends_the_request(redis_url: str) -> None:
         response = await stack.complete()
         assert response.status_code == 503
         assert response.json()["error"]["message"] == "No worker serves it any more."
+
+
+async def test_a_job_that_fits_no_worker_is_the_callers_mistake(redis_url: str) -> None:
+    async with running_stack(redis_url, [FakeWorker("w0", says(TEXT), busy_starts=1)]) as stack:
+        stack.scheduler.refuse, stack.scheduler.refuse_permanently = "No worker is large enough.", True
+        response = await stack.complete()
+        assert response.status_code == 400
+        assert "retry-after" not in response.headers
+        assert response.json()["error"]["message"] == "No worker is large enough."
 
 
 async def test_nobody_takes_over_within_the_patience(redis_url: str) -> None:
@@ -316,6 +326,53 @@ async def test_an_entry_that_redis_forgot_is_added_again(redis_server: RedisServ
         assert (await completing).json()["choices"][0]["text"] == TEXT
         await stack.settled()
         assert len(stack.workers[0].starts) == 1
+
+
+async def test_a_waiting_entry_that_redis_forgot_is_added_again(redis_server: RedisServer, redis_url: str) -> None:
+    async with running_stack(redis_url) as stack:
+        stack.scheduler.go.clear()
+        completing = asyncio.create_task(stack.complete())
+        await stack.scheduler.popped.wait()
+        await stack.scheduler.stop_popping()
+        redis_server.flush()
+
+        async def back() -> bool:
+            return await stack.entries() == 1
+
+        await eventually(back)
+        stack.scheduler.go.set()
+        stack.scheduler.start_popping()
+        assert (await completing).json()["choices"][0]["text"] == TEXT
+        await stack.settled()
+        assert len(stack.workers[0].starts) == 1
+
+
+async def test_a_later_attempt_runs_though_its_entry_waits_in_the_queue(
+    redis_server: RedisServer, redis_url: str
+) -> None:
+    async with running_stack(redis_url, two_workers(break_after=5), resume_patience_s=5) as stack:
+        stack.workers[0].go.clear()
+        completing = asyncio.create_task(stack.complete())
+        await stack.workers[0].started.wait()
+        await stack.scheduler.stop_popping()
+        redis_server.flush()
+
+        async def back() -> bool:
+            return await stack.entries() == 1
+
+        await eventually(back)
+        stack.workers[0].go.set()  # breaks: nobody has popped the entry, so nobody can take it over
+        assert (await completing).json()["choices"][0]["text"] == TEXT
+        assert stack.workers[1].starts[0].attempt == 2
+        await stack.settled()
+
+
+async def test_a_request_that_cannot_begin_holds_no_slot(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_stack(redis_url, max_requests=1) as stack:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tracing, "begin", lambda *_: 1 / 0)
+            assert (await stack.complete()).status_code == 500
+        assert (await stack.complete()).status_code == 200
 
 
 async def test_a_hidden_stop_token_is_counted_and_not_shown(redis_url: str) -> None:

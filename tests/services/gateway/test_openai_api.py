@@ -1,5 +1,6 @@
 import asyncio
 import json
+import re
 
 import httpx
 import pytest
@@ -212,9 +213,11 @@ async def test_request_ids_come_back(stack: Stack) -> None:
     response = await stack.http.post("/v1/completions", json=body, headers={"x-request-id": "mine-2"})
     assert response.headers["x-request-id"] == "mine-2"
     assert response.json()["id"] == "cmpl-mine-2"
-    assert stack.scheduler.jobs[0].request_id == "mine-2"
+    assert re.fullmatch(r"mine-2\.[0-9a-f]{8}", stack.scheduler.jobs[0].request_id)
+    assert stack.workers[0].starts[0].request_id == stack.scheduler.jobs[0].request_id
     response = await stack.http.post("/v1/completions", json=body, headers={"x-request-id": "not\tsane {}"})
     assert response.headers["x-request-id"] not in ("", "not\tsane {}")
+    assert response.headers["x-request-id"] == stack.scheduler.jobs[1].request_id
 
 
 async def test_trace_context_is_passed_on(stack: Stack) -> None:

@@ -67,6 +67,26 @@ async def test_a_broken_stream_loses_its_sequences() -> None:
     assert [feed.outcome for feed in feeds] == [Outcome.LOST, Outcome.LOST]
 
 
+async def test_a_time_in_which_the_gateway_stood_still_is_not_the_workers() -> None:
+    links = WorkerLinks(ExecuteHello(gateway_id="g"), silence_s=10.0, stall_s=20.0)
+    async with running_worker(FakeWorker("w0", says("x"))) as worker:
+        worker.go.clear()
+        link = links.get(worker.address)
+        (feed,) = link.start(Start(), [(0, b"")], asyncio.Event())
+        await worker.started.wait()
+        later = asyncio.get_running_loop().time() + 3600
+        links.watch(later)
+        worker.started.clear()
+        link.start(Start(), [(0, b"")], asyncio.Event())
+        await asyncio.wait_for(worker.started.wait(), 10)  # the stream is there still
+        assert links.get(worker.address) is link and feed.outcome is None
+        for second in range(1, 12):
+            links.watch(later + second)
+        await asyncio.wait_for(feed.news.wait(), 10)
+        assert feed.outcome is Outcome.LOST
+        worker.go.set()
+
+
 async def test_a_silent_worker_counts_as_broken() -> None:
     links = WorkerLinks(ExecuteHello(gateway_id="g"), silence_s=2.0, stall_s=60.0)
     async with running_worker(FakeWorker("w0", says("x"))) as worker:

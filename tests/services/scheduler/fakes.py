@@ -150,13 +150,16 @@ class FakeWorker:
         self._outbox.put(WorkerReport(registration=registration))
         self._task = asyncio.create_task(self._talk(scheduler.address))
 
-    def grant(self, sequences: int, *settled: str, running: int = 0, draining: bool = False) -> None:
+    def grant(
+        self, sequences: int, *settled: str, running: int = 0, free_blocks: int = 0, draining: bool = False
+    ) -> None:
         """Reports what is free. `settled` names placements, `ID` or `ID/ATTEMPT`."""
         keys = [(item.partition("/")[0], int(item.partition("/")[2] or 1)) for item in settled]
         state = WorkerState(
             credits=Credits(sequences=sequences, blocks=sequences * 50, prefill_tokens=sequences * 1000),
             settled=[PlacementKey(request_id=id, attempt=attempt) for id, attempt in keys],
             running_sequences=running,
+            free_blocks=free_blocks,
             draining=draining,
         )
         self._outbox.put(WorkerReport(state=state))

@@ -111,10 +111,21 @@ async def test_a_gone_job_is_removed_and_frees_its_credit(
     await worker.leave()
 
 
-async def test_a_job_past_its_deadline_is_not_offered(gateway: FakeGateway, worker: FakeWorker, redis_url: str) -> None:
+async def test_a_deadline_is_the_gateways_affair(gateway: FakeGateway, worker: FakeWorker, redis_url: str) -> None:
+    """By this machine's clock it has passed; by the gateway's it may not have."""
     await gateway.submit("late", deadline_unix_ms=int(time.time() * 1000) - 1)
+    gateway.answer(await gateway.offers.get(), OfferAnswer.STATUS_GONE)
     await until_queue_is_empty(redis_url)
-    assert gateway.offers.empty()
+
+
+async def test_a_job_larger_than_every_share_gets_what_other_schedulers_leave(
+    scheduler: RunningScheduler, gateway: FakeGateway
+) -> None:
+    worker = FakeWorker(scheduler)
+    worker.grant(2, running=4, free_blocks=100)  # another scheduler has as much of the four that are free
+    await gateway.submit("wide", choices=4)
+    assert (await gateway.offers.get()).request_id == "wide"
+    await worker.leave()
 
 
 async def test_an_offer_without_an_answer_is_made_again(
@@ -143,6 +154,8 @@ async def test_a_busy_worker_is_not_tried_again_before_it_reports(
     await other.leave()
 
     gateway.request(replacement(job, entry_id, attempt=1, reason=busy, tried_worker_id="w"))
+    while not await _held_jobs(scheduler):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
     worker.grant(8, "r0")
     assert (await gateway.offers.get()).placement.worker_id == "w"
     assert scheduler.metric("headrace_placements_total", model=MODEL, reason="replaced") == 2
@@ -181,7 +194,7 @@ async def test_a_replacement_waits_for_a_worker_to_come_back_and_is_refused_in_t
         request = replacement(job, "1-0", attempt=2, reason=PlacementRequest.REASON_WORKER_LOST, tried_worker_id="w")
         gateway.request(request)
         refusal = await gateway.refusals.get()
-        assert (refusal.request_id, refusal.attempt) == ("r0", 2)
+        assert (refusal.request_id, refusal.attempt, refusal.permanent) == ("r0", 2, False)
         gateway.request(request)
         worker = FakeWorker(scheduler, incarnation="2")
         worker.grant(1)
@@ -196,9 +209,16 @@ async def test_a_job_that_no_worker_could_ever_run_is_refused(
 ) -> None:
     await gateway.submit("wide", choices=9)
     refusal = await gateway.refusals.get()
-    assert (refusal.request_id, refusal.attempt) == ("wide", 1)
+    assert (refusal.request_id, refusal.attempt, refusal.permanent) == ("wide", 1, True)
     assert "9 choices" in refusal.reason
     await until_queue_is_empty(redis_url)
+
+
+async def test_what_ran_elsewhere_is_no_mistake_of_its_caller(gateway: FakeGateway, worker: FakeWorker) -> None:
+    wide = gateway.job("wide", choices=9)
+    gateway.request(replacement(wide, "1-0", attempt=2, reason=PlacementRequest.REASON_WORKER_LOST))
+    refusal = await gateway.refusals.get()
+    assert (refusal.request_id, refusal.permanent) == ("wide", False)
 
 
 async def test_another_scheduler_places_what_a_dead_one_had_popped(gateway: FakeGateway, redis_url: str) -> None:
@@ -271,6 +291,8 @@ async def test_a_prefix_hit_decides_between_workers(redis_url: str) -> None:
         workers = [FakeWorker(scheduler, id) for id in "abc"]
         for worker in workers:
             worker.grant(8)
+        while scheduler.metric("headrace_workers", model=MODEL, state="healthy") != 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
         while scheduler.metric("headrace_index_blocks") != 4:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         for _ in range(3):

@@ -1,10 +1,8 @@
-import time
-
 from headrace.v1.job_pb2 import Job
 from headrace.v1.sampling_pb2 import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL
 from headrace.v1.scheduler_pb2 import PlacementRequest
-from services.common.redis.queue import QueuedJob
-from services.scheduler.held import FIRST_ATTEMPT, HeldJob, HeldJobs, Where
+from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
+from services.scheduler.held import HeldJob, HeldJobs, Where
 
 
 def queued(request_id: str, entry_id: str, priority: int = PRIORITY_NORMAL, **fields: object) -> HeldJob:
@@ -67,15 +65,6 @@ def test_a_newer_word_on_an_attempt_replaces_the_older() -> None:
     held.add(new, 2)
     assert not held.has(old, Where.OFFERED)
     assert (held.first(), held.offered, len(held)) == (new, 0, 1)
-
-
-def test_a_deadline_to_start_concerns_only_what_has_not_started() -> None:
-    past = int(time.time() * 1000) - 1
-    assert queued("r", "1-0", deadline_unix_ms=past).is_past_deadline
-    assert not queued("r", "1-0", deadline_unix_ms=past + 60_000).is_past_deadline
-    assert not queued("r", "1-0").is_past_deadline
-    job = Job(request_id="r", deadline_unix_ms=past)
-    assert not HeldJob.from_request(PlacementRequest(job=job, queue_entry_id="1-0", attempt=2)).is_past_deadline
 
 
 def test_the_first_attempt_and_the_asked_one() -> None:

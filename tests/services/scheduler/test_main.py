@@ -1,6 +1,7 @@
 """The process: `python -m services.scheduler`."""
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from services.common.config import child_environment
 from tests.redis_server import RedisServer, free_port
 
 
-def start(redis_url: str, port: int) -> "subprocess.Popen[str]":
-    settings = {"redis_url": redis_url, "port": port, "metrics_port": 0, "caches": f"127.0.0.1:{free_port()}"}
+def start(redis_url: str, port: int, metrics_port: int = 0) -> "subprocess.Popen[str]":
+    caches = f"127.0.0.1:{free_port()}"
+    settings = {"redis_url": redis_url, "port": port, "metrics_port": metrics_port, "caches": caches}
     environment = child_environment("scheduler", settings)
     command = [sys.executable, "-m", "services.scheduler"]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -45,4 +47,13 @@ def test_it_refuses_a_redis_that_would_lose_requests(tmp_path: Path, options: tu
     redis.kill()
     assert process.returncode == 1
     assert reason in log
+    assert "Traceback" not in log
+
+
+def test_a_taken_metrics_port_is_said_in_one_sentence(redis_url: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = start(redis_url, free_port(), metrics_port=taken.getsockname()[1])
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "scheduler failed: [Errno 98] Address already in use" in log
     assert "Traceback" not in log

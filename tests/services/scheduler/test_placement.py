@@ -33,6 +33,7 @@ def worker(id: str = "a", **changes: object) -> Candidate:
         max_sequences=8,
         total_blocks=1000,
         healthy=True,
+        free_blocks=0,
         prefill_only=False,
         credits=FULL,
         sequences=0,
@@ -46,8 +47,10 @@ def job(prompt_tokens: int = 100, choices: int = 1, request_id: str = "r") -> Jo
     return JobShape(request_id, prompt_tokens, choices, hashes)
 
 
-def chosen(shape: JobShape, *workers: Candidate, hits: Hits = NO_HITS, avoid: str = "") -> str | None:
-    choice = place(shape, workers, hits, avoid=avoid)
+def chosen(
+    shape: JobShape, *workers: Candidate, hits: Hits = NO_HITS, avoid: str = "", beyond_share: bool = False
+) -> str | None:
+    choice = place(shape, workers, hits, avoid=avoid, beyond_share=beyond_share)
     return choice.worker.id if choice else None
 
 
@@ -120,6 +123,25 @@ def test_a_job_beyond_a_share_goes_to_an_idle_worker() -> None:
     assert chosen(job(1000, choices=6), worker(credits=share, sequences=1)) is None
 
 
+def test_a_job_that_has_waited_long_goes_where_all_that_is_free_would_do() -> None:
+    share = Credits(sequences=2, blocks=50, prefill_tokens=512)
+    half_full = worker(credits=share, free_blocks=100, sequences=4, pending_prefill_tokens=10)
+    assert chosen(job(1000, choices=4), half_full) is None
+    assert chosen(job(1000, choices=4), half_full, beyond_share=True) == "a"
+    assert chosen(job(1000, choices=5), half_full, beyond_share=True) is None
+    assert chosen(job(2000, choices=4), half_full, beyond_share=True) is None
+    no_prefill = replace(half_full, credits=Credits(sequences=2, blocks=50))
+    assert chosen(job(1000, choices=4), no_prefill, beyond_share=True) is None
+    assert chosen(job(1000, choices=4), replace(half_full, healthy=False), beyond_share=True) is None
+
+
+def test_a_prompt_may_fill_the_whole_pool_but_for_its_answer() -> None:
+    pool = worker(total_blocks=4)
+    assert impossible(job(4 * BLOCK - 1), [pool]) is None
+    assert chosen(job(4 * BLOCK - 1), pool) == "a"
+    assert impossible(job(4 * BLOCK + 1), [pool]) is not None
+
+
 def test_what_no_worker_could_ever_run_is_named() -> None:
     assert impossible(job(), []) is None
     assert impossible(job(), [worker()]) is None
@@ -170,7 +192,7 @@ def test_credits_are_never_overdrawn_but_on_what_is_idle(
     assert 0 < cost.prefill_tokens == shape.prompt_tokens - choice.expected_hit_tokens
     left = taker.credits - cost
     idle = not taker.sequences and not taker.pending_prefill_tokens
-    fits_idle = cost.sequences <= taker.max_sequences and cost.blocks <= taker.total_blocks
+    fits_idle = cost.sequences <= taker.max_sequences and cost.blocks - cost.sequences <= taker.total_blocks
     assert (left.sequences >= 0 and left.blocks >= 0) or (idle and fits_idle)
     assert left.prefill_tokens >= 0 or not taker.pending_prefill_tokens
 

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from redis.asyncio.connection import AbstractConnection
 
 from services.common.errors import Unavailable
 from services.common.redis import client as client_module
@@ -88,6 +89,44 @@ async def test_a_redis_that_is_away_is_unavailable_and_then_back(tmp_path: Path,
     assert await client.command("GET", "kept") == b"1"
     await client.close()
     server.kill()
+
+
+async def test_whatever_the_connection_raises_nobody_is_left_waiting(
+    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def closed(*arguments: object, **options: object) -> None:
+        raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+
+    await client.command("PING")
+    with monkeypatch.context() as patched:
+        patched.setattr(AbstractConnection, "send_packed_command", closed)
+        commands = (client.command("ECHO", "a"), client.command("ECHO", "b"), client.blocking_command("ECHO", "c"))
+        outcomes = await asyncio.wait_for(asyncio.gather(*commands, return_exceptions=True), 5)
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 3
+    assert await client.command("ECHO", "d") == b"d"
+
+
+async def test_it_knows_for_how_long_redis_has_answered(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    client = RedisClient(redis_url, clock=lambda: now)
+    await client.command("PING")
+    now = 107.0
+    assert client.answering_s == 7
+    with pytest.raises(Exception, match="unknown command"):
+        await client.command("NONSENSE")
+    assert client.answering_s == 7
+    slow = asyncio.create_task(client.command("PING"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # it is sent
+    now = 110.0
+    await slow
+    assert client.answering_s == 0
+    now = 115.0
+    monkeypatch.setattr(client_module, "_PASSING_REPLIES", ("unknown command",))
+    with pytest.raises(Unavailable):
+        await client.command("NONSENSE")
+    assert client.answering_s == 0
+    await client.close()
 
 
 async def test_a_hung_redis_is_unavailable(

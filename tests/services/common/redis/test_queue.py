@@ -29,12 +29,27 @@ def job(request_id: str, priority: int = PRIORITY_NORMAL) -> Job:
     )
 
 
+class Clock:
+    """Stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-async def make(redis_url: str) -> AsyncIterator[MakeQueue]:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def make(redis_url: str, clock: Clock) -> AsyncIterator[MakeQueue]:
     queues: list[JobQueue] = []
 
     def make_queue(owner: Owner) -> JobQueue:
-        queues.append(JobQueue(redis_url, owner, lease_s=LEASE_S))
+        queues.append(JobQueue(redis_url, owner, lease_s=LEASE_S, clock=clock))
         return queues[-1]
 
     yield make_queue
@@ -141,6 +156,40 @@ async def test_renew_names_what_is_lost(gateway: JobQueue, scheduler: JobQueue, 
     assert sorted(await scheduler.renew(entries), key=str) == sorted(entries, key=str)
 
 
+async def test_missing_names_what_redis_does_not_hold(
+    gateway: JobQueue, scheduler: JobQueue, redis: RedisClient
+) -> None:
+    jobs = [job("waiting"), job("low", PRIORITY_LOW), job("handed out", PRIORITY_HIGH), job("ended"), job("forgotten")]
+    entries = [(sent, await gateway.enqueue(sent)) for sent in jobs]
+    await scheduler.pop(MODEL, 1)
+    await gateway.acknowledge(*entries[3])
+    await redis.command("XDEL", queue_stream(MODEL, PRIORITY_NORMAL), entries[4][1])
+    assert await gateway.missing(entries) == entries[3:]
+    assert await gateway.missing([]) == []
+    await redis.command("FLUSHALL")
+    assert {sent.request_id for sent, _ in await gateway.missing(entries)} == {sent.request_id for sent in jobs}
+
+
+async def test_an_entry_that_holds_no_job_hurts_no_other(
+    gateway: JobQueue, scheduler: JobQueue, redis: RedisClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = queue_stream(MODEL, PRIORITY_NORMAL)
+    await gateway.enqueue(job("before"))
+    broken = [
+        await redis.command("XADD", stream, "*", "job", b"\xff\xff\xff"),
+        await redis.command("XADD", stream, "*", "other field", "x"),
+        await redis.command("XADD", stream, "*", "job", job("misplaced", PRIORITY_LOW).SerializeToString()),
+    ]
+    await gateway.enqueue(job("after"))
+    popped = await scheduler.pop(MODEL, 10)
+    assert [queued.job.request_id for queued in popped] == ["before", "after"]
+    await expire_leases(redis)
+    reclaimed, closed = await scheduler.reclaim(MODEL)
+    assert ([queued.job.request_id for queued in reclaimed], closed) == (["before", "after"], [])
+    assert await redis.command("XLEN", stream) == 2
+    assert all(entry_id.decode() in caplog.text for entry_id in broken)
+
+
 async def test_depths_count_what_no_gateway_runs(gateway: JobQueue, scheduler: JobQueue) -> None:
     assert await scheduler.depths(MODEL) == {1: 0, 2: 0, 3: 0}
     entry_id = await gateway.enqueue(job("r1"))
@@ -177,13 +226,18 @@ async def test_reclaim_goes_through_more_than_a_page(
     assert len({queued.job.request_id for queued in reclaimed}) == 300
 
 
-async def test_a_lost_gateways_jobs_are_closed(gateway: JobQueue, scheduler: JobQueue, redis: RedisClient) -> None:
+async def test_a_lost_gateways_jobs_are_closed_once_redis_has_answered_for_a_lease(
+    gateway: JobQueue, scheduler: JobQueue, redis: RedisClient, clock: Clock
+) -> None:
     entry_id = await gateway.enqueue(job("running"))
     await gateway.enqueue(job("offered"))
     await scheduler.pop(MODEL, 2)
     await gateway.take_over(job("running"), entry_id)
     await expire_leases(redis)
     await redis.command("DEL", "headrace:gateway:gw:1")
+    clock.now = LEASE_S - 0.1
+    assert await scheduler.reclaim(MODEL) == ([], []), "its next beat may be on the way"
+    clock.now = LEASE_S + 0.1
     reclaimed, closed = await scheduler.reclaim(MODEL)
     assert reclaimed == []
     assert {gone.job.request_id for gone in closed} == {"running", "offered"}
