@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 
 gen: gen/.generated ## Generate the Python code of the protos into gen/
 
-gen/.generated: $(PROTOS) | $(VENV)/.installed
+gen/.generated: $(PROTOS) $(VENV)/.installed
 	rm -rf gen/headrace && mkdir -p gen
 	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I protos --python_out=gen --grpc_python_out=gen \
 		--mypy_out=gen --mypy_grpc_out=gen $(PROTOS)

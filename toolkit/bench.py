@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -31,7 +32,8 @@ async def run_rows(url: str, rows: Sequence[Row], rounds: int, console: Console)
     results: list[RowResult] = []
     columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        for seed in range(rounds):
+        first_seed = secrets.randbits(32)  # a server that runs on must not know the prompts from the last benchmark
+        for seed in range(first_seed, first_seed + rounds):
             for row in rows:
                 task = progress.add_task(row.name, total=row.requests)
                 results.append(await run_row(url, model, row, seed, partial(progress.advance, task)))

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import aiohttp
 
-# Ordinary words of every tokenizer in use lie here: above the special and single-byte tokens, below the rare ones.
-_TOKEN_RANGE = (300, 40_000)
+# Ordinary words of every tokenizer in use lie here: above the special and single-byte tokens, and within the smallest
+# vocabularies (32,000).
+_TOKEN_RANGE = (300, 30_000)
 _WARMING_TOKENS = 4
 
 

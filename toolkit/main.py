@@ -70,15 +70,19 @@ def up(
     chosen = {"model": model, "dtype": dtype, "kv_blocks": kv_blocks, "max_sequences": max_sequences}
     chosen |= {"batching": batching, "threads": threads}
     try:
+        http_port = choose_public_port(host, http_port, "--http-port")
+        grpc_port = choose_public_port(host, grpc_port, "--grpc-port", avoid={http_port})
         options = StackOptions(
             host=host,
-            http_port=choose_public_port(host, http_port, "--http-port"),
-            grpc_port=choose_public_port(host, grpc_port, "--grpc-port"),
+            http_port=http_port,
+            grpc_port=grpc_port,
             workers=workers,
             redis_url=redis_url,
             worker_settings={setting: value for setting, value in chosen.items() if value is not None},
         )
-        stack = plan_stack(options, free_ports(INTERNAL_HOST), cores=len(os.sched_getaffinity(0)))
+        stack = plan_stack(
+            options, free_ports(INTERNAL_HOST, {http_port, grpc_port}), cores=len(os.sched_getaffinity(0))
+        )
         asyncio.run(run_stack(stack, RunDirectory(_runs()), console))
     except PortTaken as error:
         _fail(str(error))

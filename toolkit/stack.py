@@ -8,9 +8,9 @@ Service = Literal["redis", "cache", "scheduler", "worker", "gateway"]
 
 INTERNAL_HOST = "127.0.0.1"
 
-# Threads of the tensor library that wait for one another sleep instead of spinning. The other processes of the stack
-# need the same cores; on two contended ones a spinning worker was measured ten times slower than a sleeping one.
-_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# What all workers of a machine together take of its free memory for KV. Each worker sees nearly all of it as free,
+# since the pools of the others take theirs only as it is used.
+_KV_MEMORY_FRACTION = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,13 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
     scheduler = _internal_member("scheduler", "scheduler", free_ports, finding)
     finding = {**finding, "schedulers": scheduler.address}
     workers = tuple(
-        _internal_member("worker", name, free_ports, {**finding, **_worker_settings(options, cores)})
+        _internal_member(
+            "worker",
+            name,
+            free_ports,
+            {**finding, **_worker_settings(options, cores)},
+            _worker_environment(options.workers),
+        )
         for name in _worker_names(options.workers)
     )
     gateway = _gateway(options, finding)
@@ -93,7 +99,23 @@ def _worker_settings(options: StackOptions, cores: int) -> dict[str, object]:
     return {**shared, **options.worker_settings}
 
 
-def _internal_member(service: Service, name: str, free_ports: Iterator[int], settings: Mapping[str, object]) -> Member:
+def _worker_environment(workers: int) -> dict[str, str]:
+    """Variables for where the caller has set none.
+
+    Threads of the tensor library that wait for one another sleep instead of spinning: the other processes of the stack
+    need the same cores, and beside a busy neighbor spinning threads lose most of their time.
+    """
+    shared = {"HEADRACE_WORKER_KV_MEMORY_FRACTION": f"{_KV_MEMORY_FRACTION / workers:.3f}"} if workers > 1 else {}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **shared}
+
+
+def _internal_member(
+    service: Service,
+    name: str,
+    free_ports: Iterator[int],
+    settings: Mapping[str, object],
+    environment: Mapping[str, str] | None = None,
+) -> Member:
     port, metrics_port = next(free_ports), next(free_ports)
     return Member(
         name=name,
@@ -102,7 +124,7 @@ def _internal_member(service: Service, name: str, free_ports: Iterator[int], set
         metrics_url=f"http://{INTERNAL_HOST}:{metrics_port}/metrics",
         ready_url=None,
         settings={"id": name, "host": INTERNAL_HOST, "port": port, "metrics_port": metrics_port, **settings},
-        environment=_WORKER_ENVIRONMENT if service == "worker" else {},
+        environment=environment or {},
     )
 
 

@@ -26,6 +26,8 @@ from toolkit.supervisor import Supervisor
 _REDRAW_EVERY_S = 0.25
 # Longer than the services give their running requests to finish, so that a kill is the exception.
 _STOP_GRACE_S = 60.0
+# For the list of models, just after a start that kept every core busy.
+_FIRST_ANSWER_S = 30.0
 
 
 async def run_stack(stack: Stack, directory: RunDirectory, console: Console) -> None:
@@ -118,7 +120,7 @@ async def _is_ready(member: Member) -> bool:
 
 
 async def _first_model(http_url: str) -> str:
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, timeout=_FIRST_ANSWER_S) as client:
         reply = await client.get(f"{http_url}/v1/models")
         return str(reply.raise_for_status().json()["data"][0]["id"])
 

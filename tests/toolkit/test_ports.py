@@ -26,3 +26,8 @@ def test_a_free_port_is_itself_and_zero_is_any() -> None:
 def test_free_ports_differ() -> None:
     ports = list(islice(free_ports(HOST), 20))
     assert len(set(ports)) == 20
+
+
+def test_ports_that_are_spoken_for_are_avoided() -> None:
+    spoken_for = set(islice(free_ports(HOST), 12_000))
+    assert spoken_for.isdisjoint(islice(free_ports(HOST, spoken_for), 100))

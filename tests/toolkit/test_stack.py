@@ -69,3 +69,13 @@ def test_an_ipv6_host_is_bracketed_in_addresses() -> None:
 
 def test_only_workers_get_variables_of_the_tensor_library() -> None:
     assert [member.service for member in plan().members if member.environment] == ["worker"]
+
+
+def test_workers_of_one_machine_share_its_memory_and_cores() -> None:
+    alone = plan(cores=8)
+    several = plan(StackOptions(host="0.0.0.0", http_port=8000, grpc_port=50051, workers=4), cores=8)
+    variable = "HEADRACE_WORKER_KV_MEMORY_FRACTION"
+    assert variable not in next(member for member in alone.members if member.service == "worker").environment
+    workers = [member for member in several.members if member.service == "worker"]
+    assert sum(float(worker.environment[variable]) for worker in workers) <= 0.6
+    assert sum(int(str(worker.settings["threads"])) for worker in workers) == 8

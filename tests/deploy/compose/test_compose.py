@@ -1,0 +1,77 @@
+"""What the Compose files, the images and Prometheus say of the services is what the services' own settings say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.cache.config import CacheSettings
+from services.common.config import CommonSettings, parse
+from services.gateway.config import GatewaySettings
+from services.scheduler.config import SchedulerSettings
+from services.worker.config import WorkerSettings
+
+COMPOSE = Path(__file__).parents[3] / "deploy/compose"
+SERVICES: dict[str, type[CommonSettings]] = {
+    "cache": CacheSettings,
+    "gateway": GatewaySettings,
+    "scheduler": SchedulerSettings,
+    "worker": WorkerSettings,
+}
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    loaded = yaml.safe_load((COMPOSE / "compose.yaml").read_text())["services"]
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def grpc_port(settings: Any) -> int:
+    return int(settings.grpc_port if isinstance(settings, GatewaySettings) else settings.port)
+
+
+def metrics_port(settings: Any) -> int:
+    return int(settings.http_port if isinstance(settings, GatewaySettings) else settings.metrics_port)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_variable_is_a_setting_and_peers_are_addressed_by_name(services: dict[str, Any], name: str) -> None:
+    # A variable's default stands behind ":-" in `${NAME:-default}`.
+    environment = {
+        key: value.partition(":-")[2].rstrip("}") if value.startswith("${") else value
+        for key, value in services[name]["environment"].items()
+    }
+    settings = parse(SERVICES[name], name, environment)
+    assert settings.schedulers == (f"scheduler:{SchedulerSettings().port}",)
+    assert settings.caches == (f"cache:{CacheSettings().port}",)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_health_is_asked_where_the_service_listens(services: dict[str, Any], name: str) -> None:
+    probe = services[name]["healthcheck"]["test"]
+    assert probe == ["CMD", "python", "-m", "services.common.probe", f"127.0.0.1:{grpc_port(SERVICES[name]())}"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_prometheus_scrapes_every_replica(name: str) -> None:
+    jobs = yaml.safe_load((COMPOSE / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    (job,) = [job for job in jobs if job["job_name"] == name]
+    (discovery,) = job["dns_sd_configs"]
+    assert (discovery["names"], discovery["type"]) == ([name], "A")
+    assert discovery["port"] == metrics_port(SERVICES[name]())
+
+
+def test_only_the_worker_image_gets_torch_and_none_runs_as_root() -> None:
+    stages = (COMPOSE / "Dockerfile").read_text().split("\nFROM ")[1:]
+    by_name = {stage.split()[2]: stage for stage in stages}
+    assert set(SERVICES) <= set(by_name)
+    for name in SERVICES:
+        assert "USER headrace" in by_name[name]
+        assert (" worker" in by_name[name].split("install_dependencies.py")[-1].split("\n")[0]) == (name == "worker")
+
+
+def test_ports_are_published_on_loopback_alone(services: dict[str, Any]) -> None:
+    published = [port for service in services.values() for port in service.get("ports", [])]
+    assert published and all(port.startswith("127.0.0.1:") for port in published)
