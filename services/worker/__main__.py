@@ -6,10 +6,12 @@ import logging
 from services.common import config, serve, telemetry
 from services.worker.build import load, run_in_daemon_thread
 from services.worker.config import WorkerSettings
-from services.worker.engine.model.interface import ModelError
+from services.worker.engine.model.interface import ModelError, ModelUnavailable
 from services.worker.service import WorkerService
 
 log = logging.getLogger("services.worker")
+
+CANNOT_EVER_START = 2  # the exit status for a bad setting too: whoever supervises need not try again
 
 
 async def serve_worker(settings: WorkerSettings, stop: serve.Stop) -> None:
@@ -20,15 +22,15 @@ async def serve_worker(settings: WorkerSettings, stop: serve.Stop) -> None:
     if stopping.done():
         loading.cancel()
         return
+    stopping.cancel()
     service = WorkerService(settings, loading.result())
     metrics_port = telemetry.serve_metrics(settings, settings.metrics_port)
     address = await service.start()
     log.info("ready on %s: %s, id %s, metrics on port %d", address, service.summary, settings.id, metrics_port)
-    ended = asyncio.ensure_future(service.engine_ended())
-    await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    await service.stop(settings.drain_grace_s)
-    await ended
+    try:
+        await service.stopped(stop)
+    finally:
+        await service.stop(settings.drain_grace_s)
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
         serve.run("worker", lambda stop: serve_worker(settings, stop))
     except ModelError as error:
         log.error("cannot start: %s", error)
-        raise SystemExit(1) from None
+        raise SystemExit(1 if isinstance(error, ModelUnavailable) else CANNOT_EVER_START) from None
 
 
 if __name__ == "__main__":

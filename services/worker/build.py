@@ -72,7 +72,10 @@ def load(settings: WorkerSettings) -> LoadedModel:
         torch.set_num_threads(settings.threads)
     log.info("loading %s", settings.model)
     folder = model_store.resolve(
-        settings.model, root=settings.store or model_store.DEFAULT_ROOT, progress=_ProgressLog(settings.model)
+        settings.model,
+        root=settings.store,
+        remote_code=settings.trust_remote_code,
+        progress=_ProgressLog(settings.model),
     )
     runner = _build_runner(settings, folder)
     log.info("warming up")

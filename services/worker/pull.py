@@ -1,7 +1,8 @@
 """`python -m services.worker.pull NAME`: brings a model into the store and prints its folder.
 
 Progress goes to stderr: a bar on a terminal, a line per stage elsewhere. With --json, stdout gets one JSON object per
-line: {"stage": ..., "fraction": ...} while it works, last {"path": ...} or {"error": ...}. Exit status 1 on failure.
+line: {"stage": ..., "fraction": ...} while it works, last {"path": ...} or {"error": ...}. Exit status 1 on failure,
+2 on a bad setting; the store and whether a repository's code comes along are the worker's settings.
 """
 
 import argparse
@@ -11,8 +12,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from services.common import config
+from services.worker.config import WorkerSettings
 from services.worker.engine.model.interface import ModelError
-from services.worker.model_store import DEFAULT_ROOT, resolve
+from services.worker.model_store import resolve
 
 Report = Callable[[str, float], None]
 
@@ -20,12 +23,18 @@ Report = Callable[[str, float], None]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m services.worker.pull", description="Bring a model into the store.")
     parser.add_argument("name", help="a folder, a .gguf file, a hub id (org/name or org/name@revision), or default")
-    parser.add_argument("--store", type=Path, default=DEFAULT_ROOT, help="root of the store (default: %(default)s)")
+    parser.add_argument("--store", type=Path, help="root of the store (default: the worker's setting `store`)")
     parser.add_argument("--json", action="store_true", help="report progress and result as JSON lines on stdout")
     arguments = parser.parse_args()
+    settings = config.load(WorkerSettings, "worker")
     try:
         with _reporter(arguments.json) as report:
-            path = resolve(arguments.name, root=arguments.store, progress=report)
+            path = resolve(
+                arguments.name,
+                root=arguments.store or settings.store,
+                remote_code=settings.trust_remote_code,
+                progress=report,
+            )
     except ModelError as error:
         if arguments.json:
             print(json.dumps({"error": str(error)}))

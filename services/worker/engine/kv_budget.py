@@ -9,6 +9,8 @@ from services.worker.engine.model.interface import ModelError
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
+WORKING_COPIES = 3  # of one layer's keys and values
+
 
 def plan_num_blocks(
     *,
@@ -17,11 +19,14 @@ def plan_num_blocks(
     available_bytes: int,
     weight_bytes: int,
     block_bytes: int,
+    layers: int,
     block_size: int,
     max_model_len: int,
 ) -> int:
     """`kv_blocks` if given, else the blocks that fit into `memory_fraction` of the memory, minus the weights.
 
+    Beside each block stays room for what a layer takes while it runs: the block's part in that layer gathered, laid out
+    anew, and as much again for activations.
     `available_bytes` is what is free now, with the weights already loaded. Raises ModelError when one sequence of
     `max_model_len` tokens would not fit: it could never finish.
     """
@@ -30,10 +35,10 @@ def plan_num_blocks(
         blocks, source = kv_blocks, f"kv_blocks is {kv_blocks}"
     else:
         budget = int((available_bytes + weight_bytes) * memory_fraction) - weight_bytes
-        blocks = max(budget, 0) // block_bytes
+        blocks = max(budget, 0) // (block_bytes + WORKING_COPIES * block_bytes // layers)
         source = (
             f"{memory_fraction:.0%} of {_gib(available_bytes + weight_bytes)} free memory minus {_gib(weight_bytes)} "
-            f"of weights holds {blocks} KV blocks"
+            f"of weights holds {blocks} KV blocks with room to compute"
         )
     if blocks < needed:
         raise ModelError(
@@ -52,7 +57,7 @@ def available_memory_bytes(device: torch.device) -> int:
     free = _meminfo_available()
     limit = _cgroup_number("memory.max")
     if limit is not None:
-        free = min(free, limit - (_cgroup_number("memory.current") or 0))
+        free = min(free, limit - (_cgroup_number("memory.current") or 0) + _cgroup_reclaimable())
     return max(free, 0)
 
 
@@ -71,6 +76,15 @@ def _cgroup_number(name: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def _cgroup_reclaimable() -> int:
+    """Bytes of file cache that the cgroup is charged for and the kernel drops first, such as a checkpoint just read."""
+    try:
+        entries = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(entry.split()[1]) for entry in entries if entry.startswith("inactive_file ")), 0)
 
 
 def _gib(size: int) -> str:

@@ -60,6 +60,8 @@ class ModelRunner:
     def forward(self, batch: Batch) -> Tensor:
         """Computes the KV of every slice; float32 logits [slices that sample, vocabulary_size], in slice order."""
         step = build_step_inputs(batch, self.block_size, self.device)
+        # Masked slots still enter attention as 0 * value: NaN that an earlier use of the block left would spread.
+        self.kv.storage[step.begun_blocks] = 0
         return self._model.forward(step, self.kv.layers)
 
     def warm_up(self) -> None:
@@ -97,6 +99,7 @@ def build_model_runner(
         available_bytes=available_memory_bytes(facts.device),
         weight_bytes=facts.weight_bytes,
         block_bytes=block_bytes(facts.layer_shapes, block_size, facts.dtype),
+        layers=len(facts.layer_shapes),
         block_size=block_size,
         max_model_len=limit,
     )

@@ -94,6 +94,19 @@ async def test_a_turn_says_which_commands_it_reflects(harness: Harness) -> None:
     assert turn.status.free_blocks < 32 and turn.status.counters.steps == 1
 
 
+async def test_followers_weigh_what_they_do_not_share_with_their_leader(harness: Harness) -> None:
+    """The prompt takes more than one step, for which the others wait."""
+    prompt = [3] * 30
+    leader = make_sequence(0, prompt, max_tokens=2)
+    followers = [make_sequence(choice, prompt, max_tokens=2, choice=choice, leader=leader) for choice in (1, 2)]
+    harness.loop.add([leader, *followers])
+    await harness.finished(leader, *followers)
+    first = harness.turns[0].status
+    assert (first.running, first.waiting) == (1, 2)
+    assert first.waiting_blocks == 2, "one each, beside the seven full ones of the leader"
+    assert first.pending_prefill_tokens == (30 - 16) + 2 * (30 - 28)
+
+
 async def test_a_cancelled_sequence_frees_its_blocks_without_another_step(harness: Harness) -> None:
     sequence = make_sequence(1, [3, 4, 5], max_tokens=60)
     harness.loop.add([sequence])

@@ -98,7 +98,7 @@ async def test_a_worker_starts_answers_and_drains_on_sigterm(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "status", "sentence"),
     [
-        ({"model": "no such model"}, 1, "cannot start: No model 'no such model'"),
+        ({"model": "no such model"}, 2, "cannot start: No model 'no such model'"),
         ({"max_sequences": "many"}, 2, "HEADRACE_WORKER_MAX_SEQUENCES"),
         ({"max_sequences": 64, "max_batch_tokens": 8}, 2, "max_batch_tokens 8 must be at least max_sequences 64"),
     ],
@@ -117,5 +117,5 @@ async def test_a_pool_too_small_for_one_sequence_refuses_to_start(tmp_path: Path
     write_tiny_model(tmp_path)
     process = await start_worker(model=tmp_path, kv_blocks=2)
     _, errors = await process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "needs 4 KV blocks" in errors.decode() and "Traceback" not in errors.decode()

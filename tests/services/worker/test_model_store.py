@@ -11,7 +11,7 @@ from huggingface_hub import errors
 from tokenizers import Tokenizer
 
 from services.worker import gguf_conversion, model_store
-from services.worker.engine.model.interface import ModelError
+from services.worker.engine.model.interface import ModelError, ModelUnavailable
 from services.worker.gguf_conversion import Progress, pre_tokenizer_name
 from services.worker.model_store import no_progress, resolve
 
@@ -63,6 +63,13 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert resolve(str(tmp_path / "other name.gguf"), root=tmp_path / "store") == folder
 
 
+def test_the_default_store_lies_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_store, "convert_gguf", fake_conversion)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"content")
+    assert resolve(str(tmp_path / "model.gguf")).parent == tmp_path / "cache" / "headrace" / "models"
+
+
 def test_two_processes_at_once_both_succeed_and_one_converts(tmp_path: Path) -> None:
     source = tmp_path / "model.gguf"
     source.write_bytes(b"content")
@@ -110,6 +117,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path, monkeypatch:
     [
         (errors.LocalEntryNotFoundError("x"), "the hub cannot be reached"),
         (OSError("disk full"), "disk full"),
+        (OSError(), "from the hub: OSError$"),
     ],
 )
 def test_hub_failures_are_one_sentence(
@@ -119,21 +127,26 @@ def test_hub_failures_are_one_sentence(
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", failing)
-    with pytest.raises(ModelError, match=sentence):
+    with pytest.raises(ModelUnavailable, match=sentence):
         resolve("org/name", root=tmp_path)
 
 
-def test_a_hub_id_with_a_revision_fetches_only_safe_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_fetches_code_only_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, object, object]] = []
 
-    def fetching(repo: str, *, revision: object, allow_patterns: object, **_: object) -> str:
+    def fetching(
+        repo: str, *, revision: object, allow_patterns: object, ignore_patterns: list[str], **_: object
+    ) -> str:
+        assert "consolidated*" in ignore_patterns
         calls.append((repo, revision, allow_patterns))
         fill(tmp_path)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetching)
     assert resolve("org/name@v1.0", root=tmp_path) == tmp_path
-    assert calls == [("org/name", "v1.0", ["*.safetensors", "*.json", "*.jinja"])]
+    assert resolve("org/name", root=tmp_path, remote_code=True) == tmp_path
+    safe = ["*.safetensors", "*.json", "*.jinja"]
+    assert calls == [("org/name", "v1.0", safe), ("org/name", None, [*safe, "*.py"])]
 
 
 def test_the_download_reports_bytes_and_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,21 @@ def test_the_folder_is_printed(default_model: Path) -> None:
     assert json.loads(last) == {"path": str(default_model)}
 
 
+def test_the_store_is_the_argument_or_else_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    roots: list[Path | None] = []
+
+    def resolving(_name: str, *, root: Path | None, **_: object) -> Path:
+        roots.append(root)
+        return tmp_path
+
+    monkeypatch.setattr(pull, "resolve", resolving)
+    monkeypatch.setenv("HEADRACE_WORKER_STORE", "/set")
+    for arguments in ([], ["--store", "/given"]):
+        monkeypatch.setattr(sys, "argv", ["pull", "default", *arguments])
+        assert pull.main() == 0
+    assert roots == [Path("/set"), Path("/given")]
+
+
 def test_failure_is_one_sentence_and_status_1(tmp_path: Path) -> None:
     plain = run_pull("nonsense", "--store", str(tmp_path))
     assert (plain.returncode, plain.stdout) == (1, "")

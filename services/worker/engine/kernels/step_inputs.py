@@ -29,7 +29,7 @@ class AttentionGroup:
     slices: int
     query_length: int
     context_length: int  # the longest one, cached tokens and this step's together
-    tables: Tensor  # int64 [slices, blocks], padded with block 0 beyond a slice's own
+    tables: Tensor  # int64 [slices, blocks], a shorter one padded with its own last block
     positions: Tensor  # int64 [slices, query_length]
     fresh: bool  # one slice that starts at position 0
     _bias: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
@@ -66,6 +66,7 @@ class StepInputs:
     positions: Tensor  # int64 [T]
     slot_blocks: Tensor  # int64 [T]: the block that each row's KV goes to
     slot_offsets: Tensor  # int64 [T]: its place in that block
+    begun_blocks: Tensor  # int64: blocks that the step begins and does not fill, so that an earlier use's KV is in them
     groups: tuple[AttentionGroup, ...]
     sampled_rows: Tensor  # int64 [slices that sample], in slice order
 
@@ -75,12 +76,15 @@ def build_step_inputs(batch: Batch, block_size: int, device: torch.device) -> St
     tokens: list[int] = []
     positions: list[IntArray] = []
     tables: list[IntArray] = []
+    begun_blocks: list[int] = []
     sampled_rows: list[int] = []
     for part in batch.slices:
         end = part.start + part.length
         tokens += part.sequence.tokens[part.start : end]
         positions.append(np.arange(part.start, end))
         tables.append(np.array(part.sequence.blocks[: -(-end // block_size)], dtype=np.int64))
+        if end % block_size and part.start <= end - end % block_size:
+            begun_blocks.append(part.sequence.blocks[end // block_size])
         if part.samples:
             sampled_rows.append(len(tokens) - 1)
     flat_positions = np.concatenate(positions)
@@ -90,6 +94,7 @@ def build_step_inputs(batch: Batch, block_size: int, device: torch.device) -> St
         positions=_to_device(flat_positions, device),
         slot_blocks=_to_device(slot_blocks, device),
         slot_offsets=_to_device(flat_positions % block_size, device),
+        begun_blocks=torch.tensor(begun_blocks, dtype=torch.int64, device=device),
         groups=_groups(batch.slices, tables, device),
         sampled_rows=torch.tensor(sampled_rows, dtype=torch.int64, device=device),
     )
@@ -116,9 +121,9 @@ def _group(
     """Slices of one length; `first_rows` are their first rows in the step."""
     length = slices[0].length
     starts = np.array([part.start for part in slices])
-    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
-    for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
+    width = max(map(len, tables))
+    # Masked keys and values still enter as 0 * value, so padding with another sequence's block would let its NaN in.
+    padded = np.stack([np.pad(table, (0, width - len(table)), mode="edge") for table in tables])
     rows = (first_rows[:, None] + np.arange(length)).ravel()
     contiguous = rows[-1] - rows[0] + 1 == len(rows)
     return AttentionGroup(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from services.worker.engine.model.interface import ModelError
 
+SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -30,9 +31,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the checkpoint: those its index names, else all in the folder."""
+    """The checkpoint's safetensors files: model.safetensors, else those its index names, else all in the folder."""
     index = folder / INDEX_FILE
-    if index.is_file():
+    if (single := folder / SINGLE_FILE).is_file():  # first, as transformers has it
+        files = [single]
+    elif index.is_file():
         files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))

@@ -15,6 +15,15 @@ class ModelError(Exception):
     """A model cannot be found, read or run as asked. One sentence for whoever starts the worker."""
 
 
+class ModelUnavailable(ModelError):
+    """The model cannot be had at this moment; a later try may succeed."""
+
+
+def first_line(error: Exception) -> str:
+    """For a ModelError about another library's error, whose message may run over many lines or be empty."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What is fixed once a model is loaded."""

@@ -10,6 +10,8 @@ from services.worker.engine.model.rope import ROPE_TYPES
 
 ConfigJson = Mapping[str, Any]
 
+DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # elsewhere as many as query heads
+
 
 class NotLlamaShaped(ModelError):
     """The fast path cannot run this model; the sentence says why."""
@@ -52,6 +54,7 @@ def parse_llama_config(config: ConfigJson) -> LlamaConfig:
         raise NotLlamaShaped("the checkpoint is quantized")
     try:
         heads = config["num_attention_heads"]
+        default_kv_heads = DEFAULT_KV_HEADS.get(family, heads)
         default_head_dim = 128 if family == "qwen3" else config["hidden_size"] // heads
         return LlamaConfig(
             vocabulary_size=config["vocab_size"],
@@ -59,7 +62,7 @@ def parse_llama_config(config: ConfigJson) -> LlamaConfig:
             intermediate_size=config["intermediate_size"],
             layers=config["num_hidden_layers"],
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
+            kv_heads=config.get("num_key_value_heads", default_kv_heads) or heads,
             head_dim=config.get("head_dim") or default_head_dim,
             norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=_rope(config),

@@ -15,7 +15,8 @@ from services.worker.engine.kernels.interface import Kernels
 from services.worker.engine.kernels.paged_kv import LayerKV
 from services.worker.engine.kernels.step_inputs import StepInputs
 from services.worker.engine.model.checkpoint import weight_files
-from services.worker.engine.model.interface import ModelError, ModelFacts
+from services.worker.engine.model.interface import ModelError, ModelFacts, first_line
+from services.worker.engine.model.pretrained import FOREIGN_ERRORS, load_pretrained
 from services.worker.engine.model.transformers_probe import examine, verify
 
 
@@ -34,7 +35,7 @@ class TransformersModel:
         self._facts = ModelFacts(
             implementation="transformers",
             vocabulary_size=text_config.vocab_size,
-            max_context_tokens=text_config.max_position_embeddings,
+            max_context_tokens=_max_context_tokens(text_config),
             layer_shapes=shapes,
             weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
             dtype=model.dtype,
@@ -106,20 +107,33 @@ class TransformersModel:
         return logits
 
 
+def _max_context_tokens(text_config: Any) -> int:
+    """Positions up to which a token's rotary embedding depends on its own position alone.
+
+    longrope has a second set of frequencies for sequences beyond the original context, which transformers takes for a
+    whole step as soon as one of its requests is that long. dynamic changes its own too, but only beyond
+    max_position_embeddings.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for all layers, or per layer type
+    limits: list[int] = [text_config.max_position_embeddings]
+    limits += [part["original_max_position_embeddings"] for part in parts if part.get("rope_type") == "longrope"]
+    return min(limits)
+
+
 def load_transformers(
     folder: Path, kernels: Kernels, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool
 ) -> TransformersModel:
     """Loads the model in `folder` through transformers. Raises ModelError with the reason when it cannot be run."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     weight_files(folder)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model = load_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (ImportError, KeyError, OSError, ValueError) as error:
-        raise ModelError(f"transformers cannot load it: {error}") from error
-    with torch.inference_mode():
-        return TransformersModel(model.to(device).eval(), kernels)
+        with torch.inference_mode():
+            return TransformersModel(model.to(device).eval(), kernels)
+    except FOREIGN_ERRORS as error:
+        raise ModelError(f"transformers cannot run it: {first_line(error)}") from error

@@ -16,7 +16,8 @@ def plan(*, kv_blocks: int | None = None, fraction: float = 0.5, available: int 
         memory_fraction=fraction,
         available_bytes=available,
         weight_bytes=GIB,
-        block_bytes=GIB // 64,
+        block_bytes=GIB // 68,
+        layers=48,
         block_size=16,
         max_model_len=length,
     )
@@ -26,7 +27,8 @@ def test_a_given_number_is_taken() -> None:
     assert plan(kv_blocks=100) == 100
 
 
-def test_a_fraction_of_what_was_free_before_the_weights_minus_the_weights() -> None:
+def test_a_fraction_of_what_was_free_before_the_weights_minus_the_weights_and_room_to_compute() -> None:
+    # A block is 1/68 GiB, and 3/48 of that beside it makes 1/64.
     assert plan(fraction=0.5) == 4 * 64
     assert plan(fraction=0.9) == 8 * 64
 
@@ -49,3 +51,5 @@ def test_a_cgroup_limits_what_is_available(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     assert available_memory_bytes(cpu) == 2_000_000
+    (tmp_path / "memory.stat").write_text("active_file 7\ninactive_file 600000\n")
+    assert available_memory_bytes(cpu) == 2_600_000

@@ -23,6 +23,19 @@ def test_forward_gives_float32_logits_for_the_slices_that_sample(tmp_path: Path)
     assert runner.forward(Batch((Slice(begun, 3, 1),))).shape == (0, VOCABULARY)
 
 
+def test_nan_in_the_pool_reaches_no_sequence_that_does_not_own_it(tmp_path: Path) -> None:
+    """One request's overflow must not end in another's answer, beside it or after it in the same blocks."""
+    reference = save_tiny(tmp_path, "LlamaConfig", **SIZES)
+    runner = build_model_runner(load_model(tmp_path), block_size=4, kv_blocks=40)
+    runner.kv.storage.fill_(torch.nan)
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20] * 16]
+    sequences = [make_sequence(prompts[0], [3, 4, 5]), make_sequence(prompts[1], [6, 7, 8, 9])]
+    runner.forward(Batch(tuple(Slice(sequence, 0, len(sequence.tokens) - 1) for sequence in sequences)))
+    logits = runner.forward(Batch(tuple(Slice(sequence, len(sequence.tokens) - 1, 1) for sequence in sequences)))
+    for ours, prompt in zip(logits, prompts, strict=True):
+        torch.testing.assert_close(ours, own_logits(reference, prompt), rtol=1e-4, atol=1e-4)
+
+
 def test_the_runner_tells_its_sizes(tmp_path: Path) -> None:
     save_tiny(tmp_path, "LlamaConfig", **SIZES)
     runner = build_model_runner(load_model(tmp_path), block_size=4, kv_blocks=40, max_model_len=100)

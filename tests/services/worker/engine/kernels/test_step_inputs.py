@@ -22,6 +22,20 @@ def test_rows_are_the_slices_tokens_in_order() -> None:
     assert step.sampled_rows.tolist() == [0]
 
 
+def test_blocks_that_a_step_begins_and_does_not_fill() -> None:
+    sequence = make_sequence([0] * 12, [7, 3, 9])
+    for start, length, begun in [
+        (0, 3, [7]),
+        (0, 4, []),
+        (0, 9, [9]),
+        (4, 1, [3]),
+        (5, 2, []),
+        (7, 1, []),
+        (6, 3, [9]),
+    ]:
+        assert build(Slice(sequence, start, length)).begun_blocks.tolist() == begun
+
+
 def test_a_step_may_sample_nothing() -> None:
     assert build(Slice(make_sequence([1, 2, 3], [0]), 0, 2)).sampled_rows.shape == (0,)
 
@@ -34,6 +48,12 @@ def test_decodes_share_a_group_unless_padding_would_more_than_double_their_keys(
     assert [group.slices for group in step.groups] == [1, 1, 2, 2, 1]
     for group in step.groups:
         assert group.context_length == 4 * group.tables.shape[1]
+
+
+def test_a_shorter_table_is_padded_with_its_own_block_and_not_with_anothers() -> None:
+    longer, shorter = make_sequence([0] * 16, [0, 1, 2, 3]), make_sequence([0] * 12, [7, 8, 9])
+    (group,) = build(Slice(longer, 15, 1), Slice(shorter, 11, 1)).groups
+    assert group.tables.tolist() == [[0, 1, 2, 3], [7, 8, 9, 9]]
 
 
 def test_bias_hides_the_future_and_what_left_the_window() -> None:

@@ -25,6 +25,12 @@ def test_absent_keys_take_the_familys_defaults() -> None:
     assert parse_llama_config(CONFIG | {"model_type": "qwen3"}).head_dim == 128
 
 
+@pytest.mark.parametrize(("family", "kv_heads"), [("llama", 4), ("mistral", 8), ("qwen2", 32), ("qwen3", 32)])
+def test_kv_heads_that_are_absent_and_not_null_take_the_familys_default(family: str, kv_heads: int) -> None:
+    assert parse_llama_config(CONFIG | {"model_type": family}).kv_heads == kv_heads
+    assert parse_llama_config(CONFIG | {"model_type": family, "num_key_value_heads": None}).kv_heads == 4
+
+
 def test_older_files_keep_rope_in_two_places() -> None:
     older = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
     rope = parse_llama_config(CONFIG | older).rope

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.worker.engine.model.checkpoint import weight_files
 from services.worker.engine.model.interface import ModelError
 from services.worker.engine.model.loading import load_model
 from tests.services.worker.engine.model.test_llama import SIZES
@@ -50,9 +51,16 @@ def test_pickle_is_never_read(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     save_tiny(tmp_path, "LlamaConfig", **SIZES)
     index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"lacks model-00002-of-00002\.safetensors"):
         load_model(tmp_path)
+
+
+def test_other_forms_of_the_weights_beside_the_usual_file_are_left_alone(tmp_path: Path) -> None:
+    save_tiny(tmp_path, "LlamaConfig", **SIZES)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 
 def test_bad_requests_are_refused_in_one_sentence(tmp_path: Path) -> None:

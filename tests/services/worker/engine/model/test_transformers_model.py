@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from services.worker.engine.model import transformers_model
 from services.worker.engine.model.interface import ModelError
 from services.worker.engine.model.loading import load_model
 from tests.services.worker.engine.tiny_models import own_logits, paged_logits, prompts, save_tiny
@@ -63,6 +64,35 @@ def test_logits_equal_the_models_own(config_class: str, tmp_path: Path) -> None:
     assert model.facts.implementation == "transformers"
     for prompt, logits in zip(prompts(), paged_logits(model, prompts()), strict=True):
         torch.testing.assert_close(logits, own_logits(reference, prompt), rtol=1e-4, atol=1e-4)
+
+
+def test_longrope_serves_only_what_its_short_factors_are_for(tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    settings = LLAMA_SIZES | {"pad_token_id": 0, "original_max_position_embeddings": 32, "rope_parameters": rope}
+    save_tiny(tmp_path, "Phi3Config", **settings)
+    assert load_model(tmp_path).facts.max_context_tokens == 32
+
+
+def test_weights_that_the_checkpoint_does_not_fill_are_refused(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path, "PhiConfig", **NEOX_SIZES)
+    model.model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"checkpoint lacks lm_head\.bias, lm_head\.weight"):
+        load_model(tmp_path)
+    config = tmp_path / "config.json"
+    save_tiny(tmp_path, "PhiConfig", **NEOX_SIZES)
+    config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 40'))
+    with pytest.raises(ModelError, match=r"has in another shape model\.layers\.0\.mlp\.fc1\.bias, .* and 3 more\.$"):
+        load_model(tmp_path)
+
+
+def test_what_a_models_code_raises_becomes_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_model: object) -> None:
+        raise TypeError
+
+    save_tiny(tmp_path, "GPT2Config", **GPT2_SIZES)
+    monkeypatch.setattr(transformers_model, "examine", broken)
+    with pytest.raises(ModelError, match=r"transformers cannot run it: TypeError\.$"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("config_class", REFUSED)
