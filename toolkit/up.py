@@ -127,7 +127,7 @@ async def _first_model(http_url: str) -> str:
 
 def _welcome(stack: Stack, model: str, directory: Path) -> str:
     question = {"role": "user", "content": "What is the capital of France?"}
-    body = json.dumps({"model": model, "stream": True, "messages": [question]})
+    body = json.dumps({"model": model, "stream": True, "temperature": 0, "messages": [question]})
     return f"""
 {model} is ready. Ask it something:
 

@@ -91,8 +91,9 @@ class BlockIndex:
         return len(self._holdings)
 
     def block_counts(self) -> dict[str, int]:
-        """Distinct blocks of each KV format that has any."""
-        return {kv_format: len(masks) for kv_format, masks in self._masks.items() if masks}
+        """Distinct blocks of each KV format that some holder reports."""
+        formats = {holding.holder.kv_format for holding in self._holdings.values()}
+        return {kv_format: len(self._masks.get(kv_format, ())) for kv_format in formats}
 
     def join(self, holder: Holder) -> Holding:
         """Takes up a holder that begins to report. Whatever was reported under its id before is forgotten."""

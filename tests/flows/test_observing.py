@@ -1,5 +1,8 @@
 """What an operator sees of a running stack: request ids, metrics, health, `headrace ps`, cached tokens."""
 
+import json
+import re
+import shlex
 import subprocess
 
 import httpx
@@ -65,3 +68,12 @@ def test_ps_shows_every_process(stack: HeadraceUp, model: str) -> None:
         assert "MiB" in row
     assert model in rows["worker"]
     assert stack.http_url in shown
+
+
+def test_the_printed_curl_line_is_answered_with_paris(stack: HeadraceUp) -> None:
+    (line,) = [line.strip() for line in stack.output.splitlines() if line.strip().startswith("curl ")]
+    _curl, _unbuffered, url, _header, content_type, _data, body = shlex.split(line)
+    name, _, value = content_type.partition(": ")
+    answer = httpx.post(url, content=body, headers={name: value}, timeout=60)
+    events = [json.loads(event) for event in re.findall(r"^data: (\{.*\})$", answer.text, re.MULTILINE)]
+    assert "Paris" in "".join(event["choices"][0]["delta"].get("content", "") for event in events)
