@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 
+from services.common.tokenizer_hash import bundle_hash
 from services.worker import model_store
 from services.worker.config import WorkerSettings
 from services.worker.engine.batcher import Batcher
@@ -27,7 +28,7 @@ from services.worker.engine.model.loading import load_model
 from services.worker.engine.model_runner import ModelRunner, build_model_runner
 from services.worker.kv_format import kv_format
 from services.worker.start_request import ModelLimits
-from services.worker.tokenizer_bundle import FACTS_FILE, bundle_hash, tokenizer_bundle
+from services.worker.tokenizer_bundle import FACTS_FILE, tokenizer_bundle
 
 log = logging.getLogger(__name__)
 

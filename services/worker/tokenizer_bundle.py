@@ -17,7 +17,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from services.common.tokenizer_hash import bundle_hash as bundle_hash
 from services.worker.engine.model.checkpoint import read_config
 
 FACTS_FILE = "headrace_tokenizer.json"

@@ -7,11 +7,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, processors
 
+from services.common.tokenizer_hash import bundle_hash
 from services.worker.engine.batcher import Batch, Slice
 from services.worker.engine.model.loading import load_model
 from services.worker.engine.model_runner import build_model_runner
 from services.worker.engine.sequence import SamplingParams, Sequence, StopParams
-from services.worker.tokenizer_bundle import FACTS_FILE, bundle_hash, tokenizer_bundle
+from services.worker.tokenizer_bundle import FACTS_FILE, tokenizer_bundle
 
 
 def write_folder(folder: Path, **files: dict[str, Any]) -> Path:
