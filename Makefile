@@ -35,7 +35,7 @@ run: setup ## Start the whole stack with the default model (ARGS="--workers 2 ..
 test: setup ## Run every test
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: setup ## Run the rows of the load test through a stack of its own and print a table (ARGS="--rounds 3 ...")
+bench: setup ## Measure a stack of its own, and peers; tables, JSON and a plot (ARGS="--rounds 3 --peer NAME=URL,PID ...")
 	$(BIN)/headrace bench $(ARGS)
 
 check: setup ## ruff, mypy, import-linter, buf lint

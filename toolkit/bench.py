@@ -1,86 +1,130 @@
-"""`headrace bench`: runs the rows of the load test on a stack of its own, or on any server, and prints a table."""
+"""The run of `headrace bench`: every row on every server in rounds, one server at a time."""
 
 import asyncio
-import json
 import secrets
 import signal
-import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from toolkit.health import http_ready
-from toolkit.loadtest import Row, RowResult, first_model, run_row
+from toolkit.bench_peers import OURS, Peer, check_answers, peer_server
+from toolkit.bench_record import Measurement, Record, gather_facts, write
+from toolkit.bench_servers import Server, Turns
+from toolkit.bench_stack import stack_of_our_own
+from toolkit.cpu_time import CpuMeter
+from toolkit.loadtest import MIXED, Row, first_model, lists_models, run_row
 
-_ASK_EVERY_S = 0.2
+CONTINUOUS, STATIC = "continuous", "static"
+_GIVEN_SERVER = "--url"
 
 
-class StackEnded(Exception):
-    """The stack that was started for the benchmark ended before it was ready."""
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """What the person asked for, checked."""
+
+    # A server that runs already; None: a stack of our own.
+    url: str | None
+    rows: tuple[Row, ...]
+    # Times that each row is run.
+    rounds: int
+    peers: tuple[Peer, ...]
+    # Whether a stack of our own also does the mixed row, under both batching policies.
+    compare_batching: bool
+    # Options of `headrace up` for the stack of our own.
+    up_arguments: tuple[str, ...]
+    # The JSON file; the stack's log lies beside it.
+    out: Path
 
 
-async def run_rows(url: str, rows: Sequence[Row], rounds: int, console: Console) -> list[RowResult]:
-    """Runs each row `rounds` times, each time with a new seed; shows progress. Raises LoadFailed."""
-    model = await first_model(url)
-    results: list[RowResult] = []
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        first_seed = secrets.randbits(32)  # a server that runs on must not know the prompts from the last benchmark
-        for seed in range(first_seed, first_seed + rounds):
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """The part of a benchmark that all its rounds share."""
+
+    record: Record
+    turns: Turns
+    progress: Progress
+    save: Callable[[], None]
+
+    async def run(self, rows: Sequence[Row], servers: Sequence[Server], into: list[Measurement]) -> None:
+        """Runs each row on each server in each round; who goes first changes from round to round."""
+        for number in range(self.record.rounds):
+            shift = number % len(servers)
             for row in rows:
-                task = progress.add_task(row.name, total=row.requests)
-                results.append(await run_row(url, model, row, seed, partial(progress.advance, task)))
-                progress.remove_task(task)
-    return results
+                for server in (*servers[shift:], *servers[:shift]):
+                    into.append(await self._measure(number, row, server))
+                    self.save()
+
+    async def _measure(self, number: int, row: Row, server: Server) -> Measurement:
+        name = f"round {number + 1} of {self.record.rounds}: {row.name} on {server.name}"
+        task = self.progress.add_task(name, total=row.requests)
+        await self.turns.give(server)
+        model = await first_model(server.url)
+        meter = None if server.tree is None else CpuMeter(server.tree.pid)
+        seed = self.record.first_seed + number
+        result = await run_row(server.url, model, row, seed, partial(self.progress.advance, task), meter)
+        self.progress.remove_task(task)
+        self.progress.console.print(f"{name}: {result.rate(row.rate):.1f} {row.rate} tok/s")
+        return Measurement(server.name, number, result, None if meter is None else meter.use)
+
+
+async def run_bench(options: BenchOptions, console: Console) -> Record:
+    """The whole benchmark; the JSON file has what was measured so far, at any time.
+
+    Raises LoadFailed, StackEnded, NotAnswering, NotStopped.
+    """
+    _stop_on_signals()
+    # A server that runs on must not know the prompts from the last benchmark.
+    seed = secrets.randbits(32)
+    rows = (*options.rows, MIXED) if options.compare_batching else options.rows
+    record = Record(gather_facts(), options.rounds, seed, rows, options.peers)
+    save = partial(write, record, options.out)
+    peers = [await peer_server(peer) for peer in options.peers]
+    with _open_progress(console) as progress:
+        async with _first_server(options, progress) as first:
+            with Turns([first, *peers]) as turns:
+                rounds = Rounds(record, turns, progress, save)
+                await rounds.run(options.rows, [first, *peers], into=record.measurements)
+                if options.compare_batching:
+                    await rounds.run([MIXED], [replace(first, name=CONTINUOUS)], into=record.batching)
+        if options.compare_batching:
+            async with _own_stack(STATIC, STATIC, options, progress) as static:
+                with Turns([static, *peers]) as turns:
+                    await Rounds(record, turns, progress, save).run([MIXED], [static], into=record.batching)
+    return record
+
+
+def _stop_on_signals() -> None:
+    """Ends the benchmark in order, as Ctrl-C does, when it is asked to end or its terminal closes."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            asyncio.get_running_loop().add_signal_handler(number, signal.raise_signal, signal.SIGINT)
+
+
+def _open_progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 @asynccontextmanager
-async def stack_of_our_own(http_port: int, grpc_port: int, arguments: Sequence[str]) -> AsyncIterator[str]:
-    """Runs `headrace up` with these arguments around the benchmark; gives its URL once it is ready."""
-    ports = ("--http-port", str(http_port), "--grpc-port", str(grpc_port))
-    process = await asyncio.create_subprocess_exec(sys.executable, "-P", "-m", "toolkit.main", "up", *ports, *arguments)
-    url = f"http://127.0.0.1:{http_port}"
-    try:
-        while not await http_ready(f"{url}/health/ready"):
-            if process.returncode is not None:
-                raise StackEnded(f"the stack ended with status {process.returncode} before it was ready")
-            await asyncio.sleep(_ASK_EVERY_S)
-        yield url
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-        await process.wait()
+async def _first_server(options: BenchOptions, progress: Progress) -> AsyncIterator[Server]:
+    if options.url is None:
+        async with _own_stack(OURS, CONTINUOUS, options, progress) as server:
+            yield server
+    else:
+        await check_answers("--url", options.url)
+        yield Server(_GIVEN_SERVER, options.url, None, partial(lists_models, options.url))
 
 
-def show(results: Sequence[RowResult], console: Console) -> None:
-    """A line per row: the medians over the rounds."""
-    table = Table(title="Medians over the rounds, as the clients saw them", title_justify="left")
-    for heading in ("row", "output tok/s", "prompt tok/s", "TTFT p50 ms", "TTFT p99 ms", "inter-token p50 ms", "short"):
-        table.add_column(heading, justify="left" if heading == "row" else "right")
-    for name in dict.fromkeys(result.row for result in results):
-        rounds = [result for result in results if result.row == name]
-        middle = [
-            f"{median(getattr(result, field) for result in rounds):.1f}"
-            for field in (
-                "output_tokens_per_s",
-                "prompt_tokens_per_s",
-                "ttft_p50_ms",
-                "ttft_p99_ms",
-                "inter_token_p50_ms",
-            )
-        ]
-        table.add_row(name, *middle, str(sum(result.short_answers for result in rounds)))
-    console.print(table)
-
-
-def write(results: Sequence[RowResult], path: Path) -> None:
-    """Every round of every row as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+@asynccontextmanager
+async def _own_stack(name: str, batching: str, options: BenchOptions, progress: Progress) -> AsyncIterator[Server]:
+    arguments = [*options.up_arguments, *(["--batching", batching] if options.compare_batching else [])]
+    log = options.out.with_suffix(".log")
+    task = progress.add_task(f"starting the stack, log {log}", total=None)
+    async with stack_of_our_own(name, arguments, log) as server:
+        progress.remove_task(task)
+        yield server

@@ -10,7 +10,9 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import aiohttp
 
@@ -18,31 +20,56 @@ import aiohttp
 # vocabularies (32,000).
 _TOKEN_RANGE = (300, 30_000)
 _WARMING_TOKENS = 4
+_WARMING_PROMPT = 4
+# The longest that a row's slowest request may take.
+_REQUEST_TIMEOUT_S = 900.0
+# For a list of models, which may have to wait for cores that others keep busy.
+_FIRST_ANSWER_S = 30.0
+
+
+Rate = Literal["output", "prompt"]
+"""Which tokens are counted: those that were written, or those that were read."""
 
 
 class LoadFailed(Exception):
-    """The server answered an error, or cut a stream short; the message says which."""
+    """The server answered an error, cut a stream short, or did not answer; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A piece of work: `requests` in all, `concurrency` at a time; lengths in tokens."""
+    """A piece of work: `requests` in all, `concurrency` at a time.
+
+    Lengths are in tokens; a range is what each request's own length is drawn from.
+    """
 
     name: str
     requests: int
     concurrency: int
     shared_prefix: int
-    unique_prompt: int
-    output: int
+    unique_prompt: int | range
+    output: int | range
+    # Which one tells how fast the work was done.
+    rate: Rate = "output"
 
 
 ROWS = (
     Row("single", requests=4, concurrency=1, shared_prefix=0, unique_prompt=32, output=128),
     Row("batch8", requests=16, concurrency=8, shared_prefix=0, unique_prompt=128, output=128),
     Row("batch32", requests=64, concurrency=32, shared_prefix=0, unique_prompt=128, output=64),
-    Row("prefill", requests=6, concurrency=1, shared_prefix=0, unique_prompt=1536, output=4),
+    Row("prefill", requests=6, concurrency=1, shared_prefix=0, unique_prompt=1536, output=4, rate="prompt"),
     Row("prefix", requests=24, concurrency=8, shared_prefix=1024, unique_prompt=32, output=32),
 )
+
+# For one batching policy against another: sequences that end at different times.
+MIXED = Row("mixed", requests=32, concurrency=8, shared_prefix=0, unique_prompt=range(16, 257), output=range(8, 193))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one request asks for: a prompt of token ids, and how many tokens to write."""
+
+    prompt: tuple[int, ...]
+    output: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,42 +99,106 @@ class RowResult:
     wall_s: float
     short_answers: int
 
+    def rate(self, kind: Rate) -> float:
+        """Tokens per second."""
+        return {"output": self.output_tokens_per_s, "prompt": self.prompt_tokens_per_s}[kind]
 
-async def run_row(url: str, model: str, row: Row, seed: int, on_answer: Callable[[], None] = lambda: None) -> RowResult:
-    """Does a row's work once, after one warming request. Raises LoadFailed."""
-    draw = random.Random(f"{row.name} {seed}")
-    prefix = _token_ids(draw, row.shared_prefix)
-    prompts = [prefix + _token_ids(draw, row.unique_prompt) for _ in range(row.requests)]
+
+async def run_row(
+    url: str,
+    model: str,
+    row: Row,
+    seed: int,
+    on_answer: Callable[[], None] = lambda: None,
+    measured: AbstractContextManager[object] | None = None,
+) -> RowResult:
+    """Does a row's work once, after one warming request; `measured` is entered for the work alone.
+
+    Raises LoadFailed.
+    """
+    warming, *requests = draw_requests(row, seed)
     slots = asyncio.Semaphore(row.concurrency)
-    async with aiohttp.ClientSession(
-        base_url=url, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=900)
-    ) as session:
-        await _complete(session, model, prefix + _token_ids(draw, row.unique_prompt), _WARMING_TOKENS)
+    async with _open_session(url, _REQUEST_TIMEOUT_S) as session:
+        await _complete(session, model, Request(warming.prompt, _WARMING_TOKENS))
 
-        async def answer(prompt: list[int]) -> Answer:
+        async def answer(request: Request) -> Answer:
             async with slots:
-                result = await _complete(session, model, prompt, row.output)
+                result = await _complete(session, model, request)
             on_answer()
             return result
 
-        started = time.perf_counter()
-        answers = await asyncio.gather(*(answer(prompt) for prompt in prompts))
-        return _summarize(row, seed, answers, time.perf_counter() - started)
+        with measured or nullcontext():
+            started = time.perf_counter()
+            answers = await asyncio.gather(*(answer(request) for request in requests))
+            wall_s = time.perf_counter() - started
+    return _summarize(row, seed, requests, answers, wall_s)
+
+
+def draw_requests(row: Row, seed: int) -> list[Request]:
+    """One request to warm up with, then the row's own ones: the same ones for the same seed."""
+    draw = random.Random(f"{row.name} {seed}")
+    prefix = _token_ids(draw, row.shared_prefix)
+    return [
+        Request(prefix + _token_ids(draw, _length(draw, row.unique_prompt)), _length(draw, row.output))
+        for _ in range(1 + row.requests)
+    ]
 
 
 async def first_model(url: str) -> str:
-    """The first model that the server lists."""
-    async with aiohttp.ClientSession(base_url=url) as session, session.get("/v1/models") as reply:
-        return str((await reply.json())["data"][0]["id"])
+    """The first model that the server lists. Raises LoadFailed if what it answers is no list of models."""
+    async with _open_session(url, _FIRST_ANSWER_S) as session, session.get("/v1/models") as reply:
+        try:
+            return str((await reply.json(content_type=None))["data"][0]["id"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise LoadFailed(f"GET {url}/v1/models answers HTTP {reply.status} without a list of models") from error
 
 
-def _token_ids(draw: random.Random, count: int) -> list[int]:
-    return [draw.randrange(*_TOKEN_RANGE) for _ in range(count)]
+async def lists_models(url: str) -> bool:
+    """True if the server answers GET /v1/models with a list of models."""
+    try:
+        return bool(await first_model(url))
+    except (aiohttp.ClientError, TimeoutError, LoadFailed):
+        return False
 
 
-async def _complete(session: aiohttp.ClientSession, model: str, prompt: list[int], output: int) -> Answer:
-    body = {"model": model, "prompt": prompt, "max_tokens": output, "temperature": 0, "ignore_eos": True}
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
+async def completes(url: str, timeout_s: float) -> bool:
+    """True if the server's first model answers a completion of a few tokens in time."""
+    request = draw_requests(Row("ready", 0, 1, 0, _WARMING_PROMPT, _WARMING_TOKENS), seed=0)[0]
+    try:
+        model = await first_model(url)
+        async with _open_session(url, timeout_s) as session:
+            await _complete(session, model, request)
+    except (aiohttp.ClientError, TimeoutError, LoadFailed):
+        return False
+    return True
+
+
+def _open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        base_url=url,
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=timeout_s),
+    )
+
+
+def _length(draw: random.Random, length: int | range) -> int:
+    return length if isinstance(length, int) else draw.choice(length)
+
+
+def _token_ids(draw: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(draw.randrange(*_TOKEN_RANGE) for _ in range(count))
+
+
+async def _complete(session: aiohttp.ClientSession, model: str, request: Request) -> Answer:
+    try:
+        return await _stream(session, model, request)
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise LoadFailed(f"no answer to POST /v1/completions: {type(error).__name__} {error}".rstrip()) from error
+
+
+async def _stream(session: aiohttp.ClientSession, model: str, request: Request) -> Answer:
+    body = {"model": model, "prompt": request.prompt, "max_tokens": request.output, "ignore_eos": True}
+    body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     sent = time.perf_counter()
     first = last = 0.0
     tokens = 0
@@ -130,18 +221,18 @@ async def _complete(session: aiohttp.ClientSession, model: str, prompt: list[int
     return Answer(ttft_s=first - sent, total_s=last - sent, tokens=tokens)
 
 
-def _summarize(row: Row, seed: int, answers: Sequence[Answer], wall_s: float) -> RowResult:
+def _summarize(row: Row, seed: int, requests: Sequence[Request], answers: Sequence[Answer], wall_s: float) -> RowResult:
     ttft = [answer.ttft_s for answer in answers]
     return RowResult(
         row=row.name,
         seed=seed,
         output_tokens_per_s=sum(answer.tokens for answer in answers) / wall_s,
-        prompt_tokens_per_s=row.requests * (row.shared_prefix + row.unique_prompt) / wall_s,
+        prompt_tokens_per_s=sum(len(request.prompt) for request in requests) / wall_s,
         ttft_p50_ms=_quantile(ttft, 0.5) * 1e3,
         ttft_p99_ms=_quantile(ttft, 0.99) * 1e3,
         inter_token_p50_ms=_quantile([answer.inter_token_s for answer in answers], 0.5) * 1e3,
         wall_s=wall_s,
-        short_answers=sum(answer.tokens != row.output for answer in answers),
+        short_answers=sum(answer.tokens != request.output for request, answer in zip(requests, answers, strict=True)),
     )
 
 

@@ -2,22 +2,27 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import aiohttp
 import typer
 from rich.console import Console
 
 from services.common.config import home_directory
-from toolkit.bench import StackEnded, run_rows, show, stack_of_our_own, write
-from toolkit.loadtest import ROWS, LoadFailed, Row, RowResult
+from toolkit.bench import BenchOptions, run_bench
+from toolkit.bench_peers import BadPeer, is_base_url, parse_peers
+from toolkit.bench_plot import plot
+from toolkit.bench_report import invalid_figures, show
+from toolkit.bench_servers import NotAnswering
+from toolkit.bench_stack import StackEnded
+from toolkit.loadtest import ROWS, LoadFailed, Row
 from toolkit.log_tail import last_lines
 from toolkit.models import PullFailed, pull_model
 from toolkit.ports import PortTaken, choose_public_port, free_ports
 from toolkit.process import ProcessFailed
+from toolkit.process_tree import NotStopped
 from toolkit.ps import show_stacks
 from toolkit.run_directory import RunDirectory, running_stacks
 from toolkit.stack import INTERNAL_HOST, StackOptions, plan_stack
@@ -33,6 +38,7 @@ models_app = typer.Typer(help="Models in the local store.", no_args_is_help=True
 app.add_typer(models_app, name="models")
 
 _SHOWN_LOG_LINES = 20
+_ALL_ROWS = ",".join(row.name for row in ROWS)
 
 
 class Batching(StrEnum):
@@ -47,6 +53,7 @@ def up(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes, which share the cores.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="Of weights and KV: float32, bfloat16, float16 or auto.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Weights on a CPU in fewer bits: int8, int4 or none.")] = None,
     kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks per worker. Default: by free memory.")] = None,
     max_sequences: Annotated[int | None, typer.Option(min=1, help="Sequences that run together in a worker.")] = None,
     batching: Annotated[
@@ -67,8 +74,8 @@ def up(
     Every other setting of a service can be given as a HEADRACE_SERVICE_SETTING variable.
     """
     console = Console(highlight=False)
-    chosen = {"model": model, "dtype": dtype, "kv_blocks": kv_blocks, "max_sequences": max_sequences}
-    chosen |= {"batching": batching, "threads": threads}
+    chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks}
+    chosen |= {"max_sequences": max_sequences, "batching": batching, "threads": threads}
     try:
         http_port = choose_public_port(host, http_port, "--http-port")
         grpc_port = choose_public_port(host, grpc_port, "--grpc-port", avoid={http_port})
@@ -106,38 +113,74 @@ def bench(
     url: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible server that runs already. Default: a stack of its own.")
     ] = None,
-    rows: Annotated[str, typer.Option(help="Which rows, comma-separated.")] = ",".join(row.name for row in ROWS),
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=URL[,PID]",
+            help="Another OpenAI-compatible server to compare with; may be repeated. With PID, that process and its "
+            "children are stopped while another server is measured.",
+        ),
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Which rows, comma-separated.")] = _ALL_ROWS,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each row is run, each with new prompts.")] = 1,
-    out: Annotated[Path, typer.Option(help="Where every round's figures go, as JSON.")] = Path(
-        "bench-results/bench.json"
-    ),
+    static: Annotated[
+        bool | None,
+        typer.Option(
+            help="Also do mixed lengths with continuous and with static batching, on a stack of its own each. "
+            "Default: when every row is run on a stack of its own.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file; a picture (.png) and a log go beside it. Default: bench-results/DATE.json."),
+    ] = None,
     up_arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[-- UP_OPTIONS]", help="Options of `headrace up` for the own stack.")
     ] = None,
 ) -> None:
-    """Runs fixed work through a server and prints what its clients saw: tokens per second and latencies."""
+    """Runs fixed work through servers, one at a time, and prints what their clients saw: rates and latencies.
+
+    The stack of its own takes the options of `headrace up` after `--`, and every HEADRACE_SERVICE_SETTING variable,
+    as in: HEADRACE_WORKER_DTYPE=bfloat16 headrace bench --rows single -- --threads 2
+    """
+    try:
+        options = BenchOptions(
+            url=url,
+            rows=_chosen_rows(rows),
+            rounds=rounds,
+            peers=parse_peers(peer or []),
+            compare_batching=_compares_batching(static, url, rows, up_arguments or []),
+            up_arguments=tuple(up_arguments or []),
+            out=out or Path("bench-results") / f"{time.strftime('%Y%m%d-%H%M%S')}.json",
+        )
+        if url is not None and not is_base_url(url.rstrip("/")):
+            _fail(f"--url: {url!r} is not a URL without a path, such as http://127.0.0.1:8000.")
+        record = asyncio.run(run_bench(options, Console(stderr=True, highlight=False)))
+    except (BadPeer, LoadFailed, NotAnswering, NotStopped, StackEnded) as error:
+        _fail(str(error))
+    show(record, Console(highlight=False))
+    plot(record, options.out.with_suffix(".png"))
+    typer.echo(f"Every round's figures: {options.out}    picture: {options.out.with_suffix('.png')}")
+    if invalid := invalid_figures(record):
+        _fail("\n".join(invalid))
+
+
+def _chosen_rows(names: str) -> tuple[Row, ...]:
     known = {row.name: row for row in ROWS}
-    wanted = [name.strip() for name in rows.split(",")]
+    wanted = [name.strip() for name in names.split(",")]
     if unknown := [name for name in wanted if name not in known]:
         _fail(f"--rows: there is no row {unknown[0]!r}; the rows are {', '.join(known)}.")
-    try:
-        results = asyncio.run(_bench(url, [known[name] for name in wanted], rounds, up_arguments or []))
-    except (LoadFailed, StackEnded) as error:
-        _fail(str(error))
-    except aiohttp.ClientConnectionError as error:
-        _fail(f"--url: {url} does not answer: {error}.")
-    show(results, Console(highlight=False))
-    write(results, out)
-    typer.echo(f"Every round's figures: {out}")
+    return tuple(known[name] for name in dict.fromkeys(wanted))
 
 
-async def _bench(url: str | None, rows: Sequence[Row], rounds: int, up_arguments: Sequence[str]) -> list[RowResult]:
-    console = Console(stderr=True, highlight=False)
-    if url is not None:
-        return await run_rows(url, rows, rounds, console)
-    ports = free_ports(INTERNAL_HOST)
-    async with stack_of_our_own(next(ports), next(ports), up_arguments) as own_url:
-        return await run_rows(own_url, rows, rounds, console)
+def _compares_batching(asked: bool | None, url: str | None, rows: str, up_arguments: list[str]) -> bool:
+    """Whether the batching policies are compared, which fits only a stack that starts with each of them in turn."""
+    chosen = any(argument.split("=")[0] == "--batching" for argument in up_arguments)
+    if asked is None:
+        return url is None and not chosen and rows == _ALL_ROWS
+    if asked and (url is not None or chosen):
+        _fail(f"--static starts stacks with either batching policy: leave out {'--batching' if chosen else '--url'}.")
+    return asked
 
 
 @models_app.command()

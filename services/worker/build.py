@@ -83,7 +83,12 @@ def load(settings: WorkerSettings) -> LoadedModel:
     runner.warm_up()
     bundle = tokenizer_bundle(folder)
     dtype = str(runner.dtype).removeprefix("torch.")
-    implementation = runner.facts.implementation
+    facts = runner.facts
+    kind = ", ".join(
+        part
+        for part in (facts.implementation, facts.instruction_set, dtype, facts.quantization, str(facts.device))
+        if part not in ("", "none")
+    )
     limits = ModelLimits(
         name=settings.model_name or default_name(settings.model),
         vocabulary_size=runner.vocabulary_size,
@@ -96,11 +101,17 @@ def load(settings: WorkerSettings) -> LoadedModel:
         engine=_build_engine(settings, runner),
         limits=limits,
         num_blocks=runner.num_blocks,
-        kv_format=kv_format(folder, dtype=dtype, block_size=runner.block_size, implementation=implementation),
+        kv_format=kv_format(
+            folder,
+            dtype=dtype,
+            quantization=facts.quantization,
+            block_size=runner.block_size,
+            implementation=facts.implementation,
+        ),
         tokenizer_hash=bundle_hash(bundle),
         tokenizer_files=bundle,
-        summary=f"{limits.name} ({implementation}, {dtype}, {runner.device}), context {runner.max_model_len}, "
-        f"{runner.num_blocks} KV blocks of {runner.block_size} tokens",
+        summary=f"{limits.name} ({kind}), {runner.weight_bytes >> 20} MiB of weights, context "
+        f"{runner.max_model_len}, {runner.num_blocks} KV blocks of {runner.block_size} tokens",
     )
 
 
@@ -113,6 +124,10 @@ def _build_runner(settings: WorkerSettings, folder: Path) -> ModelRunner:
         dtype=settings.dtype,
         device=device,
         implementation=settings.implementation,
+        instruction_set=settings.instruction_set,
+        quantize=settings.quantize,
+        block_size=settings.block_size,
+        kernels=model_store.kernels_folder(settings.store),
         trust_remote_code=settings.trust_remote_code,
     )
     default_fraction = _CPU_MEMORY_FRACTION if device == "cpu" else _GPU_MEMORY_FRACTION

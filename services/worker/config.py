@@ -39,9 +39,15 @@ class WorkerSettings(CommonSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     # auto: a CUDA GPU if there is one.
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    # auto: the fast path for Llama-shaped models, transformers for the rest.
-    implementation: Literal["auto", "native", "transformers"] = "auto"
-    # CPU threads of the tensor library. 0: as many as the machine has cores.
+    # Which code runs the model. auto: the first of these that can. compiled: Llama-shaped models on a CPU; native: the
+    # same in torch, also on a GPU; transformers: all others.
+    implementation: Literal["auto", "compiled", "native", "transformers"] = "auto"
+    # Bits per weight of the compiled path. int8 and int4 share a scale among 32 weights, as GGUF's Q8_0 and Q4_1, whose
+    # values they keep; activations are then 8 bits in the products. Faster, and less exact than none.
+    quantize: Literal["none", "int8", "int4"] = "none"
+    # What the compiled path is compiled for. auto: the best that the processor has; baseline runs on any x86-64.
+    instruction_set: Literal["auto", "avx512", "avx2", "baseline"] = "auto"
+    # CPU threads that compute. 0: as many as the machine has cores.
     threads: int = Field(default=0, ge=0)
 
     # Tokens per KV block: the grain of prefix reuse. All workers of a model must agree.

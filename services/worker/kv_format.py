@@ -1,7 +1,7 @@
 """The name of a worker's KV format: blocks of equal chain hash and equal KV format hold the same KV.
 
-It covers the model's configuration and weights, the dtype, the implementation and the shape of a block. It leaves out
-the numerics (kernels, instruction set, library versions), which differ in the last bits only.
+It covers the model's configuration and weights, the dtype, the quantization, the implementation and the shape of a
+block. It leaves out the numerics (instruction set, library versions), which differ in the last bits only.
 """
 
 from hashlib import sha256
@@ -13,7 +13,7 @@ _STRIDE_BYTES = 1024 * 1024
 _SAMPLE_BYTES = 4096
 
 
-def kv_format(folder: Path, *, dtype: str, block_size: int, implementation: str) -> str:
+def kv_format(folder: Path, *, dtype: str, quantization: str, block_size: int, implementation: str) -> str:
     """32 hex digits that name the KV format of the model in `folder`.
 
     The weights enter with 4 KiB of every MiB and the size of each file: reading them whole would delay the start of a
@@ -24,8 +24,8 @@ def kv_format(folder: Path, *, dtype: str, block_size: int, implementation: str)
         dtype,
         str(block_size),
         implementation,
-        "quantization none",
-        "layout block,layer,kv,head,token,channel",
+        f"quantization {quantization}",
+        "layout block,layer: k head,channel,token; v head,token,channel",
     ):
         digest.update(part.encode() + b"\0")
     digest.update(sha256((folder / "config.json").read_bytes()).digest())

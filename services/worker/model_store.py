@@ -39,6 +39,11 @@ def default_root() -> Path:
     return home_directory("cache") / "models"
 
 
+def kernels_folder(root: Path | None) -> Path:
+    """Where the store keeps compiled kernels. `root` as for `resolve`."""
+    return (root or default_root()).expanduser() / "kernels"
+
+
 def resolve(
     name: str, *, root: Path | None = None, remote_code: bool = False, progress: Progress = no_progress
 ) -> Path:

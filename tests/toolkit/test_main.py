@@ -5,12 +5,22 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.toolkit.fake_server import fake_server
 from toolkit.main import app
 
 
 def test_help_tells_every_option() -> None:
     told = CliRunner().invoke(app, ["up", "--help"], env={"COLUMNS": "200"}).output
-    for option in ("--model", "--workers", "--dtype", "--kv-blocks", "--http-port", "--grpc-port", "--redis-url"):
+    for option in (
+        "--model",
+        "--workers",
+        "--dtype",
+        "--quantize",
+        "--kv-blocks",
+        "--http-port",
+        "--grpc-port",
+        "--redis-url",
+    ):
         assert option in told
 
 
@@ -22,3 +32,40 @@ def test_bad_options_are_usage_errors(options: list[str]) -> None:
 def test_ps_without_a_stack_says_how_to_start_one(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["ps"], env={"XDG_STATE_HOME": str(tmp_path)})
     assert (shown.exit_code, shown.output) == (0, "No stack runs here. Start one with: headrace up\n")
+
+
+def test_help_of_the_benchmark_tells_every_option() -> None:
+    told = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"}).output
+    for option in ("--url", "--peer", "NAME=URL[,PID]", "--rows", "--rounds", "--static", "--out", "UP_OPTIONS"):
+        assert option in told
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--peer", "vllm"], "--peer: 'vllm' is not of the form NAME=URL[,PID]"),
+        (["--static", "--url", "http://127.0.0.1:9"], "leave out --url"),
+        (["--static", "--", "--batching=static"], "leave out --batching"),
+        (["--url", "127.0.0.1:9"], "is not a URL without a path"),
+        (["--rows", "single,doubel"], "there is no row 'doubel'"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_refused(options: list[str], said: str) -> None:
+    run = CliRunner().invoke(app, ["bench", *options])
+    assert (run.exit_code, said in run.output) == (1, True)
+
+
+def test_a_benchmark_prints_writes_and_draws(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    with fake_server() as server:
+        run = CliRunner().invoke(app, ["bench", "--url", server.url, "--rows", "single", "--out", str(out)])
+    assert (run.exit_code, "--url: medians over the rounds" in run.output) == (0, True)
+    assert (out.exists(), out.with_suffix(".png").exists()) == (True, True)
+
+
+def test_short_answers_are_told_loudly_and_fail(tmp_path: Path) -> None:
+    with fake_server("--mood", "short") as server:
+        options = ["--url", server.url, "--rows", "single", "--out", str(tmp_path / "bench.json")]
+        run = CliRunner().invoke(app, ["bench", *options])
+    assert run.exit_code == 1
+    assert "NOT VALID: --url, row single: 4 answers" in run.output

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from services.worker.engine.batcher import Batch, Slice
 from services.worker.engine.kernels.paged_kv import PagedKV, block_bytes
-from services.worker.engine.kernels.step_inputs import build_step_inputs
 from services.worker.engine.kv_budget import available_memory_bytes, plan_num_blocks
 from services.worker.engine.model.interface import CausalModel, ModelError, ModelFacts
 from services.worker.engine.sequence import SamplingParams, Sequence, StopParams
@@ -59,10 +58,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Computes the KV of every slice; float32 logits [slices that sample, vocabulary_size], in slice order."""
-        step = build_step_inputs(batch, self.block_size, self.device)
-        # Masked slots still enter attention as 0 * value: NaN that an earlier use of the block left would spread.
-        self.kv.storage[step.begun_blocks] = 0
-        return self._model.forward(step, self.kv.layers)
+        return self._model.forward(batch, self.kv)
 
     def warm_up(self) -> None:
         """Runs a short prefill and a decode, so that the first request does not pay for first-time set-up.

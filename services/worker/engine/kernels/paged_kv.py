@@ -1,9 +1,9 @@
 """The memory of the block pool: keys and values of all layers, allocated once.
 
 Block-major: one block's keys and values of all layers are one contiguous run of bytes, so that a block moves between
-workers as one copy. Within a block, layer after layer, first K then V, each [kv_heads, block_size, head_dim]; so each
-head's tokens lie in a row, which is how a decode kernel streams them. Knows nothing of sequences, of hashes, or of
-which blocks are in use.
+workers as one copy. Within a block, layer after layer, first K as [kv_heads, head_dim, block_size], then V as
+[kv_heads, block_size, head_dim]: so one vector instruction takes the same element of 16 keys, or 16 elements of one
+value, and no sum runs across a vector. Knows nothing of sequences, of hashes, or of which blocks are in use.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerKV:
-    """One layer's view of the pool: key [blocks, kv_heads, block_size, key_dim], value likewise with value_dim.
+    """One layer's view of the pool: key [blocks, kv_heads, key_dim, block_size], value [.., block_size, value_dim].
 
     Both are strided by block (see the module's layout) and contiguous within one.
     """
@@ -68,10 +68,10 @@ class PagedKV:
         layers, offset = [], 0
         for shape in shapes:
             views = []
-            for head_dim in (shape.key_dim, shape.value_dim):
-                length = shape.kv_heads * self.block_size * head_dim
+            for size in ((shape.key_dim, self.block_size), (self.block_size, shape.value_dim)):
+                length = shape.kv_heads * size[0] * size[1]
                 part = self.storage[:, offset : offset + length]
-                views.append(part.view(self.num_blocks, shape.kv_heads, self.block_size, head_dim))
+                views.append(part.view(self.num_blocks, shape.kv_heads, *size))
                 offset += length
             layers.append(LayerKV(*views))
         return tuple(layers)

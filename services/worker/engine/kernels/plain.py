@@ -22,7 +22,7 @@ class PlainKernels:
         return F.silu(gate) * up
 
     def write_kv(self, key: Tensor, value: Tensor, layer: LayerKV, step: StepInputs) -> None:
-        layer.key[step.slot_blocks, :, step.slot_offsets] = key
+        layer.key[step.slot_blocks, :, :, step.slot_offsets] = key
         layer.value[step.slot_blocks, :, step.slot_offsets] = value
 
     def attend(
@@ -47,7 +47,7 @@ def _attend_group(
     query: Tensor, layer: LayerKV, group: AttentionGroup, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """query [slices * query_length, heads, key_dim] -> [slices * query_length, heads, value_dim]."""
-    key = _gather(layer.key, group)
+    key = _gather(layer.key.transpose(2, 3), group)
     value = _gather(layer.value, group)
     query = query.view(group.slices, group.query_length, *query.shape[1:]).transpose(1, 2)
     if softcap is not None:

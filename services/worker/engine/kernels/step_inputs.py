@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from services.worker.engine.batcher import Batch, Slice
+from services.worker.engine.kernels.paged_kv import PagedKV
 
 IntArray = npt.NDArray[np.int64]
 
@@ -98,6 +99,14 @@ def build_step_inputs(batch: Batch, block_size: int, device: torch.device) -> St
         groups=_groups(batch.slices, tables, device),
         sampled_rows=torch.tensor(sampled_rows, dtype=torch.int64, device=device),
     )
+
+
+def begin_step(batch: Batch, kv: PagedKV, device: torch.device) -> StepInputs:
+    """The step's inputs, and `kv` made ready for it."""
+    step = build_step_inputs(batch, kv.block_size, device)
+    # Masked slots still enter attention as 0 * value: NaN that an earlier use of the block left would spread.
+    kv.storage[step.begun_blocks] = 0
+    return step
 
 
 def _groups(slices: Sequence[Slice], tables: Sequence[IntArray], device: torch.device) -> tuple[AttentionGroup, ...]:

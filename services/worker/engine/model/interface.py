@@ -1,14 +1,15 @@
 """What the engine needs of a model, however it is implemented."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from services.worker.engine.kernels.paged_kv import LayerKV, LayerShape
-from services.worker.engine.kernels.step_inputs import StepInputs
+from services.worker.engine.batcher import Batch
+from services.worker.engine.kernels.paged_kv import LayerShape, PagedKV
+
+Quantization = Literal["none", "int8", "int4"]
 
 
 class ModelError(Exception):
@@ -28,13 +29,15 @@ def first_line(error: Exception) -> str:
 class ModelFacts:
     """What is fixed once a model is loaded."""
 
-    implementation: str  # "native" or "transformers"
+    implementation: str  # "compiled", "native" or "transformers"
     vocabulary_size: int  # width of the logits
     max_context_tokens: int  # positions the model was made for
     layer_shapes: tuple[LayerShape, ...]
     weight_bytes: int
     dtype: torch.dtype
     device: torch.device
+    quantization: Quantization = "none"
+    instruction_set: str = ""  # what compiled code was compiled for
 
 
 class CausalModel(Protocol):
@@ -43,6 +46,9 @@ class CausalModel(Protocol):
     @property
     def facts(self) -> ModelFacts: ...
 
-    def forward(self, step: StepInputs, layers: Sequence[LayerKV]) -> Tensor:
-        """Writes the step's KV into `layers`; float32 logits [len(step.sampled_rows), vocabulary_size]."""
+    def forward(self, batch: Batch, kv: PagedKV) -> Tensor:
+        """Writes the batch's KV into `kv`; float32 logits [slices that sample, vocabulary_size], in slice order.
+
+        The logits may be overwritten by the next call.
+        """
         ...

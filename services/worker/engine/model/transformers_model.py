@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from services.worker.engine.batcher import Batch
 from services.worker.engine.kernels.interface import Kernels
-from services.worker.engine.kernels.paged_kv import LayerKV
-from services.worker.engine.kernels.step_inputs import StepInputs
+from services.worker.engine.kernels.paged_kv import LayerKV, PagedKV
+from services.worker.engine.kernels.step_inputs import StepInputs, begin_step
 from services.worker.engine.model.checkpoint import weight_files
 from services.worker.engine.model.interface import ModelError, ModelFacts, first_line
 from services.worker.engine.model.pretrained import FOREIGN_ERRORS, load_pretrained
@@ -51,7 +52,10 @@ class TransformersModel:
     def facts(self) -> ModelFacts:
         return self._facts
 
-    def forward(self, step: StepInputs, layers: Sequence[LayerKV]) -> Tensor:
+    def forward(self, batch: Batch, kv: PagedKV) -> Tensor:
+        return self._compute(begin_step(batch, kv, self._facts.device), kv.layers)
+
+    def _compute(self, step: StepInputs, layers: Sequence[LayerKV]) -> Tensor:
         self._step = step, layers
         try:
             output = self._model(
@@ -96,7 +100,7 @@ class TransformersModel:
 
     def _verified_forward(self, step: StepInputs, layers: Sequence[LayerKV]) -> Tensor:
         self._model.set_attn_implementation(self._attention)
-        return self.forward(step, layers)
+        return self._compute(step, layers)
 
     def _own_logits(self, attention: str) -> Any:
         def logits(ids: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ EVERYONE = range(len(REFERENCE))
 pytestmark = pytest.mark.timeout(600)  # a minute is usual; a busy machine takes many times that
 
 
-@pytest.fixture(scope="module", params=["native", "transformers"])
+@pytest.fixture(scope="module", params=["compiled", "native", "transformers"])
 def model(request: pytest.FixtureRequest, default_model: Path) -> CausalModel:
     implementation: Implementation = request.param
     loaded = load_model(default_model, dtype="float32", implementation=implementation)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from services.worker.engine.batcher import Batch, Slice
 from services.worker.engine.kernels.paged_kv import PagedKV
-from services.worker.engine.kernels.step_inputs import build_step_inputs
 from services.worker.engine.model.interface import CausalModel
 from services.worker.engine.sequence import SamplingParams, Sequence, StopParams
 
@@ -53,9 +52,9 @@ def paged_logits(model: CausalModel, prompts: list[list[int]]) -> list[Tensor]:
                 start = int(len(sequence.tokens) * first)
                 end = len(sequence.tokens) - 1 if last is None else int(len(sequence.tokens) * last)
                 slices.append(Slice(sequence, start, end - start))
-            model.forward(build_step_inputs(Batch(tuple(slices)), BLOCK_SIZE, facts.device), kv.layers)
+            model.forward(Batch(tuple(slices)), kv)
         decodes = tuple(Slice(sequence, len(sequence.tokens) - 1, 1) for sequence in sequences)
-        return list(model.forward(build_step_inputs(Batch(decodes), BLOCK_SIZE, facts.device), kv.layers))
+        return list(model.forward(Batch(decodes), kv).clone())
 
 
 def own_logits(model: Any, prompt: list[int]) -> Tensor:

@@ -1,0 +1,114 @@
+"""What the compiled step is made for, and the frame: where it finds what it works on.
+
+Everything comes as addresses in one array, so that the threads of the team, which wait in compiled code, see each
+step's anew.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum, auto
+from typing import Any
+
+from services.worker.engine.kernels.compiled.isa import Isa
+from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats
+
+Kernel = Callable[..., None]  # of int64s alone, to be compiled
+
+PHASES_PER_LAYER = 9
+NO_WINDOW = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the function is compiled for."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    eps: float
+    qk_norm: bool
+    block_size: int
+    weight_bits: int  # 32, 16, 8, 4
+    head_bits: int  # of the head: quantized like the layers or whole like them, but not necessarily with as many bits
+    kv_bits: int  # 32 or 16
+    embedding_bits: int  # 32 or 16
+
+    @property
+    def query_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def qkv_size(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def put(self) -> Any:
+        return put_bytes if self.weight_bits in (4, 8) else put_floats
+
+    @property
+    def phases(self) -> int:
+        return self.layers * PHASES_PER_LAYER + 2
+
+
+class Frame(IntEnum):
+    """What each int64 of a frame is; addresses unless it says otherwise. T rows, S slices."""
+
+    ROWS = 0  # T, a number
+    TILE_ROWS = auto()  # rows of a tile, a number
+    SLICES = auto()  # S, a number
+    SAMPLED = auto()  # rows that sample, a number
+    SAMPLED_TILE_ROWS = auto()  # a number
+    TOKENS = auto()  # int64 [T]
+    POSITIONS = auto()  # int64 [T]
+    ROW_BLOCKS = auto()  # int64 [T]: the block that the row's key and value go to
+    FIRST_ROWS = auto()  # int64 [S + 1]
+    TABLE_STARTS = auto()  # int64 [S]: where a slice's block table begins in TABLES
+    TABLES = auto()  # int32
+    SAMPLED_ROWS = auto()  # int64 [SAMPLED]
+    COS = auto()  # float32 [positions, head_dim / 2]
+    SIN = auto()
+    KV = auto()  # the pool's storage
+    KV_BLOCK_BYTES = auto()  # a number
+    EMBEDDING = auto()  # [vocabulary, hidden]
+    NORMS = auto()  # float32 [2 * layers + 1, hidden]
+    QK_NORMS = auto()  # float32 [layers, 2, head_dim]
+    WINDOWS = auto()  # int64 [layers]
+    LINEARS = auto()  # int64 [4 * layers + 1, 3]: addresses of words, scales, bias
+    HIDDEN = auto()  # float32 [T, hidden]
+    DELTA = auto()  # float32 [padded T, padded hidden]: what is still to be added to it
+    PRODUCT = auto()  # float32: the product of QKV, or of gate and up
+    X = auto()  # activations as tiles read them
+    X_SCALES = auto()
+    X_SUMS = auto()
+    LOGITS = auto()  # float32 [padded SAMPLED, padded vocabulary]
+    SCRATCH = auto()  # of the first thread
+    SCRATCH_BYTES = auto()  # of one thread, a number
+    SCRATCH_TOKENS = auto()  # how many keys it has room for, a number
+    LINEAR = auto()  # functions of the library
+    HEAD_LINEAR = auto()
+    NORM_ROWS = auto()
+    WRITE_KV = auto()
+    ATTEND = auto()
+    ATTEND_TOKEN = auto()
+    ATTEND_TILE = auto()
+    SWIGLU_ROWS = auto()
+    NORM_SAMPLED = auto()
+
+
+FRAME_FIELDS = len(Frame)
+
+
+def tall_rows(isa: Isa) -> int:
+    """Queries in a tile of attention, other than of a single token."""
+    return isa.accumulators // 2
+
+
+def scratch_bytes(isa: Isa, shape: Shape, tokens: int) -> int:
+    """What one thread needs: a row, and an attention tile over `tokens` keys."""
+    tile_rows = max(tall_rows(isa), shape.heads // shape.kv_heads)
+    row = max(shape.hidden, shape.intermediate, shape.head_dim)
+    return 4 * (row + 2 * tile_rows * shape.head_dim + 2 * tile_rows * tokens)

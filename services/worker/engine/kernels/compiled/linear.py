@@ -1,0 +1,126 @@
+"""Matrix products of packed activations and packed weights, shared out over a team."""
+
+from typing import Any
+
+from numba import njit
+
+from services.worker.engine.kernels.compiled.isa import Isa
+from services.worker.engine.kernels.compiled.machine import floats
+from services.worker.engine.kernels.compiled.team import claim, meet
+from services.worker.engine.kernels.compiled.tiles import (
+    BFLOAT16_PAIRS,
+    FLOAT32,
+    GROUP,
+    float_panels,
+    integer_panels,
+)
+
+_HEIGHTS = (1, 2, 3, 4, 6, 8, 12)  # rows of the tiles that are made
+TALLEST = _HEIGHTS[-1]
+_TILE_COST = 0.5  # of starting another tile, in rows
+_CLAIMS = 8  # a thread takes about this share of its share of a phase at a time
+
+
+def tile_rows(isa: Isa, rows: int) -> int:
+    """How many rows a tile should have so that `rows` rows waste least."""
+    heights = [height for height in _HEIGHTS if _panels(isa, height)]
+    return min(reversed(heights), key=lambda height: -(-rows // height) * (height + _TILE_COST))
+
+
+def _panels(isa: Isa, rows: int) -> int:
+    """How many panels a tile of so many rows takes at once; 0 if it does not fit into the registers."""
+    return next((panels for panels in (4, 2, 1) if rows * panels * 2 <= isa.accumulators), 0)
+
+
+def make_linear(isa: Isa, bits: int) -> Any:
+    """`linear(...)`: out = activations x weights, a phase of the team.
+
+    Arguments: control, members, phase; tiles and rows per tile; depth (k) of both; addresses of activations, their
+    scales and sums; of the weights' words and scales and of the bias (0: none); panels; the address of out and the
+    bytes of its rows. out has room for whole tiles.
+    """
+    columns = isa.panel_columns
+    one, two, three, four, six, eight, twelve = (_tile(isa, height, bits) for height in _HEIGHTS)
+    width1, width2, width3, width4, width6, width8, width12 = (_panels(isa, height) or 1 for height in _HEIGHTS)
+    per_word, quantized = 32 // bits, bits in (4, 8)
+    group_scale_bytes = {8: 2 * columns, 4: 2 * 2 * columns}.get(bits, 0)
+
+    @njit(nogil=True, error_model="numpy")
+    def width_of(rows: int) -> int:
+        """Panels that a tile takes at once."""
+        if rows <= 2:
+            return width1 if rows == 1 else width2
+        if rows <= 4:
+            return width3 if rows == 3 else width4
+        return width6 if rows == 6 else width8 if rows == 8 else width12
+
+    def linear(
+        control: int, members: int, phase: int, tiles: int, rows: int, depth: int, x: int, x_scales: int,
+        x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int,
+    ) -> None:  # fmt: skip
+        width = width_of(rows)
+        units = panels // width
+        steps = depth // GROUP if quantized else depth // per_word
+        panel_bytes = depth // per_word * columns * 4
+        of_scales = group_scale_bytes * (depth // GROUP)
+        share = max(1, units // (members * _CLAIMS))
+        first = claim(control, members, phase, share)
+        while first < units:
+            for unit in range(first, min(first + share, units)):
+                # The last unit also has what is left over. As that is a whole tile, rather than a narrower one, some
+                # panels are computed again: by the same thread, since their bias is added in a second pass.
+                start = unit * width
+                end = panels - width if unit == units - 1 else start
+                for panel in range(start, end + 1, max(end - start, 1)):
+                    w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4
+                    for tile in range(tiles):
+                        a = x + tile * depth * rows * (1 if quantized else 4)
+                        at = tile * (depth // GROUP) * rows * 4
+                        to = o + tile * rows * out_row_bytes
+                        if rows == 1:
+                            one(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                        elif rows == 2:
+                            two(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                        elif rows == 3:
+                            three(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                        elif rows == 4:
+                            four(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                        elif rows == 6:
+                            six(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                        elif rows == 8:
+                            eight(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                        else:
+                            twelve(
+                                a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes
+                            )
+                    if bias:
+                        for row in range(tiles * rows):
+                            add(floats(bias + panel * columns * 4, width * columns), o + row * out_row_bytes)
+            first = claim(control, members, phase, share)
+        meet(control, members)
+
+    return linear
+
+
+@njit(nogil=True, error_model="numpy")
+def add(values: Any, address: int) -> None:
+    out = floats(address, len(values))
+    for i in range(len(values)):
+        out[i] += values[i]
+
+
+def _tile(isa: Isa, rows: int, bits: int) -> Any:
+    """A tile behind one signature: that of `integer_panels`."""
+    panels = _panels(isa, rows) or 1
+    if bits in (4, 8):
+        return integer_panels(isa, rows, panels, bits)
+    multiply = float_panels(isa, rows, panels, BFLOAT16_PAIRS if bits == 16 else FLOAT32)
+
+    @njit(nogil=True, error_model="numpy")
+    def tile(
+        x: int, scales: int, sums: int, words: int, weight_scales: int, panel_bytes: int, scale_bytes: int,
+        steps: int, out: int, out_row_bytes: int,
+    ) -> None:  # fmt: skip
+        multiply(x, words, panel_bytes, steps, out, out_row_bytes)
+
+    return tile

@@ -1,0 +1,194 @@
+"""The phases of a step beside its matrix products, each shared out by rows or by tiles of attention."""
+
+from typing import Any
+
+import numpy as np
+from numba import float32, njit, uint32
+
+from services.worker.engine.kernels.compiled.frame import FRAME_FIELDS, Frame, Kernel, Shape, tall_rows
+from services.worker.engine.kernels.compiled.isa import Isa
+from services.worker.engine.kernels.compiled.machine import call_address, float_of_bits, floats, halves, longs
+from services.worker.engine.kernels.compiled.packing import padded_columns
+from services.worker.engine.kernels.compiled.rows import add_norm, bfloat16_bits, norm, rotate, swiglu
+from services.worker.engine.kernels.compiled.team import claim, meet
+
+
+def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
+    """Adds what the last product left to add, and stores the norm as the next one's activations."""
+    begin_row, put = _make_begin_row(shape), shape.put
+    hidden, width, eps = shape.hidden, padded_columns(shape.hidden, isa), shape.eps
+
+    def norm_rows(control: int, members: int, at: int, phase: int, which: int, scratch: int) -> None:
+        frame, temp = longs(at, FRAME_FIELDS), floats(scratch, hidden)
+        count, rows = frame[Frame.ROWS], frame[Frame.TILE_ROWS]
+        weight = floats(frame[Frame.NORMS] + 4 * which * hidden, hidden)
+        row = claim(control, members, phase, 1)
+        while row < count:
+            h = floats(frame[Frame.HIDDEN] + 4 * row * hidden, hidden)
+            delta = floats(frame[Frame.DELTA] + 4 * row * width, hidden)
+            if which == 0:
+                begin_row(frame, row, h, delta)
+            add_norm(h, delta, weight, eps, temp)
+            put(scratch, hidden, 0, row, rows, hidden, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS])
+            row = claim(control, members, phase, 1)
+        meet(control, members)
+
+    return norm_rows
+
+
+def make_swiglu_rows(isa: Isa, shape: Shape) -> Kernel:
+    put = shape.put
+    intermediate, width = shape.intermediate, padded_columns(2 * shape.intermediate, isa)
+
+    def swiglu_rows(control: int, members: int, at: int, phase: int, which: int, scratch: int) -> None:
+        frame, temp = longs(at, FRAME_FIELDS), floats(scratch, intermediate)
+        count, rows = frame[Frame.ROWS], frame[Frame.TILE_ROWS]
+        x, scales, sums = frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS]
+        row = claim(control, members, phase, 1)
+        while row < count:
+            gate = frame[Frame.PRODUCT] + 4 * row * width
+            swiglu(floats(gate, intermediate), floats(gate + 4 * intermediate, intermediate), temp)
+            put(scratch, intermediate, 0, row, rows, intermediate, x, scales, sums)
+            row = claim(control, members, phase, 1)
+        meet(control, members)
+
+    return swiglu_rows
+
+
+def make_norm_sampled(isa: Isa, shape: Shape) -> Kernel:
+    """The last norm, of the rows that sample alone."""
+    put = shape.put
+    hidden, width, eps, last = shape.hidden, padded_columns(shape.hidden, isa), shape.eps, 2 * shape.layers
+
+    def norm_sampled(control: int, members: int, at: int, phase: int, which: int, scratch: int) -> None:
+        frame, temp = longs(at, FRAME_FIELDS), floats(scratch, hidden)
+        weight = floats(frame[Frame.NORMS] + 4 * last * hidden, hidden)
+        index = claim(control, members, phase, 1)
+        while index < frame[Frame.SAMPLED]:
+            row = longs(frame[Frame.SAMPLED_ROWS], frame[Frame.SAMPLED])[index]
+            h = floats(frame[Frame.HIDDEN] + 4 * row * hidden, hidden)
+            add_norm(h, floats(frame[Frame.DELTA] + 4 * row * width, hidden), weight, eps, temp)
+            rows = frame[Frame.SAMPLED_TILE_ROWS]
+            put(scratch, hidden, 0, index, rows, hidden, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS])
+            index = claim(control, members, phase, 1)
+        meet(control, members)
+
+    return norm_sampled
+
+
+def _make_begin_row(shape: Shape) -> Any:
+    """The embedding of a row's token as its hidden state, nothing to add."""
+    hidden, bits = shape.hidden, shape.embedding_bits
+
+    @njit(nogil=True, error_model="numpy")
+    def begin_row(frame: Any, row: int, out: Any, delta: Any) -> None:
+        token = longs(frame[Frame.TOKENS], frame[Frame.ROWS])[row]
+        delta[:] = float32(0.0)
+        if bits == 32:
+            out[:] = floats(frame[Frame.EMBEDDING] + 4 * token * hidden, hidden)
+        else:
+            source = halves(frame[Frame.EMBEDDING] + 2 * token * hidden, hidden)
+            for i in range(hidden):
+                out[i] = float_of_bits(np.int32(uint32(source[i]) << uint32(16)))
+
+    return begin_row
+
+
+def make_write_kv(isa: Isa, shape: Shape) -> Kernel:
+    """Keys, normed and rotated, and values of the step's rows into the pool (layout: `paged_kv`)."""
+    head_dim, block_size, kv_heads, heads = shape.head_dim, shape.block_size, shape.kv_heads, shape.heads
+    half, qk_norm, eps, wide = head_dim // 2, shape.qk_norm, shape.eps, shape.kv_bits == 32
+    per_head, element = head_dim * block_size, shape.kv_bits // 8
+    of_layer = 2 * kv_heads * per_head * element
+    width = padded_columns(shape.qkv_size, isa)
+
+    @njit(nogil=True, error_model="numpy")
+    def store(address: int, values: Any, stride: int) -> None:
+        if wide:
+            out = floats(address, head_dim * stride)
+            for i in range(head_dim):
+                out[i * stride] = values[i]
+        else:
+            narrow = halves(address, head_dim * stride)
+            for i in range(head_dim):
+                narrow[i * stride] = bfloat16_bits(values[i])
+
+    @njit(nogil=True, error_model="numpy")
+    def write_row(frame: Any, layer: int, row: int) -> None:
+        position = longs(frame[Frame.POSITIONS], frame[Frame.ROWS])[row]
+        block = longs(frame[Frame.ROW_BLOCKS], frame[Frame.ROWS])[row]
+        slot = position % block_size
+        cos = floats(frame[Frame.COS] + 4 * position * half, half)
+        sin = floats(frame[Frame.SIN] + 4 * position * half, half)
+        pool = frame[Frame.KV] + block * frame[Frame.KV_BLOCK_BYTES] + layer * of_layer
+        source = frame[Frame.PRODUCT] + 4 * (row * width + heads * head_dim)
+        for head in range(kv_heads):
+            key = floats(source + 4 * head * head_dim, head_dim)
+            if qk_norm:
+                norm(key, floats(frame[Frame.QK_NORMS] + 4 * (2 * layer + 1) * head_dim, head_dim), eps)
+            rotate(key, cos, sin)
+            store(pool + (head * per_head + slot) * element, key, block_size)
+            value = floats(source + 4 * (kv_heads + head) * head_dim, head_dim)
+            store(pool + ((kv_heads + head) * per_head + slot * head_dim) * element, value, 1)
+
+    def write_kv(control: int, members: int, at: int, phase: int, layer: int, scratch: int) -> None:
+        frame = longs(at, FRAME_FIELDS)
+        row = claim(control, members, phase, 1)
+        while row < frame[Frame.ROWS]:
+            write_row(frame, layer, row)
+            row = claim(control, members, phase, 1)
+        meet(control, members)
+
+    return write_kv
+
+
+def make_attention(isa: Isa, shape: Shape) -> Kernel:
+    """Attention of every slice, its outputs stored as the next product's activations."""
+    head_dim, heads, kv_heads, block_size = shape.head_dim, shape.heads, shape.kv_heads, shape.block_size
+    group, half, query_size = heads // kv_heads, head_dim // 2, shape.query_size
+    tall = tall_rows(isa)
+    row_bytes = 4 * max(shape.hidden, shape.intermediate, head_dim)  # at the start of scratch, for the other phases
+    put = shape.put
+    token_bytes = 4 * padded_columns(shape.qkv_size, isa)
+    head_bytes = head_dim * block_size * shape.kv_bits // 8
+
+    @njit(nogil=True, error_model="numpy")
+    def attend_tile(frame: Any, layer: int, slice_: int, head: int, first: int, scratch: int) -> None:
+        start_row, end_row = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
+        start = longs(frame[Frame.POSITIONS] + 8 * start_row, 1)[0]
+        queries = (end_row - start_row) * group
+        window = longs(frame[Frame.WINDOWS], layer + 1)[layer]
+        qkv = frame[Frame.PRODUCT] + start_row * token_bytes + 4 * head * group * head_dim
+        q_norm = frame[Frame.QK_NORMS] + 4 * 2 * layer * head_dim
+        cos, sin = frame[Frame.COS] + 4 * start * half, frame[Frame.SIN] + 4 * start * half
+        table = frame[Frame.TABLES] + 4 * longs(frame[Frame.TABLE_STARTS], slice_ + 1)[slice_]
+        keys = frame[Frame.KV] + (2 * layer * kv_heads + head) * head_bytes
+        values = keys + kv_heads * head_bytes
+        block_bytes, room = frame[Frame.KV_BLOCK_BYTES], frame[Frame.SCRATCH_TOKENS]
+        arguments = (
+            first, queries, start, window, qkv, token_bytes, q_norm, cos, sin, table, keys, values, block_bytes,
+            scratch, room,
+        )  # fmt: skip
+        call_address(frame[Frame.ATTEND_TOKEN] if queries == group else frame[Frame.ATTEND_TILE], arguments)
+        x, scales, sums = frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS]
+        for query in range(first, min(first + (group if queries == group else tall), queries)):
+            k, row = (head * group + query % group) * head_dim, start_row + query // group
+            out = scratch + 4 * (query - first) * head_dim
+            put(out, head_dim, k, row, frame[Frame.TILE_ROWS], query_size, x, scales, sums)
+
+    def attend(control: int, members: int, at: int, phase: int, layer: int, scratch: int) -> None:
+        frame = longs(at, FRAME_FIELDS)
+        mine, item = claim(control, members, phase, 1), 0
+        for slice_ in range(frame[Frame.SLICES]):
+            first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
+            queries = (first_rows[1] - first_rows[0]) * group
+            tiles = 1 if queries == group else (queries + tall - 1) // tall
+            for tile in range(tiles - 1, -1, -1):  # the longest work first
+                for head in range(kv_heads):
+                    if item == mine:
+                        attend_tile(frame, layer, slice_, head, tile * tall, scratch + row_bytes)
+                        mine = claim(control, members, phase, 1)
+                    item += 1
+        meet(control, members)
+
+    return attend

@@ -1,0 +1,61 @@
+"""One step's batch as the arrays that the compiled step reads. Knows nothing of models."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from services.worker.engine.batcher import Batch
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """All slices of a step, flattened to T rows in slice order."""
+
+    tokens: Longs  # [T]
+    positions: Longs  # [T]
+    row_blocks: Longs  # [T]: the block that each row's key and value go to
+    first_rows: Longs  # [slices + 1]; the last is T
+    table_starts: Longs  # [slices]: where each one's block table begins in `tables`
+    tables: npt.NDArray[np.int32]
+    sampled_rows: Longs  # [slices that sample]
+    longest_context: int  # tokens
+
+
+def plan_step(batch: Batch, block_size: int) -> StepPlan:
+    """Flattens `batch`. Each slice's sequence must hold the blocks of all its positions up to the slice's end."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    row_blocks: list[int] = []
+    first_rows, table_starts = [0], []
+    tables: list[int] = []
+    sampled_rows: list[int] = []
+    longest = 0
+    for part in batch.slices:
+        start, end, blocks = part.start, part.start + part.length, part.sequence.blocks
+        if part.length == 1:
+            tokens.append(part.sequence.tokens[start])
+            positions.append(start)
+            row_blocks.append(blocks[start // block_size])
+        else:
+            tokens += part.sequence.tokens[start:end]
+            positions += range(start, end)
+            row_blocks += [blocks[position // block_size] for position in range(start, end)]
+        first_rows.append(len(tokens))
+        table_starts.append(len(tables))
+        tables += blocks[: (end - 1) // block_size + 1]
+        if part.samples:
+            sampled_rows.append(len(tokens) - 1)
+        longest = max(longest, end)
+    return StepPlan(
+        tokens=np.array(tokens, np.int64),
+        positions=np.array(positions, np.int64),
+        row_blocks=np.array(row_blocks, np.int64),
+        first_rows=np.array(first_rows, np.int64),
+        table_starts=np.array(table_starts, np.int64),
+        tables=np.array(tables, np.int32),
+        sampled_rows=np.array(sampled_rows, np.int64),
+        longest_context=longest,
+    )

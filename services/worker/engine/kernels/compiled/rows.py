@@ -1,0 +1,195 @@
+"""What is done to one row of activations at a time: norms, rotation, SwiGLU, and storing it as tiles read it.
+
+Plain loops over float32, which LLVM turns into vector code. Sums are reassociated, always in the same way.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import float32, int32, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from services.worker.engine.kernels.compiled.machine import (
+    float_bits,
+    float_of_bits,
+    load_float32,
+    store_float32,
+    store_int32,
+)
+from services.worker.engine.kernels.compiled.tiles import GROUP
+from services.worker.engine.kernels.compiled.vectors import (
+    F32,
+    I8,
+    I32,
+    I64,
+    Builder,
+    Value,
+    absolute,
+    at,
+    call,
+    larger,
+    largest_lane,
+    load,
+    pointer,
+    splat,
+    vector,
+)
+
+Floats = npt.NDArray[np.float32]
+
+_LOG2_E = float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = float32(0.693359375), float32(-2.12194440e-4)  # Cephes' expf splits ln 2 in two
+_LEAST, _MOST = float32(-87.0), float32(88.0)  # beyond, the exponent of e ** x leaves the range
+
+_RUN = 16  # numbers that are looked at together for the largest
+_FAST = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity stay what they are
+
+
+@njit(nogil=True, error_model="numpy", fastmath={"contract"})
+def exp(x: float) -> float:
+    """e ** x, x being cut to -87..88, within 2 units in the last place; Cephes' expf. exp(0) is 1 exactly."""
+    x = x if x > _LEAST else _LEAST
+    x = x if x < _MOST else _MOST
+    power = np.floor(x * _LOG2_E + float32(0.5))
+    r = x - power * _LN2_HIGH - power * _LN2_LOW
+    p = float32(1.9875691500e-4)
+    p = p * r + float32(1.3981999507e-3)
+    p = p * r + float32(8.3334519073e-3)
+    p = p * r + float32(4.1665795894e-2)
+    p = p * r + float32(1.6666665459e-1)
+    p = p * r + float32(5.0000001201e-1)
+    p = p * r * r + r + float32(1.0)
+    return p * float_of_bits((int32(power) + int32(127)) << int32(23))
+
+
+@njit(nogil=True, error_model="numpy", fastmath=_FAST)
+def add_norm(hidden: Floats, delta: Floats, weight: Floats, eps: float, out: Floats) -> None:
+    """hidden += delta; out = hidden / rms(hidden) * weight, over len(hidden). Zhang & Sennrich 2019."""
+    squares = float32(0.0)
+    for i in range(len(hidden)):
+        hidden[i] += delta[i]
+        squares += hidden[i] * hidden[i]
+    scale = float32(1.0) / np.sqrt(squares / float32(len(hidden)) + float32(eps))
+    for i in range(len(hidden)):
+        out[i] = hidden[i] * scale * weight[i]
+
+
+@njit(nogil=True, error_model="numpy", fastmath=_FAST)
+def norm(x: Floats, weight: Floats, eps: float) -> None:
+    """x = x / rms(x) * weight, in place."""
+    squares = float32(0.0)
+    for i in range(len(x)):
+        squares += x[i] * x[i]
+    scale = float32(1.0) / np.sqrt(squares / float32(len(x)) + float32(eps))
+    for i in range(len(x)):
+        x[i] = x[i] * scale * weight[i]
+
+
+@njit(nogil=True, error_model="numpy", fastmath=_FAST)
+def rotate(x: Floats, cos: Floats, sin: Floats) -> None:
+    """Rotary embedding in place; element i goes with i + len(x) / 2. cos and sin: len(x) / 2. Su et al. 2021."""
+    half = len(cos)
+    for i in range(half):
+        a, b = x[i], x[i + half]
+        x[i] = a * cos[i] - b * sin[i]
+        x[i + half] = b * cos[i] + a * sin[i]
+
+
+@njit(nogil=True, error_model="numpy", fastmath=_FAST)
+def swiglu(gate: Floats, up: Floats, out: Floats) -> None:
+    """out = silu(gate) * up. Shazeer 2020."""
+    for i in range(len(out)):
+        out[i] = gate[i] / (float32(1.0) + exp(-gate[i])) * up[i]
+
+
+@njit(nogil=True, error_model="numpy")
+def bfloat16_bits(x: float) -> Any:
+    """The nearest bfloat16 as uint16, ties to even; NaN stays NaN."""
+    if x != x:
+        return np.uint16(0x7FC0)
+    bits = float_bits(x)
+    return np.uint16(((bits + int32(0x7FFF) + ((bits >> int32(16)) & int32(1))) >> int32(16)) & int32(0xFFFF))
+
+
+@intrinsic
+def quantize_group(_: Any, values: Any, out: Any, word_stride: Any) -> Any:
+    """GROUP float32 at an address as signed bytes, 4 in each word at `out`, words `word_stride` bytes apart.
+
+    Returns the scale, a 127th of the largest magnitude, and the sum of the bytes.
+    """
+
+    def generate(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
+        values, out, word_stride = arguments
+        x = load(builder, pointer(builder, values), F32, GROUP)
+        largest = largest_lane(builder, absolute(builder, x))
+        zero, most = ir.Constant(F32, 0.0), ir.Constant(F32, 127.0)
+        inverse = builder.select(builder.fcmp_ordered(">", largest, zero), builder.fdiv(most, largest), zero)
+        scaled = builder.fmul(x, splat(builder, inverse, GROUP))
+        rounded = call(builder, f"llvm.rint.v{GROUP}f32", scaled.type, [scaled])
+        numbers = builder.fptosi(rounded, vector(I32, GROUP))
+        total = call(builder, f"llvm.vector.reduce.add.v{GROUP}i32", I32, [numbers])
+        words = builder.bitcast(builder.trunc(numbers, vector(I8, GROUP)), vector(I32, GROUP // 4))
+        for word in range(GROUP // 4):
+            where = at(builder, pointer(builder, out), builder.mul(word_stride, I64(word)))
+            builder.store(builder.extract_element(words, I32(word)), where, align=4)
+        scale = builder.fdiv(largest, most)
+        return context.make_tuple(builder, signature.return_type, [scale, total])
+
+    return types.Tuple((types.float32, types.int32))(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def largest_of(_: Any, values: Any, count: Any) -> Any:
+    """The largest of `count` float32, a positive multiple of _RUN, at an address."""
+
+    def generate(_: Any, builder: Builder, __: Any, arguments: Any) -> Value:
+        values, count = arguments
+        first = pointer(builder, values)
+        largest = cgutils.alloca_once_value(builder, load(builder, first, F32, _RUN))
+        with cgutils.for_range(builder, builder.udiv(count, I64(_RUN)), intp=I64) as loop:
+            x = load(builder, at(builder, first, builder.mul(loop.index, I64(4 * _RUN))), F32, _RUN)
+            builder.store(larger(builder, x, builder.load(largest)), largest)
+        return largest_lane(builder, builder.load(largest))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@njit(nogil=True, error_model="numpy")
+def largest(values: int, count: int) -> float:
+    """The largest of `count` (at least 1) float32 at an address."""
+    whole = count // _RUN * _RUN
+    found = largest_of(values, whole) if whole else load_float32(values)
+    for i in range(whole, count):
+        found = max(found, load_float32(values + 4 * i))
+    return found
+
+
+@njit(nogil=True, error_model="numpy")
+def put_floats(values: int, count: int, first_k: int, row: int, rows: int, depth: int, x: int, _: int, __: int) -> None:
+    """Stores `count` float32 at address `values` as tiles read them, from `first_k` of row `row` of `depth` k.
+
+    `rows` rows stand side by side in a tile; `x` is the address of the first tile.
+    """
+    to = x + 4 * (row // rows * depth * rows + row % rows + first_k * rows)
+    for k in range(count):
+        store_float32(to + 4 * k * rows, load_float32(values + 4 * k))
+
+
+@njit(nogil=True, error_model="numpy")
+def put_bytes(
+    values: int, count: int, first_k: int, row: int, rows: int, depth: int, x: int, scales: int, sums: int
+) -> None:
+    """As `put_floats`, but quantized; `count` and `first_k` are multiples of GROUP.
+
+    `scales` and `sums` are the addresses of each group's scale and sum of bytes, as `integer_panels` wants them.
+    """
+    tile, within = row // rows, row % rows
+    to = x + (tile * depth + first_k) * rows + 4 * within
+    place = 4 * ((tile * (depth // GROUP) + first_k // GROUP) * rows + within)
+    for group in range(count // GROUP):
+        scale, total = quantize_group(values + 4 * GROUP * group, to + group * GROUP * rows, 4 * rows)
+        store_float32(scales + place + 4 * group * rows, scale)
+        store_int32(sums + place + 4 * group * rows, total)

@@ -1,0 +1,96 @@
+"""Threads that run one compiled function together, phase after phase, without Python's lock.
+
+A phase's work is a number of items that threads claim by an atomic counter, so that a thread that the system holds up
+takes fewer; a barrier ends the phase. Between steps the helpers wait on a semaphore and take no processor time.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from services.worker.engine.kernels.compiled.machine import (
+    SEMAPHORE_BYTES,
+    atomic_add,
+    atomic_load,
+    longs,
+    pause,
+    semaphore_post,
+    semaphore_wait,
+    yield_processor,
+)
+
+_LINE = 8  # int64s in a cache line: what threads write often lies apart
+_ARRIVED, _GENERATION, _STOPPED, _SEMAPHORES = 0, _LINE, 2 * _LINE, 3 * _LINE
+# A barrier is mostly met within microseconds. Then the processor is left to whoever needs it: another thread of the
+# team may be waiting for just that.
+_SPINS = 100
+
+
+def new_control(members: int, phases: int) -> npt.NDArray[np.int64]:
+    """The shared words of a team: barrier, semaphores, and a counter per phase, all zero (as sem_init leaves one).
+
+    The functions of this module take the address of its first.
+    """
+    return np.zeros(_counters(members) + phases * _LINE, np.int64)
+
+
+@njit(nogil=True, error_model="numpy", inline="never")
+def _counters(members: int) -> int:
+    return _SEMAPHORES + members * (SEMAPHORE_BYTES // 8 + _LINE)
+
+
+@njit(nogil=True, error_model="numpy")
+def claim(control: int, members: int, phase: int, amount: int) -> int:
+    """The first of `amount` items of a phase that are now this thread's; it may lie beyond the last item."""
+    return atomic_add(control + 8 * (_counters(members) + phase * _LINE), amount)
+
+
+@njit(nogil=True, error_model="numpy")
+def meet(control: int, members: int) -> None:
+    """Returns when all members have called it."""
+    if members == 1:
+        return
+    arrived, generation = control + 8 * _ARRIVED, control + 8 * _GENERATION
+    before = atomic_load(generation)
+    if atomic_add(arrived, 1) == members - 1:
+        atomic_add(arrived, -members)
+        atomic_add(generation, 1)
+        return
+    spins = 0
+    while atomic_load(generation) == before:
+        spins += 1
+        if spins < _SPINS:
+            pause()
+        else:
+            yield_processor()
+
+
+@njit(nogil=True, error_model="numpy")
+def start(control: int, members: int, phases: int) -> None:
+    """Begins a step: counters to zero, helpers awake."""
+    counters = longs(control + 8 * _counters(members), phases * _LINE)
+    for phase in range(phases):
+        counters[phase * _LINE] = 0
+    for rank in range(1, members):
+        semaphore_post(_semaphore(control, rank))
+
+
+@njit(nogil=True, error_model="numpy")
+def await_start(control: int, rank: int) -> bool:
+    """Waits for the next step; False when there will be none."""
+    while semaphore_wait(_semaphore(control, rank)) != 0:  # a signal's handler ended the wait
+        pass
+    return atomic_load(control + 8 * _STOPPED) == 0
+
+
+@njit(nogil=True, error_model="numpy")
+def stop(control: int, members: int) -> None:
+    """Ends the helpers that wait for a step."""
+    atomic_add(control + 8 * _STOPPED, 1)
+    for rank in range(1, members):
+        semaphore_post(_semaphore(control, rank))
+
+
+@njit(nogil=True, error_model="numpy")
+def _semaphore(control: int, rank: int) -> int:
+    return control + 8 * (_SEMAPHORES + rank * (SEMAPHORE_BYTES // 8 + _LINE))

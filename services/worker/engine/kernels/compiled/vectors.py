@@ -1,0 +1,80 @@
+"""LLVM vector code in Python: the few operations that tiles are written with. Knows nothing of matrices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import llvmlite.ir as ir
+
+Builder = Any  # llvmlite is untyped
+Value = Any
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+POINTER = ir.PointerType()
+
+
+def vector(element: Any, lanes: int) -> Any:
+    return ir.VectorType(element, lanes)
+
+
+def constant(element: Any, lanes: int, value: float) -> Value:
+    """A vector of `lanes` equal elements."""
+    return ir.Constant(vector(element, lanes), [value] * lanes)
+
+
+def at(builder: Builder, base: Value, byte_offset: Value) -> Value:
+    """The pointer `byte_offset` after `base`."""
+    return builder.gep(base, [byte_offset], source_etype=I8)
+
+
+def pointer(builder: Builder, address: Value) -> Value:
+    return builder.inttoptr(address, POINTER)
+
+
+def load(builder: Builder, where: Value, element: Any, lanes: int) -> Value:
+    """A vector from memory that need not be aligned beyond its elements."""
+    return builder.load(where, typ=vector(element, lanes), align=max(1, _bytes(element)))
+
+
+def splat(builder: Builder, scalar: Value, lanes: int) -> Value:
+    """The scalar in every lane."""
+    kind = vector(scalar.type, lanes)
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, I32(0))
+    return builder.shuffle_vector(first, undefined, constant(I32, lanes, 0))
+
+
+def load_splat(builder: Builder, where: Value, element: Any, lanes: int) -> Value:
+    return splat(builder, builder.load(where, typ=element, align=_bytes(element)), lanes)
+
+
+def call(builder: Builder, name: str, result: Any, arguments: Sequence[Value]) -> Value:
+    """Calls an LLVM intrinsic or a C function by name."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = ir.Function(builder.module, kind, name)
+    return builder.call(function, arguments)
+
+
+def multiply_add(builder: Builder, a: Value, b: Value, c: Value) -> Value:
+    """a * b + c for float32 vectors; one instruction, rounded once, where the machine has it."""
+    return call(builder, f"llvm.fmuladd.v{a.type.count}f32", a.type, [a, b, c])
+
+
+def absolute(builder: Builder, x: Value) -> Value:
+    bits = builder.bitcast(x, vector(I32, x.type.count))
+    return builder.bitcast(builder.and_(bits, constant(I32, x.type.count, 0x7FFFFFFF)), x.type)
+
+
+def larger(builder: Builder, x: Value, y: Value) -> Value:
+    """The larger of each lane; y where either is NaN."""
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def largest_lane(builder: Builder, x: Value) -> Value:
+    return call(builder, f"llvm.vector.reduce.fmax.v{x.type.count}f32", F32, [x])
+
+
+def _bytes(element: Any) -> int:
+    return {I8: 1, I16: 2, F16: 2, I32: 4, F32: 4}[element]

@@ -1,0 +1,233 @@
+"""The fastest path on a CPU: a Llama-shaped model whose whole step is one compiled function.
+
+Knows how a step's arrays are laid out for it; the arithmetic is in `kernels.compiled`.
+"""
+
+import ctypes
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from services.worker.engine.batcher import Batch
+from services.worker.engine.kernels.compiled.attention import MAX_BLOCKS
+from services.worker.engine.kernels.compiled.frame import NO_WINDOW, Frame, Shape, scratch_bytes
+from services.worker.engine.kernels.compiled.isa import Isa
+from services.worker.engine.kernels.compiled.library import Library, compiled_library
+from services.worker.engine.kernels.compiled.linear import TALLEST, tile_rows
+from services.worker.engine.kernels.compiled.packing import aligned_zeros, padded_columns
+from services.worker.engine.kernels.compiled.plan import StepPlan, plan_step
+from services.worker.engine.kernels.compiled.step import make_kernels
+from services.worker.engine.kernels.compiled.team import new_control, stop
+from services.worker.engine.kernels.compiled.tiles import GROUP
+from services.worker.engine.kernels.paged_kv import PagedKV
+from services.worker.engine.model.interface import ModelFacts, Quantization
+from services.worker.engine.model.llama_config import LlamaConfig
+from services.worker.engine.model.packed_weights import PackedWeights, read_packed_weights, weight_bits
+from services.worker.engine.model.rope import inverse_frequencies
+
+Floats = npt.NDArray[np.float32]
+_FEWEST_POSITIONS = 1024  # for which cosines are kept from the start
+
+
+class CompiledLlama:
+    """Fulfills `CausalModel`."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: PackedWeights,
+        isa: Isa,
+        shape: Shape,
+        library: Library,
+        *,
+        dtype: torch.dtype,
+        quantize: Quantization,
+        threads: int,
+    ) -> None:
+        self._block_size = shape.block_size
+        self._step = _Step(config, weights, isa, shape, library, threads)
+        self._facts = ModelFacts(
+            implementation="compiled",
+            vocabulary_size=config.vocabulary_size,
+            max_context_tokens=config.max_context_tokens,
+            layer_shapes=config.layer_shapes,
+            weight_bytes=weights.nbytes,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            quantization=quantize,
+            instruction_set=isa.name,
+        )
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self._facts
+
+    def forward(self, batch: Batch, kv: PagedKV) -> Tensor:
+        if kv.block_size != self._block_size:
+            raise ValueError(f"compiled for blocks of {self._block_size} tokens, not of {kv.block_size}")
+        return torch.from_numpy(self._step.run(plan_step(batch, kv.block_size), kv))
+
+
+class _Step:
+    """The compiled function, the threads that run it, and the memory it works in."""
+
+    def __init__(
+        self, config: LlamaConfig, weights: PackedWeights, isa: Isa, shape: Shape, library: Library, threads: int
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._isa = isa
+        self._threads = threads
+        self._shape = shape
+        self._library = library
+        self._frame = np.zeros(len(Frame), np.int64)
+        self._control = new_control(threads, shape.phases)
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim)
+        self._kept: dict[Frame, npt.NDArray[np.generic]] = {}  # what the frame's addresses point at
+        self._function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(library.addresses["RUN"])
+        self._rows = self._sampled = self._context = 0  # that there is room for
+        self._set_constants()
+        for name, address in library.addresses.items():
+            if name in Frame.__members__:
+                self._frame[Frame[name]] = address
+        self._logits = np.empty((0, 0), np.float32)
+        helpers = [self._start_helper(rank) for rank in range(1, threads)]
+        weakref.finalize(self, _dismiss, self._control, helpers, (self._frame, library)).atexit = False
+
+    def run(self, plan: StepPlan, kv: PagedKV) -> Floats:
+        """float32 [rows that sample, vocabulary], overwritten by the next step."""
+        self._reserve(len(plan.tokens), len(plan.sampled_rows), plan.longest_context)
+        self._place(plan)
+        self._frame[Frame.KV], self._frame[Frame.KV_BLOCK_BYTES] = kv.storage.data_ptr(), kv.block_bytes
+        self._function(0, self._threads, self._control.ctypes.data, self._frame.ctypes.data)
+        return self._logits[: len(plan.sampled_rows), : self._config.vocabulary_size]
+
+    def _start_helper(self, rank: int) -> threading.Thread:
+        arguments = (rank, self._threads, self._control.ctypes.data, self._frame.ctypes.data)
+        helper = threading.Thread(target=self._function, args=arguments, name=f"kernel-{rank}", daemon=True)
+        helper.start()
+        return helper
+
+    def _place(self, plan: StepPlan) -> None:
+        frame, rows, sampled = self._frame, len(plan.tokens), len(plan.sampled_rows)
+        frame[Frame.ROWS], frame[Frame.TILE_ROWS] = rows, tile_rows(self._isa, rows)
+        frame[Frame.SLICES] = len(plan.first_rows) - 1
+        frame[Frame.SAMPLED], frame[Frame.SAMPLED_TILE_ROWS] = sampled, tile_rows(self._isa, max(sampled, 1))
+        self._keep(Frame.TOKENS, plan.tokens)
+        self._keep(Frame.POSITIONS, plan.positions)
+        self._keep(Frame.ROW_BLOCKS, plan.row_blocks)
+        self._keep(Frame.FIRST_ROWS, plan.first_rows)
+        self._keep(Frame.TABLE_STARTS, plan.table_starts)
+        self._keep(Frame.TABLES, plan.tables)
+        self._keep(Frame.SAMPLED_ROWS, plan.sampled_rows)
+
+    def _keep(self, field: Frame, array: npt.NDArray[np.generic]) -> None:
+        self._kept[field] = array
+        self._frame[field] = array.ctypes.data
+
+    def _set_constants(self) -> None:
+        weights, config = self._weights, self._config
+        linears = np.zeros((len(weights.linears), 3), np.int64)
+        for row, linear, bias in zip(linears, weights.linears, weights.biases, strict=True):
+            row[:] = linear.words.ctypes.data, linear.scales.ctypes.data, 0 if bias is None else bias.ctypes.data
+        self._keep(Frame.LINEARS, linears)
+        self._keep(Frame.EMBEDDING, weights.embedding)
+        self._keep(Frame.NORMS, weights.norms)
+        self._keep(Frame.QK_NORMS, weights.qk_norms)
+        windows = [NO_WINDOW if window is None else window for window in config.windows]
+        self._keep(Frame.WINDOWS, np.array(windows, np.int64))
+
+    def _reserve(self, rows: int, sampled: int, context: int) -> None:
+        """Makes room for a step of this size."""
+        if rows > self._rows or sampled > self._sampled:
+            self._rows, self._sampled = _room(rows, self._rows), _room(sampled, self._sampled)
+            self._reserve_rows(self._rows + TALLEST)
+            self._logits = self._room_for(Frame.LOGITS, self._sampled + TALLEST, self._shape.vocabulary)
+        if context > self._context:
+            self._context = min(_room(context, max(self._context, _FEWEST_POSITIONS)), self._config.max_context_tokens)
+            self._reserve_context(self._context)
+
+    def _reserve_rows(self, rows: int) -> None:
+        shape = self._shape
+        deepest = max(shape.hidden, shape.intermediate, shape.query_size)
+        self._keep(Frame.HIDDEN, aligned_zeros((rows, shape.hidden), np.float32))
+        self._room_for(Frame.DELTA, rows, shape.hidden)
+        self._room_for(Frame.PRODUCT, rows, max(shape.qkv_size, 2 * shape.intermediate))
+        self._keep(Frame.X, aligned_zeros((rows, deepest), np.float32))
+        for field in (Frame.X_SCALES, Frame.X_SUMS):
+            self._keep(field, aligned_zeros((rows, deepest // GROUP + 1), np.float32))
+
+    def _room_for(self, field: Frame, rows: int, columns: int) -> Floats:
+        """Memory for a product of `columns` columns."""
+        out = aligned_zeros((rows, padded_columns(columns, self._isa)), np.float32)
+        self._keep(field, out)
+        return out
+
+    def _reserve_context(self, context: int) -> None:
+        angles = torch.arange(context)[:, None].float() * self._frequencies
+        self._keep(Frame.COS, angles.cos().numpy())
+        self._keep(Frame.SIN, angles.sin().numpy())
+        # Scores are written block by block, for several blocks at once.
+        tokens = context + (MAX_BLOCKS + 1) * self._shape.block_size
+        size = -(-scratch_bytes(self._isa, self._shape, tokens) // 64) * 64
+        self._keep(Frame.SCRATCH, aligned_zeros((self._threads, size), np.uint8))
+        self._frame[Frame.SCRATCH_BYTES], self._frame[Frame.SCRATCH_TOKENS] = size, tokens
+
+
+def _dismiss(control: npt.NDArray[np.int64], helpers: list[threading.Thread], _: object) -> None:
+    """Ends the helpers, which need all of the arguments until they are gone."""
+    stop(control.ctypes.data, len(helpers) + 1)
+    for helper in helpers:
+        helper.join()
+
+
+def _room(needed: int, present: int) -> int:
+    """At least doubled when it does not suffice, so that it seldom has to be."""
+    return present if needed <= present else max(needed, 2 * present)
+
+
+def load_compiled_llama(
+    folder: Path,
+    config: LlamaConfig,
+    isa: Isa,
+    dtype: torch.dtype,
+    quantize: Quantization,
+    *,
+    block_size: int,
+    threads: int,
+    kernels: Path | None,
+) -> CompiledLlama:
+    """Reads the checkpoint while the kernels are compiled, or loaded from the folder `kernels`."""
+    shape = _shape(config, dtype, quantize, block_size)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="compiler") as compiler:
+        library = compiler.submit(compiled_library, lambda: make_kernels(isa, shape), f"{isa} {shape}", kernels)
+        weights = read_packed_weights(folder, config, isa, dtype, quantize)
+        return CompiledLlama(
+            config, weights, isa, shape, library.result(), dtype=dtype, quantize=quantize, threads=threads
+        )
+
+
+def _shape(config: LlamaConfig, dtype: torch.dtype, quantize: Quantization, block_size: int) -> Shape:
+    of_layers, of_head = weight_bits(dtype, quantize)
+    return Shape(
+        layers=config.layers,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        vocabulary=config.vocabulary_size,
+        eps=config.norm_eps,
+        qk_norm=config.qk_norm,
+        block_size=block_size,
+        weight_bits=of_layers,
+        head_bits=of_head,
+        kv_bits=8 * dtype.itemsize,
+        embedding_bits=8 * dtype.itemsize,
+    )

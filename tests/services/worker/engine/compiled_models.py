@@ -1,0 +1,238 @@
+"""Compiled models and their exact twins in plain torch, and the steps by which tests compare them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from services.worker.engine.batcher import Batch, Slice
+from services.worker.engine.kernels.compiled.isa import Isa, choose_isa
+from services.worker.engine.kernels.compiled.packing import Arena, pack, packed_bytes, unpack
+from services.worker.engine.kernels.compiled.tiles import GROUP
+from services.worker.engine.kernels.paged_kv import LayerKV, PagedKV
+from services.worker.engine.kernels.plain import PlainKernels
+from services.worker.engine.kernels.step_inputs import StepInputs
+from services.worker.engine.model.checkpoint import read_config
+from services.worker.engine.model.compiled_llama import CompiledLlama, load_compiled_llama
+from services.worker.engine.model.interface import CausalModel, Quantization
+from services.worker.engine.model.llama import LlamaModel, load_llama
+from services.worker.engine.model.llama_config import parse_llama_config
+from services.worker.engine.sequence import SamplingParams, StopParams
+from services.worker.engine.sequence import Sequence as EngineSequence
+
+BLOCK_SIZE = 16
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How a compiled model keeps its weights."""
+
+    dtype: torch.dtype
+    quantize: Quantization = "none"
+
+    @property
+    def bits(self) -> int:
+        return {"int8": 8, "int4": 4}.get(self.quantize, 8 * self.dtype.itemsize)
+
+
+PRECISIONS = {
+    "float32": Precision(torch.float32),
+    "bfloat16": Precision(torch.bfloat16),
+    "int8": Precision(torch.float32, "int8"),
+    "int4": Precision(torch.float32, "int4"),
+    "int4 bfloat16": Precision(torch.bfloat16, "int4"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence's work: the prompt up to each of `cuts` at a time, then a token per step until all are computed."""
+
+    tokens: list[int]
+    cuts: tuple[int, ...]  # ascending; the last is the prompt's length
+    begins: int = 0  # at which step
+
+
+def load_compiled(
+    folder: Path, precision: Precision, *, kernels: Path | None = None, threads: int = 2
+) -> CompiledLlama:
+    config = parse_llama_config(read_config(folder))
+    return load_compiled_llama(
+        folder,
+        config,
+        choose_isa(),
+        precision.dtype,
+        precision.quantize,
+        block_size=BLOCK_SIZE,
+        threads=threads,
+        kernels=kernels,
+    )
+
+
+def load_twin(folder: Path, precision: Precision, scratch: Path) -> LlamaModel:
+    """The plain float32 model that does the same arithmetic; `scratch` is an empty folder for its weights.
+
+    Its weights are those that the compiled one's stand for. Where these are quantized, so are its activations. Its pool
+    is to have the compiled one's type.
+    """
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: _as_kept(name, each, precision) for name, each in weights.items()}, scratch / "model.safetensors")
+    (scratch / "config.json").write_bytes((folder / "config.json").read_bytes())
+    kernels = TwinKernels() if precision.quantize == "none" else EightBitKernels()
+    return load_llama(scratch, parse_llama_config(read_config(scratch)), kernels, torch.float32, CPU)
+
+
+def _as_kept(name: str, weight: Tensor, precision: Precision) -> Tensor:
+    """What the compiled model makes of a weight: norms and biases stay, the embedding is but rounded."""
+    if weight.ndim == 1:
+        return weight
+    if name == "model.embed_tokens.weight":
+        return weight.to(precision.dtype).float()
+    bits = max(precision.bits, 8) if name == "lm_head.weight" else precision.bits
+    isa = Isa("avx512", lanes=16, accumulators=24, vnni=True)  # any, since none changes the values
+    return unpack(pack(weight, bits, isa, Arena(packed_bytes(*weight.shape, bits, isa))), *weight.shape).clone()
+
+
+class TwinKernels(PlainKernels):
+    """Plain kernels that compute in float32 whatever the pool's type is."""
+
+    def attend(
+        self,
+        query: Tensor,
+        layer: LayerKV,
+        step: StepInputs,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        wide = LayerKV(layer.key.float(), layer.value.float())
+        return super().attend(query, wide, step, scale=scale, window=window, softcap=softcap)
+
+    def write_kv(self, key: Tensor, value: Tensor, layer: LayerKV, step: StepInputs) -> None:
+        super().write_kv(key.to(layer.key.dtype), value.to(layer.value.dtype), layer, step)
+
+
+class EightBitKernels(TwinKernels):
+    """What enters a product with quantized weights is rounded to 8 bits. For models without norms of heads."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return to_eight_bits(super().rms_norm(x, weight, eps))
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return to_eight_bits(super().swiglu(gate_up))
+
+    def attend(
+        self,
+        query: Tensor,
+        layer: LayerKV,
+        step: StepInputs,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        return to_eight_bits(super().attend(query, layer, step, scale=scale, window=window, softcap=softcap))
+
+
+def to_eight_bits(x: Tensor) -> Tensor:
+    """Each group's nearest of 255 evenly spaced values up to its largest magnitude."""
+    groups = x.unflatten(-1, (-1, GROUP))
+    step = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return ((groups / step).round() * step).flatten(-2)
+
+
+class Pool:
+    """KV blocks for one model, handed out in random order."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        *,
+        dtype: torch.dtype | None = None,
+        blocks: int = 64,
+        fill: float = 0.0,
+        seed: int = 1,
+    ) -> None:
+        self.kv = PagedKV(model.facts.layer_shapes, blocks, BLOCK_SIZE, dtype or model.facts.dtype, CPU)
+        if fill:
+            self.kv.storage.fill_(fill)
+        self._free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def take(self, count: int) -> list[int]:
+        return [self._free.pop() for _ in range(count)]
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job under way."""
+
+    job: Job
+    sequence: EngineSequence
+    logits: list[Tensor]
+    computed: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.computed == len(self.job.tokens)
+
+    def next_slice(self) -> Slice:
+        start = self.computed
+        end = next((cut for cut in self.job.cuts if cut > start), start + 1)
+        # A sequence holds its whole prompt from the start, and then what has been generated.
+        known = max(end, self.job.cuts[-1])
+        self.sequence.tokens += self.job.tokens[len(self.sequence.tokens) : known]
+        self.computed = end
+        return Slice(self.sequence, start, end - start)
+
+
+@torch.inference_mode()
+def serve(model: CausalModel, pool: Pool, jobs: Sequence[Job]) -> list[Tensor]:
+    """All jobs together; for each the logits [tokens after the prompt + 1, vocabulary] that it sampled from."""
+    running = [_start(job, pool) for job in jobs]
+    step = 0
+    while not all(each.finished for each in running):
+        active = [each for each in running if each.job.begins <= step and not each.finished]
+        pieces = sorted(((each.next_slice(), each) for each in active), key=lambda pair: pair[0].length > 1)
+        if pieces:
+            logits = model.forward(Batch(tuple(piece for piece, _ in pieces)), pool.kv).clone()
+            sampling = [each for piece, each in pieces if piece.samples]
+            assert len(logits) == len(sampling)
+            for each, row in zip(sampling, logits, strict=True):
+                each.logits.append(row)
+        step += 1
+    return [torch.stack(each.logits) for each in running]
+
+
+def _start(job: Job, pool: Pool) -> _Running:
+    prompt = job.tokens[: job.cuts[-1]]
+    sequence = EngineSequence("key", list(prompt), len(prompt), SamplingParams(), StopParams(max_tokens=1000))
+    sequence.blocks = pool.take(-(-len(job.tokens) // BLOCK_SIZE))
+    return _Running(job, sequence, [])
+
+
+def random_tokens(length: int, *, seed: int, vocabulary: int = 99) -> list[int]:
+    return torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def mixed_jobs() -> list[Job]:
+    """Decodes beside prefills in chunks that start before, at and inside a block's end, and more rows than a tile."""
+    shapes: list[tuple[int, tuple[int, ...], int]] = [
+        (9, (1,), 0),
+        (40, (16, 32), 0),
+        (60, (5, 23, 52), 1),
+        (97, (90,), 2),
+        (31, (15, 17, 30), 2),
+        (22, (21,), 4),
+    ]
+    return [Job(random_tokens(size, seed=size), cuts, begins) for size, cuts, begins in shapes]
+
+
+def relative_errors(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    """Of each row of logits, the norm of its error by its own; ascending."""
+    rows, exact = torch.cat(list(ours)), torch.cat(list(expected))
+    return ((rows - exact).norm(dim=-1) / exact.norm(dim=-1)).sort().values

@@ -1,0 +1,75 @@
+"""Compiles a model for one instruction set and prints what came of it as JSON; a process has but one set.
+
+Usage: python -m tests.services.worker.engine.kernels.compiled.isa_program NAME MODEL_FOLDER
+"""
+
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from services.worker.engine.model.loading import load_model
+
+LOADED: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "float32", "quantize": "int8"},
+    "int4 bfloat16": {"dtype": "bfloat16", "quantize": "int4"},
+}
+
+
+def main(name: Any, folder: Path) -> None:
+    results = {}
+    for precision, settings in LOADED.items():
+        model = load_model(folder, implementation="compiled", instruction_set=name, **settings)
+        results[precision] = {
+            "instruction_set": model.facts.instruction_set,
+            **compare(model, folder, precision),
+            **instructions(model),
+        }
+    print(json.dumps(results))
+
+
+def compare(model: Any, folder: Path, precision: str) -> dict[str, Any]:
+    """With the twin, and with itself when nothing is computed together."""
+    # The model's own loading must have been first to define something to compile.
+    from tests.services.worker.engine.compiled_models import (
+        PRECISIONS,
+        Job,
+        Pool,
+        load_twin,
+        mixed_jobs,
+        relative_errors,
+        serve,
+    )
+
+    with tempfile.TemporaryDirectory() as scratch:
+        twin = load_twin(folder, PRECISIONS[precision], Path(scratch))
+        expected = serve(twin, Pool(twin, dtype=model.facts.dtype), mixed_jobs())
+    logits = serve(model, Pool(model), mixed_jobs())
+    alone = [serve(model, Pool(model), [Job(job.tokens, job.cuts[-1:])])[0] for job in mixed_jobs()]
+    errors = relative_errors(logits, expected)
+    return {
+        "best error": errors.quantile(0.1).item(),
+        "worst error": errors.max().item(),
+        "invariant": all(ours.equal(theirs) for ours, theirs in zip(logits, alone, strict=True)),
+    }
+
+
+def instructions(model: Any) -> dict[str, Any]:
+    """Counts of the vector registers and of some instructions in the machine code of all kernels."""
+    assembly = "\n".join(kernel._library.get_asm_str() for kernel in model._step._library.keeps)
+    registers = Counter(re.findall(r"%([xyz]mm)\d", assembly))
+    # Instructions of AVX and later begin with v.
+    return {
+        **registers,
+        "avx": len(re.findall(r"^\s+v[a-z0-9]+\s", assembly, re.M)),
+        "dots": assembly.count("vpdpbusd"),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

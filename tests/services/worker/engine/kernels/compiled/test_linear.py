@@ -1,0 +1,202 @@
+"""Matrix products against exact arithmetic on the same numbers."""
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from services.worker.engine.kernels.compiled.linear import TALLEST, make_linear, tile_rows
+from services.worker.engine.kernels.compiled.packing import (
+    Arena,
+    PackedLinear,
+    aligned_zeros,
+    pack,
+    packed_bytes,
+    padded_columns,
+    quantize_bytes,
+    quantize_nibbles,
+    unpack,
+)
+from services.worker.engine.kernels.compiled.team import new_control
+from services.worker.engine.kernels.compiled.tiles import GROUP
+from tests.services.worker.engine.kernels.compiled.calling import ISA, compiled
+
+BITS = (32, 16, 8, 4)
+HEIGHTS = sorted({tile_rows(ISA, rows) for rows in range(1, 50)})
+ULP = 2.0**-24  # half a unit in the last place of a float32, relative
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Random factors: x [rows, depth], weight [columns, depth], and perhaps a bias."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def random_product(rows: int, columns: int, depth: int, *, biased: bool = False, seed: int = 0) -> Product:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, depth, generator=generator) * 3
+    weight = torch.randn(columns, depth, generator=generator) * 0.2
+    return Product(x, weight, torch.randn(columns, generator=generator) if biased else None)
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Signed bytes [rows, depth], ties to even, and the scale, a 127th of the largest, of each group."""
+    groups = x.unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
+    return (groups * inverse).round().to(torch.int8).flatten(1), (largest / 127.0).squeeze(-1)
+
+
+def in_tiles(x: Tensor, height: int) -> Tensor:
+    """[rows, n, ...] as [tiles, n, height, ...], missing rows zero."""
+    missing = x.new_zeros(-len(x) % height, *x.shape[1:])
+    return torch.cat((x, missing)).unflatten(0, (-1, height)).transpose(1, 2).contiguous()
+
+
+def activations(x: Tensor, bits: int, height: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, scales and sums as the kernel reads them."""
+    if bits not in (4, 8):
+        return in_tiles(x, height), torch.zeros(1), torch.zeros(1)
+    numbers, scales = quantized(x)
+    sums = numbers.unflatten(1, (-1, GROUP)).sum(-1, dtype=torch.int32)
+    return in_tiles(numbers.unflatten(1, (-1, 4)), height), in_tiles(scales, height), in_tiles(sums, height)
+
+
+def packed(weight: Tensor, bits: int) -> PackedLinear:
+    return pack(weight, bits, ISA, Arena(packed_bytes(*weight.shape, bits, ISA)))
+
+
+def multiply(product: Product, weights: PackedLinear, *, height: int, members: int = 1) -> Floats:
+    """The kernel's product, [rows, columns], by so many threads."""
+    rows, columns = len(product.x), len(product.weight)
+    width, tiles = padded_columns(columns, ISA), -(-rows // height)
+    x, scales, sums = (part.numpy() for part in activations(product.x, weights.bits, height))
+    bias = np.zeros(0, np.float32)
+    if product.bias is not None:
+        bias = np.zeros(width, np.float32)
+        bias[:columns] = product.bias.numpy()
+    out = aligned_zeros((tiles * height, width), np.float32)
+    out[:] = np.nan
+    control = new_control(members, 1)
+    kernel = compiled(make_linear, weights.bits)
+
+    def work() -> None:
+        kernel(
+            control, members, 0, tiles, height, product.x.shape[1], x, scales, sums, weights.words, weights.scales,
+            bias if len(bias) else 0, width // ISA.panel_columns, out, out.strides[0],
+        )  # fmt: skip
+
+    helpers = [threading.Thread(target=work) for _ in range(members - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+    return out[:rows, :columns].copy()  # type: ignore[return-value]
+
+
+def exact_terms(product: Product, weights: PackedLinear) -> tuple[Tensor, ...]:
+    """What is to be summed, in float64: tensors [rows, columns, parts]."""
+    columns, depth = product.weight.shape
+    if weights.bits in (32, 16):
+        weight = unpack(weights, columns, depth).double()
+        return (product.x.double()[:, None] * weight,)
+    numbers, scales = quantized(product.x)
+    x = numbers.double().unflatten(1, (-1, GROUP))
+    if weights.bits == 8:
+        bytes_, step = quantize_bytes(product.weight)
+        dots = torch.einsum("rgk,cgk->rcg", x, bytes_.double().unflatten(1, (-1, GROUP)) - 128)
+        return (dots * scales.double()[:, None] * step.double(),)
+    nibbles, step, least = quantize_nibbles(product.weight)
+    dots = torch.einsum("rgk,cgk->rcg", x, nibbles.double().unflatten(1, (-1, GROUP)))
+    shares = x.sum(-1)[:, None] * scales.double()[:, None] * least.double()
+    return dots * scales.double()[:, None] * step.double(), shares
+
+
+def assert_exact(product: Product, weights: PackedLinear, out: Floats) -> None:
+    """Within what float32 sums of so many terms may be off."""
+    terms = torch.cat(exact_terms(product, weights), dim=-1)
+    expected, size = terms.sum(-1), terms.abs().sum(-1)
+    if product.bias is not None:
+        expected, size = expected + product.bias.double(), size + product.bias.double().abs()
+    error = (torch.from_numpy(out).double() - expected).abs()
+    assert (error <= (terms.shape[-1] + 4) * ULP * size).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 300),
+    groups=st.integers(1, 5),
+    biased=st.booleans(),
+    members=st.integers(1, 2),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_products_of_any_shape(
+    bits: int, rows: int, columns: int, groups: int, biased: bool, members: int, seed: int
+) -> None:
+    product = random_product(rows, columns, groups * GROUP, biased=biased, seed=seed)
+    weights = packed(product.weight, bits)
+    assert_exact(product, weights, multiply(product, weights, height=tile_rows(ISA, rows), members=members))
+
+
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("bits", BITS)
+def test_tiles_of_each_height(bits: int, height: int) -> None:
+    """Full ones and one that is not, over panels that are no multiple of what a tile takes."""
+    for columns in (1, 5 * ISA.panel_columns + 1, 7 * ISA.panel_columns):
+        product = random_product(3 * height - 1, columns, 3 * GROUP, biased=True)
+        weights = packed(product.weight, bits)
+        assert_exact(product, weights, multiply(product, weights, height=height))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_rows_result_does_not_depend_on_the_others(bits: int) -> None:
+    product = random_product(40, 5 * ISA.panel_columns + 3, 7 * GROUP, biased=True)
+    weights = packed(product.weight, bits)
+    alone = np.concatenate(
+        [multiply(Product(row[None], product.weight, product.bias), weights, height=1) for row in product.x]
+    )
+    for rows in range(1, 41):
+        together = Product(product.x[:rows], product.weight, product.bias)
+        assert np.array_equal(multiply(together, weights, height=tile_rows(ISA, rows)), alone[:rows])
+    for height in HEIGHTS:
+        assert np.array_equal(multiply(product, weights, height=height), alone)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_bias_is_added_once_however_threads_share_the_columns(bits: int) -> None:
+    """What is left over of the panels is computed twice, which must not add the bias twice."""
+    product = random_product(15, 5 * ISA.panel_columns, 32 * GROUP, biased=True)
+    weights = packed(product.weight, bits)
+    for height in HEIGHTS[:3]:
+        expected = multiply(product, weights, height=height)
+        for _ in range(50):
+            assert np.array_equal(multiply(product, weights, height=height, members=2), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_and_weights_of_zeros(bits: int) -> None:
+    product = Product(torch.zeros(3, GROUP), torch.zeros(7, GROUP), torch.arange(7.0))
+    out = multiply(product, packed(product.weight, bits), height=3)
+    assert np.array_equal(out, np.tile(np.arange(7, dtype=np.float32), (3, 1)))
+
+
+def test_tiles_waste_few_rows() -> None:
+    assert tile_rows(ISA, 1) == 1
+    assert HEIGHTS[-1] <= TALLEST
+    for rows in range(1, 200):
+        height = tile_rows(ISA, rows)
+        assert -rows % height <= rows / 2
