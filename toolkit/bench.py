@@ -99,10 +99,15 @@ async def run_bench(options: BenchOptions, console: Console) -> Record:
 
 
 def _stop_on_signals() -> None:
-    """Ends the benchmark in order, as Ctrl-C does, when it is asked to end or its terminal closes."""
+    """Ends the benchmark in order, as Ctrl-C does, when it is asked to end or its terminal closes.
+
+    Not by way of Ctrl-C's own signal: what a shell runs in the background ignores that one.
+    """
+    running = asyncio.current_task()
+    assert running is not None, "called by a task"
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            asyncio.get_running_loop().add_signal_handler(number, signal.raise_signal, signal.SIGINT)
+            asyncio.get_running_loop().add_signal_handler(number, running.cancel)
 
 
 def _open_progress(console: Console) -> Progress:

@@ -156,6 +156,8 @@ def bench(
         if url is not None and not is_base_url(url.rstrip("/")):
             _fail(f"--url: {url!r} is not a URL without a path, such as http://127.0.0.1:8000.")
         record = asyncio.run(run_bench(options, Console(stderr=True, highlight=False)))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None  # asked to end
     except (BadPeer, LoadFailed, NotAnswering, NotStopped, StackEnded) as error:
         _fail(str(error))
     show(record, Console(highlight=False))
