@@ -78,7 +78,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
         remote_code=settings.trust_remote_code,
         progress=_ProgressLog(settings.model),
     )
-    runner = _build_runner(settings, folder)
+    runner = build_runner(settings, folder)
     log.info("warming up")
     runner.warm_up()
     bundle = tokenizer_bundle(folder)
@@ -115,7 +115,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
     )
 
 
-def _build_runner(settings: WorkerSettings, folder: Path) -> ModelRunner:
+def build_runner(settings: WorkerSettings, folder: Path) -> ModelRunner:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
