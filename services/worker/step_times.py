@@ -1,17 +1,13 @@
-"""Times a model's steps without any service around it, beside what the machine's memory allows.
+"""Times a model's steps without any service around it.
 
     HEADRACE_WORKER_DTYPE=bfloat16 HEADRACE_WORKER_QUANTIZE=int8 python -m services.worker.step_times
 
-Settings are the worker's. First comes how fast the threads read memory, then a line for each kind of step: its median
-time, and the rows that it computes per second. A decode of few rows takes at least what reading all weights takes.
+Settings are the worker's. A line for each kind of step: its median time, and the rows that it computes per second.
 """
 
 import statistics
-import threading
 import time
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from services.common import config
@@ -23,7 +19,6 @@ from services.worker.engine.model_runner import ModelRunner
 from services.worker.engine.sequence import SamplingParams, Sequence, StopParams
 
 _REPEAT_S = 2.0
-_READ_BYTES = 512 * 1024 * 1024  # beyond any cache
 _DECODES = ((1, 160), (4, 200), (8, 200), (16, 200), (32, 200), (8, 1056))  # (sequences, their context in tokens)
 _PREFILLS = ((1, 0, 512), (1, 1024, 512), (4, 0, 128))  # (sequences, tokens computed before, tokens)
 
@@ -41,35 +36,11 @@ def main() -> None:
         for part in (facts.implementation, facts.instruction_set, str(facts.dtype), facts.quantization)
         if part not in ("", "none")
     )
-    read_rate = memory_read_bytes_per_s(torch.get_num_threads())
     print(f"{kind}, {runner.weight_bytes / 1e6:.0f} MB of weights, {torch.get_num_threads()} threads")
-    print(
-        f"memory is read at {read_rate / 1e9:.1f} GB/s: all weights in {runner.weight_bytes / read_rate * 1e3:.2f} ms"
-    )
     for sequences, context in _DECODES:
         _report(f"decode of {sequences} at {context}", runner, _batch(runner, sequences, context - 1, 1))
     for sequences, before, tokens in _PREFILLS:
         _report(f"prefill of {sequences} x {tokens} at {before}", runner, _batch(runner, sequences, before, tokens))
-
-
-def memory_read_bytes_per_s(threads: int) -> float:
-    """The best of some rounds in which each thread sums up its own part of a large array."""
-    array = np.ones(_READ_BYTES // 8, np.int64)
-    parts = np.array_split(array, threads)
-    best = float("inf")
-    for _ in range(5):
-        readers = [threading.Thread(target=_read, args=(part,)) for part in parts]
-        started = time.perf_counter()
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join()
-        best = min(best, time.perf_counter() - started)
-    return _READ_BYTES / best
-
-
-def _read(part: npt.NDArray[np.int64]) -> None:
-    np.bitwise_or.reduce(part)  # vector code, and without Python's lock
 
 
 def _batch(runner: ModelRunner, sequences: int, before: int, tokens: int) -> Batch:

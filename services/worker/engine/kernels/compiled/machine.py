@@ -8,8 +8,6 @@ from numba.extending import intrinsic
 
 from services.worker.engine.kernels.compiled.vectors import F32, I32, I64, Builder, Value, call, pointer
 
-_SYS_FUTEX = 202  # on Linux x86-64
-_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within this process
 SEMAPHORE_BYTES = 32  # sizeof(sem_t) with glibc and musl on 64-bit machines
 
 
@@ -111,30 +109,13 @@ def pause(_: Any) -> Any:
 
 
 @intrinsic
-def wait_while_equal(_: Any, address: Any, value: Any) -> Any:
-    """Sleeps until somebody calls `wake_all`, if the low half of the int64 at an address is that of `value` (futex)."""
+def yield_processor(_: Any) -> Any:
+    """sched_yield."""
 
-    def generate(context: Any, builder: Builder, __: Any, arguments: Any) -> Value:
-        _futex(builder, arguments[0], _FUTEX_WAIT, builder.trunc(arguments[1], I32))
-        return context.get_dummy_value()
+    def generate(_: Any, builder: Builder, __: Any, ___: Any) -> Value:
+        return call(builder, "sched_yield", I32, [])
 
-    return types.void(types.int64, types.int64), generate
-
-
-@intrinsic
-def wake_all(_: Any, address: Any) -> Any:
-    """Wakes all that sleep at an address."""
-
-    def generate(context: Any, builder: Builder, __: Any, arguments: Any) -> Value:
-        _futex(builder, arguments[0], _FUTEX_WAKE, I32(2**31 - 1))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-def _futex(builder: Builder, address: Value, operation: int, value: Value) -> None:
-    arguments = [I64(_SYS_FUTEX), address, I64(operation), builder.zext(value, I64), I64(0), I64(0), I64(0)]
-    call(builder, "syscall", I64, arguments)
+    return types.int32(), generate
 
 
 def _semaphore_function(name: str) -> Any:

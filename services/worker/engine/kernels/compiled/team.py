@@ -16,14 +16,13 @@ from services.worker.engine.kernels.compiled.machine import (
     pause,
     semaphore_post,
     semaphore_wait,
-    wait_while_equal,
-    wake_all,
+    yield_processor,
 )
 
 _LINE = 8  # int64s in a cache line: what threads write often lies apart
-_ARRIVED, _GENERATION, _SLEEPERS, _STOPPED, _SEMAPHORES = 0, _LINE, 2 * _LINE, 3 * _LINE, 4 * _LINE
-# A barrier is mostly met within microseconds. Whoever waits longer waits for a thread that the system holds up, and
-# sleeps: one that yields instead would stand behind every other program each time.
+_ARRIVED, _GENERATION, _STOPPED, _SEMAPHORES = 0, _LINE, 2 * _LINE, 3 * _LINE
+# A barrier is mostly met within microseconds. Then the processor is left to whoever needs it: another thread of the
+# team may be waiting for just that.
 _SPINS = 100
 
 
@@ -52,22 +51,18 @@ def meet(control: int, members: int) -> None:
     if members == 1:
         return
     arrived, generation = control + 8 * _ARRIVED, control + 8 * _GENERATION
-    sleepers = control + 8 * _SLEEPERS
     before = atomic_load(generation)
     if atomic_add(arrived, 1) == members - 1:
         atomic_add(arrived, -members)
         atomic_add(generation, 1)
-        if atomic_load(sleepers):
-            wake_all(generation)
         return
-    for _ in range(_SPINS):
-        if atomic_load(generation) != before:
-            return
-        pause()
-    atomic_add(sleepers, 1)
+    spins = 0
     while atomic_load(generation) == before:
-        wait_while_equal(generation, before)
-    atomic_add(sleepers, -1)
+        spins += 1
+        if spins < _SPINS:
+            pause()
+        else:
+            yield_processor()
 
 
 @njit(nogil=True, error_model="numpy")
