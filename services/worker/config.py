@@ -46,7 +46,7 @@ class WorkerSettings(CommonSettings):
     # values they keep; activations are then 8 bits in the products. Faster, and less exact than none.
     quantize: Literal["none", "int8", "int4"] = "none"
     # What the compiled path is compiled for. auto: the best that the processor has; baseline runs on any x86-64.
-    instruction_set: Literal["auto", "avx512", "avx2", "baseline"] = "auto"
+    instruction_set: Literal["auto", "avx512_bf16", "avx512", "avx2", "baseline"] = "auto"
     # CPU threads that compute. 0: as many as the machine has cores.
     threads: int = Field(default=0, ge=0)
 

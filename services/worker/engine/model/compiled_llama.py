@@ -204,7 +204,7 @@ def load_compiled_llama(
     kernels: Path | None,
 ) -> CompiledLlama:
     """Reads the checkpoint while the kernels are compiled, or loaded from the folder `kernels`."""
-    shape = _shape(config, dtype, quantize, block_size)
+    shape = _shape(config, isa, dtype, quantize, block_size)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="compiler") as compiler:
         library = compiler.submit(compiled_library, lambda: make_kernels(isa, shape), f"{isa} {shape}", kernels)
         weights = read_packed_weights(folder, config, isa, dtype, quantize)
@@ -213,7 +213,7 @@ def load_compiled_llama(
         )
 
 
-def _shape(config: LlamaConfig, dtype: torch.dtype, quantize: Quantization, block_size: int) -> Shape:
+def _shape(config: LlamaConfig, isa: Isa, dtype: torch.dtype, quantize: Quantization, block_size: int) -> Shape:
     of_layers, of_head = weight_bits(dtype, quantize)
     return Shape(
         layers=config.layers,
@@ -227,6 +227,7 @@ def _shape(config: LlamaConfig, dtype: torch.dtype, quantize: Quantization, bloc
         qk_norm=config.qk_norm,
         block_size=block_size,
         weight_bits=of_layers,
+        activation_bits=isa.activation_bits(of_layers),
         head_bits=of_head,
         kv_bits=8 * dtype.itemsize,
         embedding_bits=8 * dtype.itemsize,

@@ -1,6 +1,6 @@
 """Compiled models and their exact twins in plain torch, and the steps by which tests compare them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,16 +73,16 @@ def load_compiled(
     )
 
 
-def load_twin(folder: Path, precision: Precision, scratch: Path) -> LlamaModel:
+def load_twin(folder: Path, precision: Precision, scratch: Path, isa: Isa | None = None) -> LlamaModel:
     """The plain float32 model that does the same arithmetic; `scratch` is an empty folder for its weights.
 
-    Its weights are those that the compiled one's stand for. Where these are quantized, so are its activations. Its pool
-    is to have the compiled one's type.
+    Its weights are those that the compiled one's stand for. Where that one, made for `isa` (None: this machine's best),
+    rounds activations, so does this. Its pool is to have the compiled one's type.
     """
     weights = load_file(folder / "model.safetensors")
     save_file({name: _as_kept(name, each, precision) for name, each in weights.items()}, scratch / "model.safetensors")
     (scratch / "config.json").write_bytes((folder / "config.json").read_bytes())
-    kernels = TwinKernels() if precision.quantize == "none" else EightBitKernels()
+    kernels = RoundingKernels(_ROUNDING[(isa or choose_isa()).activation_bits(precision.bits)])
     return load_llama(scratch, parse_llama_config(read_config(scratch)), kernels, torch.float32, CPU)
 
 
@@ -93,7 +93,7 @@ def _as_kept(name: str, weight: Tensor, precision: Precision) -> Tensor:
     if name == "model.embed_tokens.weight":
         return weight.to(precision.dtype).float()
     bits = max(precision.bits, 8) if name == "lm_head.weight" else precision.bits
-    isa = Isa("avx512", lanes=16, accumulators=24, vnni=True)  # any, since none changes the values
+    isa = Isa("avx512", lanes=16, accumulators=24, vnni=True, bfloat16_dots=False)  # any, since none changes the values
     return unpack(pack(weight, bits, isa, Arena(packed_bytes(*weight.shape, bits, isa))), *weight.shape).clone()
 
 
@@ -117,14 +117,18 @@ class TwinKernels(PlainKernels):
         super().write_kv(key.to(layer.key.dtype), value.to(layer.value.dtype), layer, step)
 
 
-class EightBitKernels(TwinKernels):
-    """What enters a product with quantized weights is rounded to 8 bits. For models without norms of heads."""
+class RoundingKernels(TwinKernels):
+    """What enters a product with weights is rounded."""
+
+    def __init__(self, round_: Callable[[Tensor], Tensor]) -> None:
+        self._round = round_
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return to_eight_bits(super().rms_norm(x, weight, eps))
+        normed = super().rms_norm(x, weight, eps)
+        return self._round(normed) if x.ndim == 2 else normed  # norms of heads have a dimension more
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
-        return to_eight_bits(super().swiglu(gate_up))
+        return self._round(super().swiglu(gate_up))
 
     def attend(
         self,
@@ -136,7 +140,7 @@ class EightBitKernels(TwinKernels):
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        return to_eight_bits(super().attend(query, layer, step, scale=scale, window=window, softcap=softcap))
+        return self._round(super().attend(query, layer, step, scale=scale, window=window, softcap=softcap))
 
 
 def to_eight_bits(x: Tensor) -> Tensor:
@@ -144,6 +148,13 @@ def to_eight_bits(x: Tensor) -> Tensor:
     groups = x.unflatten(-1, (-1, GROUP))
     step = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
     return ((groups / step).round() * step).flatten(-2)
+
+
+def to_bfloat16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+_ROUNDING: dict[int, Callable[[Tensor], Tensor]] = {32: lambda x: x, 16: to_bfloat16, 8: to_eight_bits}
 
 
 class Pool:

@@ -10,7 +10,7 @@ from enum import IntEnum, auto
 from typing import Any
 
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats
+from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats, put_pairs
 
 Kernel = Callable[..., None]  # of int64s alone, to be compiled
 
@@ -33,6 +33,7 @@ class Shape:
     qk_norm: bool
     block_size: int
     weight_bits: int  # 32, 16, 8, 4
+    activation_bits: int  # that products round activations to: 32, 16, 8
     head_bits: int  # of the head: quantized like the layers or whole like them, but not necessarily with as many bits
     kv_bits: int  # 32 or 16
     embedding_bits: int  # 32 or 16
@@ -47,7 +48,7 @@ class Shape:
 
     @property
     def put(self) -> Any:
-        return put_bytes if self.weight_bits in (4, 8) else put_floats
+        return {32: put_floats, 16: put_pairs, 8: put_bytes}[self.activation_bits]
 
     @property
     def phases(self) -> int:

@@ -3,10 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-IsaName = Literal["avx512", "avx2", "baseline"]
+IsaName = Literal["avx512_bf16", "avx512", "avx2", "baseline"]
 
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 _AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
+# Best first.
+_NEEDS: dict[IsaName, tuple[str, ...]] = {
+    "avx512_bf16": (*_AVX512, "avx512bf16"),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "baseline": (),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +24,18 @@ class Isa:
     lanes: int  # float32 in a vector
     accumulators: int  # vectors that a tile may keep in registers, beside its operands
     vnni: bool  # whether one instruction multiplies 4 bytes per lane and adds them up
+    bfloat16_dots: bool  # whether one instruction multiplies 2 bfloat16 per lane and adds them up
 
     @property
     def panel_columns(self) -> int:
         """Columns of a panel of packed weights: two vectors."""
         return 2 * self.lanes
+
+    def activation_bits(self, weight_bits: int) -> int:
+        """What activations are rounded to before they meet weights of so many bits: 32 leaves them as they are."""
+        if weight_bits in (4, 8):
+            return 8
+        return 16 if weight_bits == 16 and self.bfloat16_dots else 32
 
 
 def choose_isa(name: Literal["auto"] | IsaName = "auto") -> Isa:
@@ -34,17 +48,17 @@ def choose_isa(name: Literal["auto"] | IsaName = "auto") -> Isa:
     import numba
 
     features = llvm.get_host_cpu_features()
-    has_avx2 = all(features.get(feature) for feature in _AVX2)
-    has_avx512 = has_avx2 and all(features.get(feature) for feature in _AVX512)
+    present = [level for level, needed in _NEEDS.items() if all(features.get(feature) for feature in needed)]
     if name == "auto":
-        name = "avx512" if has_avx512 else "avx2" if has_avx2 else "baseline"
-    if (name == "avx512" and not has_avx512) or (name == "avx2" and not has_avx2):
+        name = present[0]
+    if name not in present:
         raise ValueError(f"this processor ({llvm.get_host_cpu_name()}) has no {name}")
-    if name == "avx512":
-        return Isa("avx512", lanes=16, accumulators=24, vnni=bool(features.get("avx512vnni")))
-    if has_avx512 or name == "baseline":
+    if name in ("avx512_bf16", "avx512"):
+        vnni = bool(features.get("avx512vnni"))
+        return Isa(name, lanes=16, accumulators=24, vnni=vnni, bfloat16_dots=name == "avx512_bf16")
+    if "avx512" in present or name == "baseline":
         # Without this, code for the lesser level would still use what the better one has.
         numba.config.CPU_NAME, numba.config.CPU_FEATURES = ("haswell" if name == "avx2" else "x86-64"), ""
     if name == "avx2":
-        return Isa("avx2", lanes=8, accumulators=12, vnni=False)
-    return Isa("baseline", lanes=4, accumulators=12, vnni=False)
+        return Isa("avx2", lanes=8, accumulators=12, vnni=False, bfloat16_dots=False)
+    return Isa("baseline", lanes=4, accumulators=12, vnni=False, bfloat16_dots=False)

@@ -8,6 +8,7 @@ from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import floats
 from services.worker.engine.kernels.compiled.team import claim, meet
 from services.worker.engine.kernels.compiled.tiles import (
+    BFLOAT16_DOTS,
     BFLOAT16_PAIRS,
     FLOAT32,
     GROUP,
@@ -43,6 +44,7 @@ def make_linear(isa: Isa, bits: int) -> Any:
     one, two, three, four, six, eight, twelve = (_tile(isa, height, bits) for height in _HEIGHTS)
     width1, width2, width3, width4, width6, width8, width12 = (_panels(isa, height) or 1 for height in _HEIGHTS)
     per_word, quantized = 32 // bits, bits in (4, 8)
+    activation_bytes = isa.activation_bits(bits) // 8
     group_scale_bytes = {8: 2 * columns, 4: 2 * 2 * columns}.get(bits, 0)
 
     @njit(nogil=True, error_model="numpy")
@@ -74,7 +76,7 @@ def make_linear(isa: Isa, bits: int) -> Any:
                 for panel in range(start, end + 1, max(end - start, 1)):
                     w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4
                     for tile in range(tiles):
-                        a = x + tile * depth * rows * (1 if quantized else 4)
+                        a = x + tile * depth * rows * activation_bytes
                         at = tile * (depth // GROUP) * rows * 4
                         to = o + tile * rows * out_row_bytes
                         if rows == 1:
@@ -114,7 +116,8 @@ def _tile(isa: Isa, rows: int, bits: int) -> Any:
     panels = _panels(isa, rows) or 1
     if bits in (4, 8):
         return integer_panels(isa, rows, panels, bits)
-    multiply = float_panels(isa, rows, panels, BFLOAT16_PAIRS if bits == 16 else FLOAT32)
+    halves = BFLOAT16_DOTS if isa.bfloat16_dots else BFLOAT16_PAIRS
+    multiply = float_panels(isa, rows, panels, halves if bits == 16 else FLOAT32)
 
     @njit(nogil=True, error_model="numpy")
     def tile(

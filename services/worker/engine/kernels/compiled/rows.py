@@ -21,6 +21,7 @@ from services.worker.engine.kernels.compiled.machine import (
 )
 from services.worker.engine.kernels.compiled.tiles import GROUP
 from services.worker.engine.kernels.compiled.vectors import (
+    BF16,
     F32,
     I8,
     I32,
@@ -44,7 +45,7 @@ _LOG2_E = float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = float32(0.693359375), float32(-2.12194440e-4)  # Cephes' expf splits ln 2 in two
 _LEAST, _MOST = float32(-87.0), float32(88.0)  # beyond, the exponent of e ** x leaves the range
 
-_RUN = 16  # numbers that are looked at together for the largest
+_RUN = 16  # numbers that are handled together
 _FAST = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity stay what they are
 
 
@@ -141,6 +142,39 @@ def quantize_group(_: Any, values: Any, out: Any, word_stride: Any) -> Any:
     return types.Tuple((types.float32, types.int32))(types.int64, types.int64, types.int64), generate
 
 
+def _pairs(builder: Builder, values: Value) -> Value:
+    """_RUN float32 at an address as words of two bfloat16, the first in the low half; nearest, ties to even."""
+    x = load(builder, pointer(builder, values), F32, _RUN)
+    return builder.bitcast(builder.fptrunc(x, vector(BF16, _RUN)), vector(I32, _RUN // 2))
+
+
+@intrinsic
+def pair_run(_: Any, values: Any, out: Any) -> Any:
+    """_RUN float32 at an address as _RUN / 2 adjoining words of two bfloat16 at `out`."""
+
+    def generate(context: Any, builder: Builder, _: Any, arguments: Any) -> Value:
+        values, out = arguments
+        builder.store(_pairs(builder, values), pointer(builder, out), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def pair_run_apart(_: Any, values: Any, out: Any, word_stride: Any) -> Any:
+    """As `pair_run`, but words lie `word_stride` bytes apart."""
+
+    def generate(context: Any, builder: Builder, _: Any, arguments: Any) -> Value:
+        values, out, word_stride = arguments
+        words = _pairs(builder, values)
+        for word in range(_RUN // 2):
+            where = at(builder, pointer(builder, out), builder.mul(word_stride, I64(word)))
+            builder.store(builder.extract_element(words, I32(word)), where, align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
 @intrinsic
 def largest_of(_: Any, values: Any, count: Any) -> Any:
     """The largest of `count` float32, a positive multiple of _RUN, at an address."""
@@ -176,6 +210,20 @@ def put_floats(values: int, count: int, first_k: int, row: int, rows: int, depth
     to = x + 4 * (row // rows * depth * rows + row % rows + first_k * rows)
     for k in range(count):
         store_float32(to + 4 * k * rows, load_float32(values + 4 * k))
+
+
+@njit(nogil=True, error_model="numpy")
+def put_pairs(values: int, count: int, first_k: int, row: int, rows: int, depth: int, x: int, _: int, __: int) -> None:
+    """As `put_floats`, but rounded to bfloat16, two successive k in a word.
+
+    `count` is a multiple of _RUN, `first_k` even.
+    """
+    to = x + 2 * (row // rows * depth * rows + first_k * rows) + 4 * (row % rows)
+    for k in range(0, count, _RUN):
+        if rows == 1:
+            pair_run(values + 4 * k, to + 2 * k)
+        else:
+            pair_run_apart(values + 4 * k, to + 2 * k * rows, 4 * rows)
 
 
 @njit(nogil=True, error_model="numpy")

@@ -4,8 +4,9 @@ A tile multiplies `rows` rows of activations by some columns of weights (or of k
 accumulator for each row and vector of columns, all in registers. An output is summed over k in ascending order whatever
 the tile's shape, so that a row's result does not depend on how many rows are computed together.
 
-Layouts (see `packing`): activations are [k][rows] float32, a tile's rows side by side; weights are panels of
-[k / per_word][panel_columns] 32-bit words, each holding `per_word` successive k of one column. The addresses that the
+Layouts (see `packing`): activations are [k][rows] float32, a tile's rows side by side, or [k / 2][rows] words of two
+bfloat16; weights are panels of [k / per_word][panel_columns] 32-bit words, each holding `per_word` successive k of one
+column. The addresses that the
 intrinsics take are integers; whoever calls answers for their bounds.
 """
 
@@ -26,6 +27,7 @@ from services.worker.engine.kernels.compiled.vectors import (
     I64,
     Builder,
     Value,
+    add_pair_products,
     at,
     call,
     constant,
@@ -39,13 +41,22 @@ from services.worker.engine.kernels.compiled.vectors import (
 GROUP = 32  # successive k that share a scale in quantized weights and activations
 
 
+def _multiply_floats(builder: Builder, total: Value, x: Value, weight: Value) -> Value:
+    return multiply_add(builder, x, weight, total)
+
+
 @dataclass(frozen=True, slots=True)
 class FloatFormat:
-    """How weights of a floating-point type lie in memory: a vector of words gives `per_word` vectors of float32."""
+    """How weights of a floating-point type lie in memory, and how they meet activations.
+
+    A vector of words is decoded to `parts` vectors, one for each successive activation of a row.
+    """
 
     element_bytes: int  # of a lane in memory
-    per_word: int  # successive k in a lane
+    parts: int
     decode: Callable[[Builder, Value, int], list[Value]]
+    activation: Any = F32  # what is loaded of a row for each part
+    multiply: Callable[[Builder, Value, Value, Value], Value] = _multiply_floats  # (total, activation, weight)
 
 
 def _decode_float32(builder: Builder, where: Value, lanes: int) -> list[Value]:
@@ -64,9 +75,14 @@ def _decode_bfloat16_pairs(builder: Builder, where: Value, lanes: int) -> list[V
     return [builder.bitcast(part, vector(F32, lanes)) for part in (even, odd)]
 
 
+def _load_words(builder: Builder, where: Value, lanes: int) -> list[Value]:
+    return [load(builder, where, I32, lanes)]
+
+
 FLOAT32 = FloatFormat(4, 1, _decode_float32)
 BFLOAT16 = FloatFormat(2, 1, _decode_bfloat16)  # plain rows, as keys and values lie
 BFLOAT16_PAIRS = FloatFormat(4, 2, _decode_bfloat16_pairs)  # packed weights
+BFLOAT16_DOTS = FloatFormat(4, 1, _load_words, I32, add_pair_products)  # the same weights, activations in pairs as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +109,21 @@ class _FloatTile:
         unroll: int,
     ) -> None:
         """Adds `steps` words of k. `columns` point at each vector's first word; `row_bytes` lie between words."""
-        per_word, lanes = self.format.per_word, self.lanes
+        parts, lanes = self.format.parts, self.lanes
         with cgutils.for_range(builder, builder.udiv(steps, I64(unroll)), intp=I64) as loop:
             weight_offset = builder.mul(loop.index, I64(row_bytes * unroll))
-            row_offset = builder.mul(loop.index, I64(4 * self.rows * per_word * unroll))
+            row_offset = builder.mul(loop.index, I64(4 * self.rows * parts * unroll))
             for word in range(unroll):
                 offset = builder.add(weight_offset, I64(word * row_bytes))
                 decoded = [self.format.decode(builder, at(builder, column, offset), lanes) for column in columns]
-                for part in range(per_word):
+                for part in range(parts):
                     for row in range(self.rows):
-                        place = 4 * ((word * per_word + part) * self.rows + row)
-                        x = load_splat(
-                            builder, at(builder, activations, builder.add(row_offset, I64(place))), F32, lanes
-                        )
+                        place = 4 * ((word * parts + part) * self.rows + row)
+                        where = at(builder, activations, builder.add(row_offset, I64(place)))
+                        x = load_splat(builder, where, self.format.activation, lanes)
                         for index, sum_ in enumerate(sums[row]):
-                            product = multiply_add(builder, x, decoded[index][part], builder.load(sum_))
-                            builder.store(product, sum_)
+                            total = self.format.multiply(builder, builder.load(sum_), x, decoded[index][part])
+                            builder.store(total, sum_)
 
     def write(self, builder: Builder, sums: list[list[Value]], out: Value, row_bytes: Value) -> None:
         for row in range(self.rows):

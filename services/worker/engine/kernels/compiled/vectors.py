@@ -10,6 +10,19 @@ Value = Any
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+class _BFloat16(ir.HalfType):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat16._create_instance()
+BF16 = _BFloat16()
 POINTER = ir.PointerType()
 
 
@@ -60,6 +73,17 @@ def call(builder: Builder, name: str, result: Any, arguments: Sequence[Value]) -
 def multiply_add(builder: Builder, a: Value, b: Value, c: Value) -> Value:
     """a * b + c for float32 vectors; one instruction, rounded once, where the machine has it."""
     return call(builder, f"llvm.fmuladd.v{a.type.count}f32", a.type, [a, b, c])
+
+
+def add_pair_products(builder: Builder, total: Value, a: Value, b: Value) -> Value:
+    """total + the sum of the 2 products of the bfloat16s in each word of a and b: AVX-512 BF16's vdpbf16ps.
+
+    Sums are rounded to nearest after each product; subnormal numbers count as zero.
+    """
+    lanes = a.type.count
+    pairs = vector(BF16, 2 * lanes)
+    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
+    return call(builder, name, total.type, [total, builder.bitcast(a, pairs), builder.bitcast(b, pairs)])
 
 
 def absolute(builder: Builder, x: Value) -> Value:

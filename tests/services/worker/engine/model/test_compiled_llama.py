@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.worker.engine.batcher import Batch, Slice
+from services.worker.engine.kernels.compiled.isa import choose_isa
 from services.worker.engine.kernels.paged_kv import PagedKV
 from services.worker.engine.model.compiled_llama import CompiledLlama
 from services.worker.engine.model.llama import LlamaModel
@@ -119,14 +120,14 @@ def test_float32_equals_the_native_path(case: str, compiled: Compiled, twins: Tw
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral window"])
-def test_bfloat16_equals_float32_on_rounded_weights_and_keys(case: str, compiled: Compiled, twins: Twins) -> None:
+def test_bfloat16_equals_float32_on_rounded_numbers(case: str, compiled: Compiled, twins: Twins) -> None:
     ours, theirs = compiled(case, "bfloat16"), twins(case, "bfloat16")
     pool, twin_pool = Pool(ours), Pool(theirs, dtype=torch.bfloat16)
     logits, expected = serve(ours, pool, mixed_jobs()), serve(theirs, twin_pool, mixed_jobs())
-    # A key or value near the middle between two bfloat16 may become either.
+    # What is near the middle between two bfloat16 may become either.
     errors = relative_errors(logits, expected)
     assert errors.quantile(0.1) < 1e-5
-    assert errors.max() < 2e-3
+    assert errors.max() < (2e-3 if choose_isa().activation_bits(16) == 32 else 1e-2)
     difference = (pool.kv.storage.float() - twin_pool.kv.storage.float()).abs()
     assert (difference <= 2.0**-7 * twin_pool.kv.storage.float().abs() + 1e-3).all()
     assert (difference > 0).float().mean() < 0.01
@@ -276,7 +277,7 @@ def test_the_facts(compiled: Compiled) -> None:
     for precision, each in facts.items():
         assert (each.implementation, each.dtype) == ("compiled", PRECISIONS[precision].dtype)
         assert each.quantization == PRECISIONS[precision].quantize
-        assert each.instruction_set in ("avx512", "avx2", "baseline")
+        assert each.instruction_set in ("avx512_bf16", "avx512", "avx2", "baseline")
         assert (each.vocabulary_size, each.max_context_tokens) == (VOCABULARY, 2048)
     sizes = [facts[precision].weight_bytes for precision in ("float32", "bfloat16", "int8", "int4 bfloat16")]
     assert sizes == sorted(sizes, reverse=True)

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from services.worker.engine.kernels.compiled.isa import Isa, choose_isa
 from services.worker.engine.model.loading import load_model
 
 LOADED: dict[str, dict[str, Any]] = {
@@ -27,13 +28,13 @@ def main(name: Any, folder: Path) -> None:
         model = load_model(folder, implementation="compiled", instruction_set=name, **settings)
         results[precision] = {
             "instruction_set": model.facts.instruction_set,
-            **compare(model, folder, precision),
+            **compare(model, folder, precision, choose_isa(name)),
             **instructions(model),
         }
     print(json.dumps(results))
 
 
-def compare(model: Any, folder: Path, precision: str) -> dict[str, Any]:
+def compare(model: Any, folder: Path, precision: str, isa: Isa) -> dict[str, Any]:
     """With the twin, and with itself when nothing is computed together."""
     # The model's own loading must have been first to define something to compile.
     from tests.services.worker.engine.compiled_models import (
@@ -47,7 +48,7 @@ def compare(model: Any, folder: Path, precision: str) -> dict[str, Any]:
     )
 
     with tempfile.TemporaryDirectory() as scratch:
-        twin = load_twin(folder, PRECISIONS[precision], Path(scratch))
+        twin = load_twin(folder, PRECISIONS[precision], Path(scratch), isa)
         expected = serve(twin, Pool(twin, dtype=model.facts.dtype), mixed_jobs())
     logits = serve(model, Pool(model), mixed_jobs())
     alone = [serve(model, Pool(model), [Job(job.tokens, job.cuts[-1:])])[0] for job in mixed_jobs()]
@@ -67,7 +68,8 @@ def instructions(model: Any) -> dict[str, Any]:
     return {
         **registers,
         "avx": len(re.findall(r"^\s+v[a-z0-9]+\s", assembly, re.M)),
-        "dots": assembly.count("vpdpbusd"),
+        "byte dots": assembly.count("vpdpbusd"),
+        "bfloat16 dots": assembly.count("vdpbf16ps"),
     }
 
 

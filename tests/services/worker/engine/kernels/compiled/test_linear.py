@@ -66,8 +66,11 @@ def in_tiles(x: Tensor, height: int) -> Tensor:
 
 def activations(x: Tensor, bits: int, height: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, scales and sums as the kernel reads them."""
-    if bits not in (4, 8):
+    if ISA.activation_bits(bits) == 32:
         return in_tiles(x, height), torch.zeros(1), torch.zeros(1)
+    if ISA.activation_bits(bits) == 16:
+        words = x.to(torch.bfloat16).view(torch.int32)
+        return in_tiles(words, height), torch.zeros(1), torch.zeros(1)
     numbers, scales = quantized(x)
     sums = numbers.unflatten(1, (-1, GROUP)).sum(-1, dtype=torch.int32)
     return in_tiles(numbers.unflatten(1, (-1, 4)), height), in_tiles(scales, height), in_tiles(sums, height)
@@ -111,7 +114,8 @@ def exact_terms(product: Product, weights: PackedLinear) -> tuple[Tensor, ...]:
     columns, depth = product.weight.shape
     if weights.bits in (32, 16):
         weight = unpack(weights, columns, depth).double()
-        return (product.x.double()[:, None] * weight,)
+        x = product.x if ISA.activation_bits(weights.bits) == 32 else product.x.to(torch.bfloat16)
+        return (x.double()[:, None] * weight,)
     numbers, scales = quantized(product.x)
     x = numbers.double().unflatten(1, (-1, GROUP))
     if weights.bits == 8:

@@ -167,6 +167,31 @@ def test_put_floats_lays_a_row_beside_others_of_its_tile(row: int, height: int) 
 
 @pytest.mark.parametrize("height", [1, 3, 12])
 @pytest.mark.parametrize("row", [0, 2, 14])
+def test_put_pairs_lays_a_row_beside_others_of_its_tile(row: int, height: int) -> None:
+    depth, tiles, first = 80, 15, 32
+    values = randoms(48)
+    x = np.zeros((tiles, depth // 2, height, 2), np.uint16)
+    expected = x.copy()
+    rows.put_pairs(values.ctypes.data, 48, first, row, height, depth, x.ctypes.data, 0, 0)
+    rounded = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+    expected[row // height, first // 2 :, row % height] = rounded.reshape(-1, 2)
+    assert np.array_equal(x, expected)
+
+
+@pytest.mark.parametrize("height", [1, 2])
+def test_put_pairs_rounds_ties_to_even_and_keeps_infinity_and_nan(height: int) -> None:
+    values = np.zeros(16, np.float32)
+    values[:6] = 1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8), np.inf, -np.inf, np.nan
+    x = np.zeros((8, height, 2), np.uint16)
+    rows.put_pairs(values.ctypes.data, 16, 0, 0, height, 16, x.ctypes.data, 0, 0)
+    ours = torch.from_numpy(x[:, 0].reshape(-1).copy()).view(torch.bfloat16).float()
+    assert ours[:5].tolist() == [1.0, 1 + 2.0**-6, -1.0, np.inf, -np.inf]
+    assert ours[5].isnan()
+    assert not ours[6:].any()
+
+
+@pytest.mark.parametrize("height", [1, 3, 12])
+@pytest.mark.parametrize("row", [0, 2, 14])
 def test_put_bytes_lays_a_row_beside_others_of_its_tile(row: int, height: int) -> None:
     tiles, groups, first = 15, 4, 1
     values = randoms(2 * GROUP, scale=7.0)
