@@ -1,7 +1,8 @@
 """The name of a worker's KV format: blocks of equal chain hash and equal KV format hold the same KV.
 
 It covers the model's configuration and weights, the dtype, the quantization, the implementation and the shape of a
-block. It leaves out the numerics (instruction set, library versions), which differ in the last bits only.
+block. It leaves out the numerics (instruction set, library versions), which differ by roundings: in the last bits, or
+where a processor multiplies bfloat16 by itself, in those of bfloat16.
 """
 
 from hashlib import sha256
