@@ -71,6 +71,12 @@ class RunningScheduler:
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
 
+    async def until_metric(self, expected: float, name: str, **labels: str) -> None:
+        """Returns when the metric has this value: what a gateway does next may be seen before it is counted."""
+        async with asyncio.timeout(10):
+            while self.metric(name, **labels) != expected:
+                await asyncio.sleep(0.005)
+
     async def terminate(self) -> None:
         self.stop.set()
         await self.task

@@ -49,9 +49,9 @@ async def test_a_job_is_offered_taken_over_and_acknowledged(
     await gateway.accept(offer, job)
     await gateway.finish(job)
     await until_queue_is_empty(redis_url)
+    await scheduler.until_metric(1, "headrace_offers_total", answer="accepted")
+    await scheduler.until_metric(1, "headrace_queue_wait_seconds_count", model=MODEL)
     assert scheduler.metric("headrace_placements_total", model=MODEL, reason="least_loaded") == 1
-    assert scheduler.metric("headrace_offers_total", answer="accepted") == 1
-    assert scheduler.metric("headrace_queue_wait_seconds_count", model=MODEL) == 1
 
 
 async def test_jobs_wait_in_redis_until_there_are_credits_and_come_by_priority(

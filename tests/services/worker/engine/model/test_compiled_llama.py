@@ -127,9 +127,11 @@ def test_bfloat16_equals_float32_on_rounded_numbers(case: str, compiled: Compile
     # What is near the middle between two bfloat16 may become either.
     errors = relative_errors(logits, expected)
     assert errors.quantile(0.1) < 1e-5
-    assert errors.max() < (2e-3 if choose_isa().activation_bits(16) == 32 else 1e-2)
+    # Where activations are rounded as well, one that becomes the other moves all that follows from it.
+    rounds = choose_isa().activation_bits(16) == 16
+    assert errors.max() < (1e-2 if rounds else 2e-3)
     difference = (pool.kv.storage.float() - twin_pool.kv.storage.float()).abs()
-    assert (difference <= 2.0**-7 * twin_pool.kv.storage.float().abs() + 1e-3).all()
+    assert (difference <= 2.0**-7 * twin_pool.kv.storage.float().abs() + (1e-2 if rounds else 1e-3)).all()
     assert (difference > 0).float().mean() < 0.01
     exact = serve(theirs, Pool(theirs), mixed_jobs())
     assert 0 < relative_errors(logits, exact).max() < 0.04
