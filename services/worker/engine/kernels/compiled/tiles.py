@@ -6,8 +6,7 @@ the tile's shape, so that a row's result does not depend on how many rows are co
 
 Layouts (see `packing`): activations are [k][rows] float32, a tile's rows side by side, or [k / 2][rows] words of two
 bfloat16; weights are panels of [k / per_word][panel_columns] 32-bit words, each holding `per_word` successive k of one
-column. The addresses that the
-intrinsics take are integers; whoever calls answers for their bounds.
+column. The addresses that the intrinsics take are integers; whoever calls answers for their bounds.
 """
 
 from collections.abc import Callable
