@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from services.worker.engine.batcher import Batch
-from services.worker.engine.kernels.compiled.attention import MAX_BLOCKS
 from services.worker.engine.kernels.compiled.frame import NO_WINDOW, Frame, Shape, scratch_bytes
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.library import Library, compiled_library
@@ -142,6 +141,9 @@ class _Step:
         self._keep(Frame.QK_NORMS, weights.qk_norms)
         windows = [NO_WINDOW if window is None else window for window in config.windows]
         self._keep(Frame.WINDOWS, np.array(windows, np.int64))
+        size = -(-scratch_bytes(self._isa, self._shape) // 64) * 64
+        self._keep(Frame.SCRATCH, aligned_zeros((self._threads, size), np.uint8))
+        self._frame[Frame.SCRATCH_BYTES] = size
 
     def _reserve(self, rows: int, sampled: int, context: int) -> None:
         """Makes room for a step of this size."""
@@ -173,11 +175,6 @@ class _Step:
         angles = torch.arange(context)[:, None].float() * self._frequencies
         self._keep(Frame.COS, angles.cos().numpy())
         self._keep(Frame.SIN, angles.sin().numpy())
-        # Scores are written block by block, for several blocks at once.
-        tokens = context + (MAX_BLOCKS + 1) * self._shape.block_size
-        size = -(-scratch_bytes(self._isa, self._shape, tokens) // 64) * 64
-        self._keep(Frame.SCRATCH, aligned_zeros((self._threads, size), np.uint8))
-        self._frame[Frame.SCRATCH_BYTES], self._frame[Frame.SCRATCH_TOKENS] = size, tokens
 
 
 def _dismiss(control: npt.NDArray[np.int64], helpers: list[threading.Thread], _: object) -> None:

@@ -1,5 +1,6 @@
 """Compiled models and their exact twins in plain torch, and the steps by which tests compare them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from services.worker.engine.kernels.compiled.packing import Arena, pack, packed_
 from services.worker.engine.kernels.compiled.tiles import GROUP
 from services.worker.engine.kernels.paged_kv import LayerKV, PagedKV
 from services.worker.engine.kernels.plain import PlainKernels
-from services.worker.engine.kernels.step_inputs import StepInputs
+from services.worker.engine.kernels.step_inputs import AttentionGroup, StepInputs
 from services.worker.engine.model.checkpoint import read_config
 from services.worker.engine.model.compiled_llama import CompiledLlama, load_compiled_llama
 from services.worker.engine.model.interface import CausalModel, Quantization
@@ -77,12 +78,14 @@ def load_twin(folder: Path, precision: Precision, scratch: Path, isa: Isa | None
     """The plain float32 model that does the same arithmetic; `scratch` is an empty folder for its weights.
 
     Its weights are those that the compiled one's stand for. Where that one, made for `isa` (None: this machine's best),
-    rounds activations, so does this. Its pool is to have the compiled one's type.
+    rounds activations, or what enters attention, so does this. Its pool is to have the compiled one's type.
     """
     weights = load_file(folder / "model.safetensors")
     save_file({name: _as_kept(name, each, precision) for name, each in weights.items()}, scratch / "model.safetensors")
     (scratch / "config.json").write_bytes((folder / "config.json").read_bytes())
-    kernels = RoundingKernels(_ROUNDING[(isa or choose_isa()).activation_bits(precision.bits)])
+    isa = isa or choose_isa()
+    rounds_attention = isa.activation_bits(8 * precision.dtype.itemsize) == 16
+    kernels = RoundingKernels(_ROUNDING[isa.activation_bits(precision.bits)], rounds_attention=rounds_attention)
     return load_llama(scratch, parse_llama_config(read_config(scratch)), kernels, torch.float32, CPU)
 
 
@@ -118,10 +121,14 @@ class TwinKernels(PlainKernels):
 
 
 class RoundingKernels(TwinKernels):
-    """What enters a product with weights is rounded."""
+    """What enters a product with weights is rounded; where `rounds_attention`, queries and attention's weights too.
 
-    def __init__(self, round_: Callable[[Tensor], Tensor]) -> None:
+    The latter to bfloat16, and as they are before they are divided by their sum: relative to the largest.
+    """
+
+    def __init__(self, round_: Callable[[Tensor], Tensor], *, rounds_attention: bool) -> None:
         self._round = round_
+        self._rounds_attention = rounds_attention
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed = super().rms_norm(x, weight, eps)
@@ -140,7 +147,24 @@ class RoundingKernels(TwinKernels):
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        return self._round(super().attend(query, layer, step, scale=scale, window=window, softcap=softcap))
+        if not self._rounds_attention:
+            return self._round(super().attend(query, layer, step, scale=scale, window=window, softcap=softcap))
+        query, out = to_bfloat16(query * scale * math.log2(math.e)), torch.empty_like(query)
+        for group in step.groups:
+            key, value = (_context(pool.float(), group) for pool in (layer.key.transpose(2, 3), layer.value))
+            rows = query[group.rows].view(group.slices, group.query_length, *query.shape[1:]).transpose(1, 2)
+            heads = rows.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+            scores = rows @ key.transpose(2, 3) + group.bias(window, query.dtype)
+            weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
+            outputs = to_bfloat16(weights) @ value / weights.sum(-1, keepdim=True)
+            out[group.rows] = outputs.transpose(1, 2).flatten(0, 1)
+        return self._round(out)
+
+
+def _context(pool: Tensor, group: AttentionGroup) -> Tensor:
+    """[slices, kv_heads, context_length, head_dim] of a pool [blocks, kv_heads, block_size, head_dim]."""
+    return pool[group.tables].transpose(1, 2).flatten(2, 3)[:, :, : group.context_length]
 
 
 def to_eight_bits(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Any
 
+from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats, put_pairs
 
@@ -88,7 +89,6 @@ class Frame(IntEnum):
     LOGITS = auto()  # float32 [padded SAMPLED, padded vocabulary]
     SCRATCH = auto()  # of the first thread
     SCRATCH_BYTES = auto()  # of one thread, a number
-    SCRATCH_TOKENS = auto()  # how many keys it has room for, a number
     LINEAR = auto()  # functions of the library
     HEAD_LINEAR = auto()
     NORM_ROWS = auto()
@@ -108,8 +108,8 @@ def tall_rows(isa: Isa) -> int:
     return isa.accumulators // 2
 
 
-def scratch_bytes(isa: Isa, shape: Shape, tokens: int) -> int:
-    """What one thread needs: a row, and an attention tile over `tokens` keys."""
+def scratch_bytes(isa: Isa, shape: Shape) -> int:
+    """What one thread needs: a row, and a tile of attention."""
+    row = 4 * max(shape.hidden, shape.intermediate, shape.head_dim)
     tile_rows = max(tall_rows(isa), shape.heads // shape.kv_heads)
-    row = max(shape.hidden, shape.intermediate, shape.head_dim)
-    return 4 * (row + 2 * tile_rows * shape.head_dim + 2 * tile_rows * tokens)
+    return row + attention_scratch_bytes(tile_rows, shape.head_dim, shape.block_size)

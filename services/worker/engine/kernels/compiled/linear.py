@@ -19,6 +19,7 @@ from services.worker.engine.kernels.compiled.tiles import (
 _HEIGHTS = (1, 2, 3, 4, 6, 8, 12)  # rows of the tiles that are made
 TALLEST = _HEIGHTS[-1]
 _TILE_COST = 0.5  # of starting another tile, in rows
+_AHEAD_BYTES = 8192  # how far before its use a weight is asked for, where memory bounds a tile
 _CLAIMS = 8  # a thread takes about this share of its share of a phase at a time
 
 
@@ -78,23 +79,28 @@ def make_linear(isa: Isa, bits: int) -> Any:
                     for tile in range(tiles):
                         a = x + tile * depth * rows * activation_bytes
                         at = tile * (depth // GROUP) * rows * 4
+                        # The first tile has this unit's weights from memory, the others from the cache: they have time
+                        # to fetch the next unit's.
+                        later = _AHEAD_BYTES if tile == 0 else (width + tile - 1) * panel_bytes if tile <= width else 0
                         to = o + tile * rows * out_row_bytes
+                        arguments = (
+                            a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes,
+                            w + later,
+                        )  # fmt: skip
                         if rows == 1:
-                            one(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                            one(*arguments)
                         elif rows == 2:
-                            two(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                            two(*arguments)
                         elif rows == 3:
-                            three(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                            three(*arguments)
                         elif rows == 4:
-                            four(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                            four(*arguments)
                         elif rows == 6:
-                            six(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                            six(*arguments)
                         elif rows == 8:
-                            eight(a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes)
+                            eight(*arguments)
                         else:
-                            twelve(
-                                a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes
-                            )
+                            twelve(*arguments)
                     if bias:
                         for row in range(tiles * rows):
                             add(floats(bias + panel * columns * 4, width * columns), o + row * out_row_bytes)
@@ -122,8 +128,8 @@ def _tile(isa: Isa, rows: int, bits: int) -> Any:
     @njit(nogil=True, error_model="numpy")
     def tile(
         x: int, scales: int, sums: int, words: int, weight_scales: int, panel_bytes: int, scale_bytes: int,
-        steps: int, out: int, out_row_bytes: int,
+        steps: int, out: int, out_row_bytes: int, ahead: int,
     ) -> None:  # fmt: skip
-        multiply(x, words, panel_bytes, steps, out, out_row_bytes)
+        multiply(x, words, panel_bytes, steps, out, out_row_bytes, ahead)
 
     return tile

@@ -164,10 +164,9 @@ def make_attention(isa: Isa, shape: Shape) -> Kernel:
         table = frame[Frame.TABLES] + 4 * longs(frame[Frame.TABLE_STARTS], slice_ + 1)[slice_]
         keys = frame[Frame.KV] + (2 * layer * kv_heads + head) * head_bytes
         values = keys + kv_heads * head_bytes
-        block_bytes, room = frame[Frame.KV_BLOCK_BYTES], frame[Frame.SCRATCH_TOKENS]
         arguments = (
-            first, queries, start, window, qkv, token_bytes, q_norm, cos, sin, table, keys, values, block_bytes,
-            scratch, room,
+            first, queries, start, window, qkv, token_bytes, q_norm, cos, sin, table, keys, values,
+            frame[Frame.KV_BLOCK_BYTES], scratch,
         )  # fmt: skip
         call_address(frame[Frame.ATTEND_TOKEN] if queries == group else frame[Frame.ATTEND_TILE], arguments)
         x, scales, sums = frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS]

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import float32, int32, njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from services.worker.engine.kernels.compiled.machine import (
@@ -31,7 +30,6 @@ from services.worker.engine.kernels.compiled.vectors import (
     absolute,
     at,
     call,
-    larger,
     largest_lane,
     load,
     pointer,
@@ -173,32 +171,6 @@ def pair_run_apart(_: Any, values: Any, out: Any, word_stride: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
-
-
-@intrinsic
-def largest_of(_: Any, values: Any, count: Any) -> Any:
-    """The largest of `count` float32, a positive multiple of _RUN, at an address."""
-
-    def generate(_: Any, builder: Builder, __: Any, arguments: Any) -> Value:
-        values, count = arguments
-        first = pointer(builder, values)
-        largest = cgutils.alloca_once_value(builder, load(builder, first, F32, _RUN))
-        with cgutils.for_range(builder, builder.udiv(count, I64(_RUN)), intp=I64) as loop:
-            x = load(builder, at(builder, first, builder.mul(loop.index, I64(4 * _RUN))), F32, _RUN)
-            builder.store(larger(builder, x, builder.load(largest)), largest)
-        return largest_lane(builder, builder.load(largest))
-
-    return types.float32(types.int64, types.int64), generate
-
-
-@njit(nogil=True, error_model="numpy")
-def largest(values: int, count: int) -> float:
-    """The largest of `count` (at least 1) float32 at an address."""
-    whole = count // _RUN * _RUN
-    found = largest_of(values, whole) if whole else load_float32(values)
-    for i in range(whole, count):
-        found = max(found, load_float32(values + 4 * i))
-    return found
 
 
 @njit(nogil=True, error_model="numpy")

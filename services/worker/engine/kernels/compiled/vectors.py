@@ -24,6 +24,18 @@ class _BFloat16(ir.HalfType):  # type: ignore[misc]
 _BFloat16._create_instance()
 BF16 = _BFloat16()
 POINTER = ir.PointerType()
+_LINE_BYTES = 64
+
+# Of 2 ** x in -0.5..0.5, the highest power first.
+_POWER_SERIES = (
+    1.535336188319500e-4,
+    1.339887440266574e-3,
+    9.618437357674640e-3,
+    5.550332471162809e-2,
+    2.402264791363012e-1,
+    6.931472028550421e-1,
+    1.0,
+)
 
 
 def vector(element: Any, lanes: int) -> Any:
@@ -61,13 +73,13 @@ def load_splat(builder: Builder, where: Value, element: Any, lanes: int) -> Valu
     return splat(builder, builder.load(where, typ=element, align=_bytes(element)), lanes)
 
 
-def call(builder: Builder, name: str, result: Any, arguments: Sequence[Value]) -> Value:
+def call(builder: Builder, name: str, result: Any, arguments: Sequence[Value], fastmath: Sequence[str] = ()) -> Value:
     """Calls an LLVM intrinsic or a C function by name."""
     function = builder.module.globals.get(name)
     if function is None:
         kind = ir.FunctionType(result, [argument.type for argument in arguments])
         function = ir.Function(builder.module, kind, name)
-    return builder.call(function, arguments)
+    return builder.call(function, arguments, fastmath=fastmath)
 
 
 def multiply_add(builder: Builder, a: Value, b: Value, c: Value) -> Value:
@@ -84,6 +96,39 @@ def add_pair_products(builder: Builder, total: Value, a: Value, b: Value) -> Val
     pairs = vector(BF16, 2 * lanes)
     name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
     return call(builder, name, total.type, [total, builder.bitcast(a, pairs), builder.bitcast(b, pairs)])
+
+
+def interleave(builder: Builder, a: Value, b: Value) -> Value:
+    """a[0], b[0], a[1], b[1], ... as one vector."""
+    lanes = a.type.count
+    order = [lane // 2 + (lane % 2) * lanes for lane in range(2 * lanes)]
+    return builder.shuffle_vector(a, b, ir.Constant(vector(I32, 2 * lanes), order))
+
+
+def power_of_two(builder: Builder, x: Value) -> Value:
+    """2 ** x of float32 at most 0, within 2 units in the last place; Cephes' exp2f. Below -126 it is 0."""
+    lanes = x.type.count
+    whole = call(builder, f"llvm.rint.v{lanes}f32", x.type, [x])
+    rest = builder.fsub(x, whole)
+    power = constant(F32, lanes, _POWER_SERIES[0])
+    for coefficient in _POWER_SERIES[1:]:
+        power = multiply_add(builder, power, rest, constant(F32, lanes, coefficient))
+    exponent = builder.shl(builder.fptosi(whole, vector(I32, lanes)), constant(I32, lanes, 23))
+    scaled = builder.bitcast(builder.add(builder.bitcast(power, exponent.type), exponent), x.type)
+    vanishes = builder.fcmp_ordered("<", x, constant(F32, lanes, -126.0))
+    return builder.select(vanishes, constant(F32, lanes, 0.0), scaled)
+
+
+def sum_of_lanes(builder: Builder, x: Value) -> Value:
+    """In an order that is always the same."""
+    return call(builder, f"llvm.vector.reduce.fadd.v{x.type.count}f32", F32, [ir.Constant(F32, -0.0), x], ("reassoc",))
+
+
+def fetch_lines(builder: Builder, first: Value, size: int) -> None:
+    """Has the cache fetch the lines of `size` bytes. It is a hint: no memory need be there."""
+    for offset in range(0, size, _LINE_BYTES):
+        where = at(builder, first, I64(offset))
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(3), I32(1)])  # to read, often, data
 
 
 def absolute(builder: Builder, x: Value) -> Value:

@@ -144,15 +144,6 @@ def test_bfloat16_bits_at_ties_and_ends() -> None:
     assert rounded(np.array([np.nan, -0.0], np.float32)).tolist() == [0x7FC0, 0x8000]
 
 
-@unhurried
-@given(st.integers(1, 100), seeds)
-def test_largest(size: int, seed: int) -> None:
-    x = randoms(size, seed=seed, scale=100.0) - np.float32(200)
-    assert rows.largest(x.ctypes.data, size) == x.max()
-    x[seed % size] = -np.inf
-    assert rows.largest(x.ctypes.data, size) == x.max()
-
-
 @pytest.mark.parametrize("height", [1, 3, 12])
 @pytest.mark.parametrize("row", [0, 2, 14])
 def test_put_floats_lays_a_row_beside_others_of_its_tile(row: int, height: int) -> None:
