@@ -1,4 +1,7 @@
-"""The phases of a step beside its matrix products, each shared out by rows or by tiles of attention."""
+"""The phases of a step beside its matrix products, each shared out by rows or by tiles of attention.
+
+Activations of a tile's rows lie side by side, in the same cache lines, so one thread writes them all.
+"""
 
 from typing import Any
 
@@ -11,6 +14,7 @@ from services.worker.engine.kernels.compiled.machine import call_address, float_
 from services.worker.engine.kernels.compiled.packing import padded_columns
 from services.worker.engine.kernels.compiled.rows import add_norm, bfloat16_bits, norm, rotate, swiglu
 from services.worker.engine.kernels.compiled.team import claim, meet
+from services.worker.engine.kernels.compiled.tiles import GROUP
 
 
 def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
@@ -22,15 +26,17 @@ def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
         frame, temp = longs(at, FRAME_FIELDS), floats(scratch, hidden)
         count, rows = frame[Frame.ROWS], frame[Frame.TILE_ROWS]
         weight = floats(frame[Frame.NORMS] + 4 * which * hidden, hidden)
-        row = claim(control, members, phase, 1)
-        while row < count:
-            h = floats(frame[Frame.HIDDEN] + 4 * row * hidden, hidden)
-            delta = floats(frame[Frame.DELTA] + 4 * row * width, hidden)
-            if which == 0:
-                begin_row(frame, row, h, delta)
-            add_norm(h, delta, weight, eps, temp)
-            put(scratch, hidden, 0, row, rows, hidden, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS])
-            row = claim(control, members, phase, 1)
+        x, scales, sums = frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS]
+        first = claim(control, members, phase, rows)
+        while first < count:
+            for row in range(first, min(first + rows, count)):
+                h = floats(frame[Frame.HIDDEN] + 4 * row * hidden, hidden)
+                delta = floats(frame[Frame.DELTA] + 4 * row * width, hidden)
+                if which == 0:
+                    begin_row(frame, row, h, delta)
+                add_norm(h, delta, weight, eps, temp)
+                put(scratch, hidden, 0, row, rows, hidden, x, scales, sums)
+            first = claim(control, members, phase, rows)
         meet(control, members)
 
     return norm_rows
@@ -39,17 +45,21 @@ def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
 def make_swiglu_rows(isa: Isa, shape: Shape) -> Kernel:
     put = shape.put
     intermediate, width = shape.intermediate, padded_columns(2 * shape.intermediate, isa)
+    parts = next(n for n in (4, 3, 2, 1) if intermediate % (n * GROUP) == 0 or n == 1)
+    size = intermediate // parts
 
     def swiglu_rows(control: int, members: int, at: int, phase: int, which: int, scratch: int) -> None:
-        frame, temp = longs(at, FRAME_FIELDS), floats(scratch, intermediate)
+        frame, temp = longs(at, FRAME_FIELDS), floats(scratch, size)
         count, rows = frame[Frame.ROWS], frame[Frame.TILE_ROWS]
         x, scales, sums = frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS]
-        row = claim(control, members, phase, 1)
-        while row < count:
-            gate = frame[Frame.PRODUCT] + 4 * row * width
-            swiglu(floats(gate, intermediate), floats(gate + 4 * intermediate, intermediate), temp)
-            put(scratch, intermediate, 0, row, rows, intermediate, x, scales, sums)
-            row = claim(control, members, phase, 1)
+        item = claim(control, members, phase, 1)
+        while item < (count + rows - 1) // rows * parts:
+            first, k = item // parts * rows, item % parts * size
+            for row in range(first, min(first + rows, count)):
+                gate = frame[Frame.PRODUCT] + 4 * (row * width + k)
+                swiglu(floats(gate, size), floats(gate + 4 * intermediate, size), temp)
+                put(scratch, size, k, row, rows, intermediate, x, scales, sums)
+            item = claim(control, members, phase, 1)
         meet(control, members)
 
     return swiglu_rows
