@@ -18,7 +18,7 @@ from services.worker.engine.batcher import Batch
 from services.worker.engine.kernels.compiled.frame import NO_WINDOW, Frame, Shape, scratch_bytes
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.library import Library, compiled_library
-from services.worker.engine.kernels.compiled.linear import TALLEST, tile_rows
+from services.worker.engine.kernels.compiled.linear import TALLEST, tile_groups, tile_rows
 from services.worker.engine.kernels.compiled.packing import aligned_zeros, padded_columns
 from services.worker.engine.kernels.compiled.plan import StepPlan, plan_step
 from services.worker.engine.kernels.compiled.step import make_kernels
@@ -115,7 +115,9 @@ class _Step:
 
     def _place(self, plan: StepPlan) -> None:
         frame, rows, sampled = self._frame, len(plan.tokens), len(plan.sampled_rows)
-        frame[Frame.ROWS], frame[Frame.TILE_ROWS] = rows, tile_rows(self._isa, rows)
+        height = tile_rows(self._isa, rows)
+        frame[Frame.ROWS], frame[Frame.TILE_ROWS] = rows, height
+        frame[Frame.GROUPS] = tile_groups(-(-rows // height), self._threads)
         frame[Frame.SLICES] = len(plan.first_rows) - 1
         frame[Frame.SAMPLED], frame[Frame.SAMPLED_TILE_ROWS] = sampled, tile_rows(self._isa, max(sampled, 1))
         self._keep(Frame.TOKENS, plan.tokens)

@@ -61,6 +61,7 @@ class Frame(IntEnum):
 
     ROWS = 0  # T, a number
     TILE_ROWS = auto()  # rows of a tile, a number
+    GROUPS = auto()  # that a step's tiles of rows are shared out by: tile t is in group t % GROUPS; a number
     SLICES = auto()  # S, a number
     SAMPLED = auto()  # rows that sample, a number
     SAMPLED_TILE_ROWS = auto()  # a number

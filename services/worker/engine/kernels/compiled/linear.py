@@ -19,6 +19,7 @@ from services.worker.engine.kernels.compiled.tiles import (
 _HEIGHTS = (1, 2, 3, 4, 6, 8, 12)  # rows of the tiles that are made
 TALLEST = _HEIGHTS[-1]
 _TILE_COST = 0.5  # of starting another tile, in rows
+_GROUP_TILES = 2  # from so many on it pays that each thread reads all weights, to have its rows to itself
 _AHEAD_BYTES = 8192  # how far before its use a weight is asked for, where memory bounds a tile
 _CLAIMS = 8  # a thread takes about this share of its share of a phase at a time
 
@@ -29,6 +30,11 @@ def tile_rows(isa: Isa, rows: int) -> int:
     return min(reversed(heights), key=lambda height: -(-rows // height) * (height + _TILE_COST))
 
 
+def tile_groups(tiles: int, members: int) -> int:
+    """How many groups so many tiles are shared out by, one for each thread where there are enough."""
+    return max(1, min(members, tiles // _GROUP_TILES))
+
+
 def _panels(isa: Isa, rows: int) -> int:
     """How many panels a tile of so many rows takes at once; 0 if it does not fit into the registers."""
     return next((panels for panels in (4, 2, 1) if rows * panels * 2 <= isa.accumulators), 0)
@@ -37,16 +43,62 @@ def _panels(isa: Isa, rows: int) -> int:
 def make_linear(isa: Isa, bits: int) -> Any:
     """`linear(...)`: out = activations x weights, a phase of the team.
 
-    Arguments: control, members, phase; tiles and rows per tile; depth (k) of both; addresses of activations, their
-    scales and sums; of the weights' words and scales and of the bias (0: none); panels; the address of out and the
-    bytes of its rows. out has room for whole tiles.
+    Arguments: control, members, rank, groups of tiles, phase; tiles and rows per tile; depth (k) of both; addresses of
+    activations, their scales and sums; of the weights' words and scales and of the bias (0: none); panels; the address
+    of out and the bytes of its rows. out has room for whole tiles.
     """
-    columns = isa.panel_columns
-    one, two, three, four, six, eight, twelve = (_tile(isa, height, bits) for height in _HEIGHTS)
-    width1, width2, width3, width4, width6, width8, width12 = (_panels(isa, height) or 1 for height in _HEIGHTS)
+    columns, width_of, multiply = isa.panel_columns, _make_width_of(isa), _make_multiply(isa, bits)
     per_word, quantized = 32 // bits, bits in (4, 8)
     activation_bytes = isa.activation_bits(bits) // 8
     group_scale_bytes = {8: 2 * columns, 4: 2 * 2 * columns}.get(bits, 0)
+
+    def linear(
+        control: int, members: int, rank: int, groups: int, phase: int, tiles: int, rows: int, depth: int, x: int,
+        x_scales: int, x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int,
+    ) -> None:  # fmt: skip
+        width = width_of(rows)
+        units = panels // width
+        steps = depth // GROUP if quantized else depth // per_word
+        panel_bytes = depth // per_word * columns * 4
+        of_scales = group_scale_bytes * (depth // GROUP)
+        share = max(1, units // (members * _CLAIMS))
+        for turn in range(groups):
+            group = (rank + turn) % groups
+            first = claim(control, members, phase, group, share)
+            while first < units:
+                for unit in range(first, min(first + share, units)):
+                    # The last unit also has what is left over. As that is a whole tile, rather than a narrower one,
+                    # some panels are computed again: by the same thread, since their bias is added in a second pass.
+                    start = unit * width
+                    end = panels - width if unit == units - 1 else start
+                    for panel in range(start, end + 1, max(end - start, 1)):
+                        w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4
+                        for tile in range(group, tiles, groups):
+                            place = x + tile * depth * rows * activation_bytes
+                            of_group = tile * (depth // GROUP) * rows * 4
+                            # The first tile has this unit's weights from memory, the others from the cache: they have
+                            # time to fetch the next unit's.
+                            done = tile // groups
+                            ahead = w
+                            if done == 0:
+                                ahead += _AHEAD_BYTES
+                            elif done <= width:
+                                ahead += (width + done - 1) * panel_bytes
+                            multiply(
+                                rows, place, x_scales + of_group, x_sums + of_group, w, s, panel_bytes, of_scales,
+                                steps, o + tile * rows * out_row_bytes, out_row_bytes, ahead,
+                            )  # fmt: skip
+                            if bias:
+                                for row in range(tile * rows, (tile + 1) * rows):
+                                    add(floats(bias + panel * columns * 4, width * columns), o + row * out_row_bytes)
+                first = claim(control, members, phase, group, share)
+        meet(control, members)
+
+    return linear
+
+
+def _make_width_of(isa: Isa) -> Any:
+    width1, width2, width3, width4, width6, width8, width12 = (_panels(isa, height) or 1 for height in _HEIGHTS)
 
     @njit(nogil=True, error_model="numpy")
     def width_of(rows: int) -> int:
@@ -57,57 +109,31 @@ def make_linear(isa: Isa, bits: int) -> Any:
             return width3 if rows == 3 else width4
         return width6 if rows == 6 else width8 if rows == 8 else width12
 
-    def linear(
-        control: int, members: int, phase: int, tiles: int, rows: int, depth: int, x: int, x_scales: int,
-        x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int,
-    ) -> None:  # fmt: skip
-        width = width_of(rows)
-        units = panels // width
-        steps = depth // GROUP if quantized else depth // per_word
-        panel_bytes = depth // per_word * columns * 4
-        of_scales = group_scale_bytes * (depth // GROUP)
-        share = max(1, units // (members * _CLAIMS))
-        first = claim(control, members, phase, share)
-        while first < units:
-            for unit in range(first, min(first + share, units)):
-                # The last unit also has what is left over. As that is a whole tile, rather than a narrower one, some
-                # panels are computed again: by the same thread, since their bias is added in a second pass.
-                start = unit * width
-                end = panels - width if unit == units - 1 else start
-                for panel in range(start, end + 1, max(end - start, 1)):
-                    w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4
-                    for tile in range(tiles):
-                        a = x + tile * depth * rows * activation_bytes
-                        at = tile * (depth // GROUP) * rows * 4
-                        # The first tile has this unit's weights from memory, the others from the cache: they have time
-                        # to fetch the next unit's.
-                        later = _AHEAD_BYTES if tile == 0 else (width + tile - 1) * panel_bytes if tile <= width else 0
-                        to = o + tile * rows * out_row_bytes
-                        arguments = (
-                            a, x_scales + at, x_sums + at, w, s, panel_bytes, of_scales, steps, to, out_row_bytes,
-                            w + later,
-                        )  # fmt: skip
-                        if rows == 1:
-                            one(*arguments)
-                        elif rows == 2:
-                            two(*arguments)
-                        elif rows == 3:
-                            three(*arguments)
-                        elif rows == 4:
-                            four(*arguments)
-                        elif rows == 6:
-                            six(*arguments)
-                        elif rows == 8:
-                            eight(*arguments)
-                        else:
-                            twelve(*arguments)
-                    if bias:
-                        for row in range(tiles * rows):
-                            add(floats(bias + panel * columns * 4, width * columns), o + row * out_row_bytes)
-            first = claim(control, members, phase, share)
-        meet(control, members)
+    return width_of
 
-    return linear
+
+def _make_multiply(isa: Isa, bits: int) -> Any:
+    one, two, three, four, six, eight, twelve = (_tile(isa, height, bits) for height in _HEIGHTS)
+
+    @njit(nogil=True, error_model="numpy")
+    def multiply(rows: int, *arguments: int) -> None:
+        """The tile of so many rows."""
+        if rows == 1:
+            one(*arguments)
+        elif rows == 2:
+            two(*arguments)
+        elif rows == 3:
+            three(*arguments)
+        elif rows == 4:
+            four(*arguments)
+        elif rows == 6:
+            six(*arguments)
+        elif rows == 8:
+            eight(*arguments)
+        else:
+            twelve(*arguments)
+
+    return multiply
 
 
 @njit(nogil=True, error_model="numpy")

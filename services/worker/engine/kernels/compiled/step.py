@@ -64,61 +64,44 @@ def _make_run(isa: Isa, shape: Shape) -> Kernel:
     )
 
     @njit(nogil=True, error_model="numpy")
-    def multiply(
-        kernel: int, control: int, members: int, frame: Any, phase: int, which: int, tiles: int, rows: int, depth: int,
-        out: int, width: int,
-    ) -> None:  # fmt: skip
+    def multiply(team: Any, linear: Any, frame: Any, phase: int, which: int, depth: int, out: int, width: int) -> None:
+        """By `linear`, a kernel and its groups, tiles and rows per tile."""
+        kernel, groups, tiles, rows = linear
         weights = longs(frame[Frame.LINEARS] + 24 * which, 3)
         arguments = (
-            control, members, phase, tiles, rows, depth, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS],
+            *team, groups, phase, tiles, rows, depth, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS],
             weights[0], weights[1], weights[2], width // columns, out, 4 * width,
         )  # fmt: skip
         call_address(kernel, arguments)
 
     @njit(nogil=True, error_model="numpy")
     def step(rank: int, members: int, control: int, at: int) -> None:
-        frame = longs(at, FRAME_FIELDS)
+        frame, team = longs(at, FRAME_FIELDS), (control, members, rank)
         scratch = frame[Frame.SCRATCH] + rank * frame[Frame.SCRATCH_BYTES]
-        rows, linear = frame[Frame.TILE_ROWS], frame[Frame.LINEAR]
-        tiles = (frame[Frame.ROWS] + rows - 1) // rows
+        rows = frame[Frame.TILE_ROWS]
+        linear = (frame[Frame.LINEAR], frame[Frame.GROUPS], (frame[Frame.ROWS] + rows - 1) // rows, rows)
         delta, product = frame[Frame.DELTA], frame[Frame.PRODUCT]
         sampled = frame[Frame.SAMPLED]  # after the last barrier, it may be the next step's already
         for layer in range(layers):
-            phase = layer * PHASES_PER_LAYER
-            call_address(frame[Frame.NORM_ROWS], (control, members, at, phase, 2 * layer, scratch))
-            multiply(linear, control, members, frame, phase + 1, 4 * layer, tiles, rows, hidden, product, qkv_width)
-            call_address(frame[Frame.WRITE_KV], (control, members, at, phase + 2, layer, scratch))
-            call_address(frame[Frame.ATTEND], (control, members, at, phase + 3, layer, scratch))
-            multiply(
-                linear, control, members, frame, phase + 4, 4 * layer + 1, tiles, rows, query_size, delta, hidden_width
-            )
-            call_address(frame[Frame.NORM_ROWS], (control, members, at, phase + 5, 2 * layer + 1, scratch))
-            multiply(
-                linear, control, members, frame, phase + 6, 4 * layer + 2, tiles, rows, hidden, product, gate_up_width
-            )
-            call_address(frame[Frame.SWIGLU_ROWS], (control, members, at, phase + 7, layer, scratch))
-            multiply(
-                linear,
-                control,
-                members,
-                frame,
-                phase + 8,
-                4 * layer + 3,
-                tiles,
-                rows,
-                intermediate,
-                delta,
-                hidden_width,
-            )
+            phase, which = layer * PHASES_PER_LAYER, 4 * layer
+            call_address(frame[Frame.NORM_ROWS], (*team, at, phase, 2 * layer, scratch))
+            multiply(team, linear, frame, phase + 1, which, hidden, product, qkv_width)
+            call_address(frame[Frame.WRITE_KV], (*team, at, phase + 2, layer, scratch))
+            call_address(frame[Frame.ATTEND], (*team, at, phase + 3, layer, scratch))
+            multiply(team, linear, frame, phase + 4, which + 1, query_size, delta, hidden_width)
+            call_address(frame[Frame.NORM_ROWS], (*team, at, phase + 5, 2 * layer + 1, scratch))
+            multiply(team, linear, frame, phase + 6, which + 2, hidden, product, gate_up_width)
+            call_address(frame[Frame.SWIGLU_ROWS], (*team, at, phase + 7, layer, scratch))
+            multiply(team, linear, frame, phase + 8, which + 3, intermediate, delta, hidden_width)
         if sampled:
             phase, rows = layers * PHASES_PER_LAYER, frame[Frame.SAMPLED_TILE_ROWS]
-            tiles, head, out = (sampled + rows - 1) // rows, frame[Frame.HEAD_LINEAR], frame[Frame.LOGITS]
-            call_address(frame[Frame.NORM_SAMPLED], (control, members, at, phase, layers, scratch))
-            multiply(head, control, members, frame, phase + 1, 4 * layers, tiles, rows, hidden, out, vocabulary_width)
+            head = (frame[Frame.HEAD_LINEAR], 1, (sampled + rows - 1) // rows, rows)
+            call_address(frame[Frame.NORM_SAMPLED], (*team, at, phase, layers, scratch))
+            multiply(team, head, frame, phase + 1, 4 * layers, hidden, frame[Frame.LOGITS], vocabulary_width)
 
     def run(rank: int, members: int, control: int, frame: int) -> None:
         if rank == 0:
-            start(control, members, phases)
+            start(control, members, phases, longs(frame, FRAME_FIELDS)[Frame.GROUPS])
             step(rank, members, control, frame)
             return
         while await_start(control, rank):

@@ -1,7 +1,9 @@
 """Threads that run one compiled function together, phase after phase, without Python's lock.
 
 A phase's work is a number of items that threads claim by an atomic counter, so that a thread that the system holds up
-takes fewer; a barrier ends the phase. Between steps the helpers wait on a semaphore and take no processor time.
+takes fewer; a barrier ends the phase. Items may be in several groups, each with a counter of its own: a thread takes
+those of its own group first, the same ones in every phase, so that what it works on is mostly in its own cache already,
+and then helps others. Between steps the helpers wait on a semaphore and take no processor time.
 """
 
 import numpy as np
@@ -27,11 +29,12 @@ _SPINS = 100
 
 
 def new_control(members: int, phases: int) -> npt.NDArray[np.int64]:
-    """The shared words of a team: barrier, semaphores, and a counter per phase, all zero (as sem_init leaves one).
+    """The shared words of a team: barrier, semaphores, and a counter per phase and group, all zero (as sem_init leaves
+    one). There are at most as many groups as members.
 
     The functions of this module take the address of its first.
     """
-    return np.zeros(_counters(members) + phases * _LINE, np.int64)
+    return np.zeros(_counters(members) + phases * members * _LINE, np.int64)
 
 
 @njit(nogil=True, error_model="numpy", inline="never")
@@ -40,9 +43,9 @@ def _counters(members: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def claim(control: int, members: int, phase: int, amount: int) -> int:
-    """The first of `amount` items of a phase that are now this thread's; it may lie beyond the last item."""
-    return atomic_add(control + 8 * (_counters(members) + phase * _LINE), amount)
+def claim(control: int, members: int, phase: int, group: int, amount: int) -> int:
+    """The first of `amount` items of a phase's group that are now this thread's; it may lie beyond the last item."""
+    return atomic_add(control + 8 * (_counters(members) + (phase * members + group) * _LINE), amount)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -66,11 +69,12 @@ def meet(control: int, members: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
-def start(control: int, members: int, phases: int) -> None:
+def start(control: int, members: int, phases: int, groups: int) -> None:
     """Begins a step: counters to zero, helpers awake."""
-    counters = longs(control + 8 * _counters(members), phases * _LINE)
+    counters = longs(control + 8 * _counters(members), phases * members * _LINE)
     for phase in range(phases):
-        counters[phase * _LINE] = 0
+        for group in range(groups):
+            counters[(phase * members + group) * _LINE] = 0
     for rank in range(1, members):
         semaphore_post(_semaphore(control, rank))
 

@@ -80,8 +80,8 @@ def packed(weight: Tensor, bits: int) -> PackedLinear:
     return pack(weight, bits, ISA, Arena(packed_bytes(*weight.shape, bits, ISA)))
 
 
-def multiply(product: Product, weights: PackedLinear, *, height: int, members: int = 1) -> Floats:
-    """The kernel's product, [rows, columns], by so many threads."""
+def multiply(product: Product, weights: PackedLinear, *, height: int, members: int = 1, groups: int = 1) -> Floats:
+    """The kernel's product, [rows, columns], by so many threads, which share out so many groups of tiles."""
     rows, columns = len(product.x), len(product.weight)
     width, tiles = padded_columns(columns, ISA), -(-rows // height)
     x, scales, sums = (part.numpy() for part in activations(product.x, weights.bits, height))
@@ -94,13 +94,13 @@ def multiply(product: Product, weights: PackedLinear, *, height: int, members: i
     control = new_control(members, 1)
     kernel = compiled(make_linear, weights.bits)
 
-    def work() -> None:
+    def work(rank: int = 0) -> None:
         kernel(
-            control, members, 0, tiles, height, product.x.shape[1], x, scales, sums, weights.words, weights.scales,
-            bias if len(bias) else 0, width // ISA.panel_columns, out, out.strides[0],
+            control, members, rank, groups, 0, tiles, height, product.x.shape[1], x, scales, sums, weights.words,
+            weights.scales, bias if len(bias) else 0, width // ISA.panel_columns, out, out.strides[0],
         )  # fmt: skip
 
-    helpers = [threading.Thread(target=work) for _ in range(members - 1)]
+    helpers = [threading.Thread(target=work, args=(rank,)) for rank in range(1, members)]
     for helper in helpers:
         helper.start()
     work()
@@ -145,15 +145,17 @@ def assert_exact(product: Product, weights: PackedLinear, out: Floats) -> None:
     columns=st.integers(1, 300),
     groups=st.integers(1, 5),
     biased=st.booleans(),
-    members=st.integers(1, 2),
+    members=st.integers(1, 3),
+    row_groups=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_products_of_any_shape(
-    bits: int, rows: int, columns: int, groups: int, biased: bool, members: int, seed: int
+    bits: int, rows: int, columns: int, groups: int, biased: bool, members: int, row_groups: int, seed: int
 ) -> None:
     product = random_product(rows, columns, groups * GROUP, biased=biased, seed=seed)
     weights = packed(product.weight, bits)
-    assert_exact(product, weights, multiply(product, weights, height=tile_rows(ISA, rows), members=members))
+    out = multiply(product, weights, height=tile_rows(ISA, rows), members=members, groups=min(row_groups, members))
+    assert_exact(product, weights, out)
 
 
 @pytest.mark.parametrize("height", HEIGHTS)
@@ -188,7 +190,7 @@ def test_a_bias_is_added_once_however_threads_share_the_columns(bits: int) -> No
     for height in HEIGHTS[:3]:
         expected = multiply(product, weights, height=height)
         for _ in range(50):
-            assert np.array_equal(multiply(product, weights, height=height, members=2), expected)
+            assert np.array_equal(multiply(product, weights, height=height, members=2, groups=2), expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
