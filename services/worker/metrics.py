@@ -1,5 +1,7 @@
 """Metrics of the worker service: vLLM's names where vLLM has one, so that its dashboards show this engine too."""
 
+from collections.abc import Callable
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from services.worker.engine.counters import EngineCounters
@@ -15,11 +17,12 @@ class WorkerMetrics:
     """All metrics of this service, registered once per process."""
 
     def __init__(self, model_name: str, total_blocks: int, registry: CollectorRegistry = REGISTRY) -> None:
-        self._total_blocks = total_blocks
         self._seen = EngineCounters()
+        self._running = self._waiting = 0
+        self._free_blocks = total_blocks
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, _LABELS, registry=registry).labels(model_name, _ENGINE)
+        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
+            Gauge(name, text, _LABELS, registry=registry).labels(model_name, _ENGINE).set_function(value)
 
         def counter(name: str, text: str) -> Counter:
             return Counter(name, text, _LABELS, registry=registry).labels(model_name, _ENGINE)
@@ -27,9 +30,17 @@ class WorkerMetrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, _LABELS, registry=registry, buckets=buckets).labels(model_name, _ENGINE)
 
-        self._running = gauge("vllm:num_requests_running", "Sequences in the running batch.")
-        self._waiting = gauge("vllm:num_requests_waiting", "Sequences taken on that wait for a place in the batch.")
-        self._kv_usage = gauge("vllm:kv_cache_usage_perc", "Part of the KV blocks in use, from 0 to 1.")
+        gauge("vllm:num_requests_running", "Sequences in the running batch.", lambda: self._running)
+        gauge(
+            "vllm:num_requests_waiting",
+            "Sequences taken on that wait for a place in the batch.",
+            lambda: self._waiting,
+        )
+        gauge(
+            "vllm:kv_cache_usage_perc",
+            "Part of the KV blocks in use, from 0 to 1.",
+            lambda: 1 - self._free_blocks / total_blocks,
+        )
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens produced.")
         self._prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the block pool.")
@@ -40,15 +51,16 @@ class WorkerMetrics:
         self._failed = counter("headrace_engine_failed_sequences", "Sequences that the engine gave up.")
 
     def observe(self, turn: Turn) -> None:
-        """Takes over what one turn of the engine did."""
+        """Takes over what one turn of the engine did. Called after every step: most of them are decodes alone."""
         status, counters, seen = turn.status, turn.status.counters, self._seen
-        self._running.set(status.running)
-        self._waiting.set(status.waiting)
-        self._kv_usage.set(1 - status.free_blocks / self._total_blocks)
-        self._prompt_tokens.inc(counters.prefill_tokens - seen.prefill_tokens)
-        self._prefix_queries.inc(counters.prefix_queried_tokens - seen.prefix_queried_tokens)
-        self._prefix_hits.inc(counters.prefix_hit_tokens - seen.prefix_hit_tokens)
-        self._preemptions.inc(counters.preemptions - seen.preemptions)
+        self._running, self._waiting, self._free_blocks = status.running, status.waiting, status.free_blocks
+        if counters.prefill_tokens > seen.prefill_tokens:
+            self._prompt_tokens.inc(counters.prefill_tokens - seen.prefill_tokens)
+        if counters.prefix_queried_tokens > seen.prefix_queried_tokens:
+            self._prefix_queries.inc(counters.prefix_queried_tokens - seen.prefix_queried_tokens)
+            self._prefix_hits.inc(counters.prefix_hit_tokens - seen.prefix_hit_tokens)
+        if counters.preemptions > seen.preemptions:
+            self._preemptions.inc(counters.preemptions - seen.preemptions)
         self._seen = counters
         if turn.result is not None and turn.result.computed_tokens:
             self._generation_tokens.inc(len(turn.result.tokens))

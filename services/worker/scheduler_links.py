@@ -75,42 +75,41 @@ class SchedulerLinks:
         self._links: list[_Link] = []
         # A placement is made by one scheduler, and the others do not know it; so all may be told of it.
         self._settled: list[scheduler_pb2.PlacementKey] = []
-        self._changed = asyncio.Event()
         self._last_sent: tuple[object, ...] = ()
         self._turn = 0
+        # A timer rather than a task: it is set after each step, and what that costs is taken from the next one.
+        self._timer: asyncio.TimerHandle | None = None
+        self._looked_at = 0.0
 
     def settle(self, request_id: str, attempt: int) -> None:
         """A placement was started or refused: the next state reflects it."""
         self._settled.append(scheduler_pb2.PlacementKey(request_id=request_id, attempt=attempt))
-        self._changed.set()
+        self.notify()
 
     def notify(self) -> None:
         """The load may have changed."""
-        self._changed.set()
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            wait_s = max(0.0, self._looked_at + _COALESCE_S - loop.time())
+            self._timer = loop.call_later(wait_s, self._broadcast)
 
     async def run(self) -> None:
         """Runs until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._sessions.run())
-            tasks.create_task(self._broadcast_changes())
+            tasks.create_task(self._beat())
 
-    async def _broadcast_changes(self) -> None:
-        loop = asyncio.get_running_loop()
-        heartbeat_at = loop.time()
+    async def _beat(self) -> None:
         while True:
-            if heartbeat := loop.time() >= heartbeat_at:
-                heartbeat_at = loop.time() + _HEARTBEAT_S
-                self._turn += 1
-            self._broadcast(heartbeat)
-            await asyncio.sleep(_COALESCE_S)
-            try:
-                async with asyncio.timeout_at(heartbeat_at):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
+            self._turn += 1
+            self._broadcast(heartbeat=True)
+            await asyncio.sleep(_HEARTBEAT_S)
 
-    def _broadcast(self, heartbeat: bool) -> None:
-        self._changed.clear()
+    def _broadcast(self, *, heartbeat: bool = False) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._looked_at = asyncio.get_running_loop().time()
         load = self._load()
         worth_sending = heartbeat or self._settled or load.without_step != self._last_sent
         if not worth_sending or not self._links:
@@ -127,14 +126,14 @@ class SchedulerLinks:
         call = scheduler_pb2_grpc.SchedulerStub(channel).Register(link.reports(self._registration))
         self._links.append(link)
         self._last_sent = ()  # the shares are others now
-        self._changed.set()
+        self.notify()
         try:
             async for _directive in call:
                 log.warning("scheduler %s sent a directive, and this worker follows none", address)
         finally:
             self._links.remove(link)
             self._last_sent = ()
-            self._changed.set()
+            self.notify()
             call.cancel()
 
 

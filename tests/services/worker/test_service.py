@@ -42,15 +42,24 @@ Ended = worker_pb2.SequenceEnded
 
 
 class GatedRunner(FakeRunner):
-    """A toy model that computes only while its gate is open, so that a test can act in the middle of a sequence."""
+    """A toy model that computes no more steps than it may, so that a test can act in the middle of a sequence."""
 
     def __init__(self) -> None:
         super().__init__(NUM_BLOCKS, BLOCK_SIZE)
-        self.gate = threading.Event()
-        self.gate.set()
+        self._changed = threading.Condition()
+        self._steps_left: int | None = None
+
+    def allow(self, steps: int | None) -> None:
+        """So many more steps; None: any number."""
+        with self._changed:
+            self._steps_left = steps
+            self._changed.notify()
 
     def forward(self, batch: Batch) -> Tensor:
-        assert self.gate.wait(timeout=60), "a test closed the gate and left it"
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._steps_left != 0, timeout=60), "a test held the engine for good"
+            if self._steps_left is not None:
+                self._steps_left -= 1
         return super().forward(batch)
 
 
@@ -216,12 +225,12 @@ class Stack:
         self.address = await self.service.start()
         self.channel = dial(self.address)
 
-    def hold(self) -> None:
-        """Lets the engine get no further than the step it is in."""
-        self.runner.gate.clear()
+    def hold(self, after: int = 0) -> None:
+        """Lets the engine do `after` more steps, beside the one that it is in."""
+        self.runner.allow(after)
 
     def release(self) -> None:
-        self.runner.gate.set()
+        self.runner.allow(None)
 
     async def stop(self, drain_grace_s: float = 0.0) -> None:
         await self.service.stop(drain_grace_s)
@@ -314,9 +323,9 @@ async def test_a_resumed_attempt_goes_on_after_what_was_delivered(stack: Stack) 
 
 async def test_cancel_ends_a_sequence_and_frees_it(stack: Stack) -> None:
     gateway = Gateway(stack.channel)
+    stack.hold(after=3)
     gateway.start("r", [1], [3, 4, 5], max_tokens=190)
     await gateway.until(lambda: 1 in gateway.tokens)
-    stack.hold()
     gateway.cancel(1, 99)
     await gateway.finish(1)
     stack.release()
@@ -436,10 +445,10 @@ async def test_the_scheduler_learns_who_this_is_and_what_is_free(stack: Stack) -
     assert (registration.model.name, registration.model.tokenizer_hash) == ("tiny", "hash")
     assert (registration.max_sequences, registration.total_blocks) == (4, NUM_BLOCKS)
     assert registration.role == scheduler_pb2.WORKER_ROLE_BOTH
+    stack.hold(after=3)
     gateway.start("r1", [1], [3] * 9, max_tokens=150, attempt=2)
     gateway.start("r2", [2], [99], max_tokens=150)
     await gateway.until(lambda: 1 in gateway.tokens)
-    stack.hold()
     busy = await stack.scheduler.until(lambda state: state.running_sequences == 1)
     assert busy.credits.sequences == 3 and busy.credits.blocks <= NUM_BLOCKS - 4
     await gateway.finish(2)
@@ -513,9 +522,9 @@ async def test_a_drain_lets_running_sequences_finish_and_refuses_new_ones() -> N
     await stack.start()
     assert await stack.health() == health_pb2.HealthCheckResponse.SERVING
     gateway = Gateway(stack.channel)
+    stack.hold(after=3)
     gateway.start("r1", [1], [3, 4], max_tokens=190)
     await gateway.until(lambda: 1 in gateway.tokens)
-    stack.hold()
     stopping = asyncio.create_task(stack.stop(drain_grace_s=60.0))
     await stack.scheduler.until(lambda state: state.draining)
     assert await stack.health() == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -534,9 +543,9 @@ async def test_after_the_grace_what_still_runs_goes_on_elsewhere() -> None:
     stack = Stack()
     await stack.start()
     gateway = Gateway(stack.channel)
+    stack.hold(after=3)
     gateway.start("r1", [1], [3, 4], max_tokens=190)
     await gateway.until(lambda: 1 in gateway.tokens)
-    stack.hold()
     stopping = asyncio.create_task(stack.stop(drain_grace_s=0.0))
     await gateway.finish(1)
     stack.release()

@@ -32,7 +32,9 @@ def test_blocks_beyond_the_slice_are_left_out() -> None:
     assert plan.sampled_rows.tolist() == []
 
 
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20), st.integers(0, 5)), min_size=1, max_size=6), st.data())
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20), st.integers(0, 5)), min_size=1, max_size=6), st.data()
+)
 def test_every_row_finds_its_token_position_and_block(parts: list[tuple[int, int, int]], data: st.DataObject) -> None:
     slices = []
     for start, length, left in parts:
