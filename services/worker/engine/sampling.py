@@ -76,9 +76,9 @@ def _penalize(row: Tensor, sequence: Sequence) -> None:
 
 
 def _choose_likeliest(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    # On a CPU numpy's takes a tenth of the time of torch's.
-    likeliest = logits.numpy().argmax(axis=-1) if logits.device.type == "cpu" else logits.argmax(dim=-1)
-    tokens: list[int] = likeliest.tolist()
+    if logits.device.type == "cpu":  # numpy's takes a fifth of the time of torch's, row by row
+        return [int(row.argmax()) for row in logits.numpy()]
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
     return tokens
 
 
