@@ -14,16 +14,16 @@ from numba import float32, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.machine import floats, store_float32
-from services.worker.engine.kernels.compiled.rows import Floats, exp, norm, put_floats, put_pairs, rotate
-from services.worker.engine.kernels.compiled.tiles import (
+from services.worker.engine.kernels.compiled.attention_tiles import (
     BFLOAT16_ROW_DOTS,
     BFLOAT16_ROWS,
-    FLOAT32,
     query_keys,
     weigh_values,
 )
+from services.worker.engine.kernels.compiled.isa import Isa
+from services.worker.engine.kernels.compiled.machine import floats, store_float32
+from services.worker.engine.kernels.compiled.rows import Floats, exp, norm, put_floats, put_pairs, rotate
+from services.worker.engine.kernels.compiled.tiles import FLOAT32
 from services.worker.engine.kernels.compiled.vectors import (
     BF16,
     F32,

@@ -4,6 +4,7 @@ from typing import Any
 
 from numba import njit
 
+from services.worker.engine.kernels.compiled.integer_tiles import integer_panels
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import floats
 from services.worker.engine.kernels.compiled.team import claim, meet
@@ -13,7 +14,6 @@ from services.worker.engine.kernels.compiled.tiles import (
     FLOAT32,
     GROUP,
     float_panels,
-    integer_panels,
 )
 
 _HEIGHTS = (1, 2, 3, 4, 6, 8, 12)  # rows of the tiles that are made
@@ -26,7 +26,7 @@ _CLAIMS = 8  # a thread takes about this share of its share of a phase at a time
 
 def tile_rows(isa: Isa, rows: int) -> int:
     """How many rows a tile should have so that `rows` rows waste least."""
-    heights = [height for height in _HEIGHTS if _panels(isa, height)]
+    heights = [height for height in _HEIGHTS if _panels(height, isa.accumulators)]
     return min(reversed(heights), key=lambda height: -(-rows // height) * (height + _TILE_COST))
 
 
@@ -35,9 +35,9 @@ def tile_groups(tiles: int, members: int) -> int:
     return max(1, min(members, tiles // _GROUP_TILES))
 
 
-def _panels(isa: Isa, rows: int) -> int:
+def _panels(rows: int, accumulators: int) -> int:
     """How many panels a tile of so many rows takes at once; 0 if it does not fit into the registers."""
-    return next((panels for panels in (4, 2, 1) if rows * panels * 2 <= isa.accumulators), 0)
+    return 4 if 8 * rows <= accumulators else 2 if 4 * rows <= accumulators else 1 if 2 * rows <= accumulators else 0
 
 
 def make_linear(isa: Isa, bits: int) -> Any:
@@ -47,7 +47,8 @@ def make_linear(isa: Isa, bits: int) -> Any:
     activations, their scales and sums; of the weights' words and scales and of the bias (0: none); panels; the address
     of out and the bytes of its rows. out has room for whole tiles.
     """
-    columns, width_of, multiply = isa.panel_columns, _make_width_of(isa), _make_multiply(isa, bits)
+    columns, width_of, multiply = isa.panel_columns, njit(_panels), _make_multiply(isa, bits)
+    accumulators = isa.accumulators
     per_word, quantized = 32 // bits, bits in (4, 8)
     activation_bytes = isa.activation_bits(bits) // 8
     group_scale_bytes = {8: 2 * columns, 4: 2 * 2 * columns}.get(bits, 0)
@@ -56,7 +57,7 @@ def make_linear(isa: Isa, bits: int) -> Any:
         control: int, members: int, rank: int, groups: int, phase: int, tiles: int, rows: int, depth: int, x: int,
         x_scales: int, x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int,
     ) -> None:  # fmt: skip
-        width = width_of(rows)
+        width = max(1, width_of(rows, accumulators))
         units = panels // width
         steps = depth // GROUP if quantized else depth // per_word
         panel_bytes = depth // per_word * columns * 4
@@ -97,21 +98,6 @@ def make_linear(isa: Isa, bits: int) -> Any:
     return linear
 
 
-def _make_width_of(isa: Isa) -> Any:
-    width1, width2, width3, width4, width6, width8, width12 = (_panels(isa, height) or 1 for height in _HEIGHTS)
-
-    @njit(nogil=True, error_model="numpy")
-    def width_of(rows: int) -> int:
-        """Panels that a tile takes at once."""
-        if rows <= 2:
-            return width1 if rows == 1 else width2
-        if rows <= 4:
-            return width3 if rows == 3 else width4
-        return width6 if rows == 6 else width8 if rows == 8 else width12
-
-    return width_of
-
-
 def _make_multiply(isa: Isa, bits: int) -> Any:
     one, two, three, four, six, eight, twelve = (_tile(isa, height, bits) for height in _HEIGHTS)
 
@@ -145,7 +131,7 @@ def add(values: Any, address: int) -> None:
 
 def _tile(isa: Isa, rows: int, bits: int) -> Any:
     """A tile behind one signature: that of `integer_panels`."""
-    panels = _panels(isa, rows) or 1
+    panels = _panels(rows, isa.accumulators) or 1
     if bits in (4, 8):
         return integer_panels(isa, rows, panels, bits)
     halves = BFLOAT16_DOTS if isa.bfloat16_dots else BFLOAT16_PAIRS
