@@ -1,0 +1,92 @@
+"""The bytes of KV blocks between processes: their digest, the chunks they travel in, and blocks made of chunks again.
+
+A block's digest is XXH3 (128 bits) over all its bytes: it finds every accident on the way (memory, disk, a bug in
+a holder), at a cost below that of one copy. It is no shield against a holder that means harm; holders are processes of
+the operator's own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import xxhash
+
+from headrace.v1.cache_pb2 import KvChunk
+from services.common.errors import InvalidRequest
+
+DIGEST_BYTES = 16
+CHUNK_BYTES = 1024 * 1024
+
+
+class BadBlock(InvalidRequest):
+    """What arrived is not what it says it is. `reason` is one of `format`, `order`, `size` and `digest`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBytes:
+    """One block: its chain hash, its KV bytes, and the digest that whoever computed it published."""
+
+    name: bytes
+    data: bytes | memoryview
+    digest: bytes
+
+
+def digest(data: bytes | memoryview) -> bytes:
+    """The digest of a block's bytes, 16 bytes."""
+    return xxhash.xxh3_128_digest(data)
+
+
+def chunks(kv_format: str, block: BlockBytes) -> Iterator[KvChunk]:
+    """The messages that carry a block."""
+    size = len(block.data)
+    for start in range(0, size, CHUNK_BYTES):
+        end = min(start + CHUNK_BYTES, size)
+        last = end == size
+        yield KvChunk(
+            kv_format=kv_format,
+            block_hash=block.name,
+            data=bytes(block.data[start:end]),
+            offset_bytes=start,
+            last=last,
+            digest=block.digest if last else b"",
+        )
+
+
+class BlockAssembler:
+    """Makes blocks of the chunks of one stream, and lets none through whose bytes are not those of its digest."""
+
+    def __init__(self, max_block_bytes: int, kv_format: str | None = None) -> None:
+        """`kv_format`: the only one that is taken; None takes any."""
+        self._max_block_bytes = max_block_bytes
+        self._kv_format = kv_format
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._open = ("", b"")  # KV format and chain hash of the block under way
+
+    def take(self, chunk: KvChunk) -> BlockBytes | None:
+        """The block that this chunk completes, if it does. Raises BadBlock, after which the stream is of no use."""
+        self._check(chunk)
+        self._open = (chunk.kv_format, chunk.block_hash)
+        self._pieces.append(chunk.data)
+        self._size += len(chunk.data)
+        if not chunk.last:
+            return None
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces, self._size = [], 0
+        if digest(data) != chunk.digest:
+            raise BadBlock("digest", f"The bytes of block {chunk.block_hash.hex()} are not those of its digest.")
+        return BlockBytes(chunk.block_hash, data, chunk.digest)
+
+    def _check(self, chunk: KvChunk) -> None:
+        if self._kv_format is not None and chunk.kv_format != self._kv_format:
+            raise BadBlock(
+                "format", f"A block of KV format {chunk.kv_format} arrived where {self._kv_format} was asked for."
+            )
+        if not 0 < len(chunk.data) <= CHUNK_BYTES or self._size + len(chunk.data) > self._max_block_bytes:
+            raise BadBlock("size", f"A chunk of {len(chunk.data)} bytes at {self._size} is too small or too large.")
+        begun = (chunk.kv_format, chunk.block_hash)
+        if chunk.offset_bytes != self._size or (self._size and begun != self._open):
+            raise BadBlock("order", f"A chunk of block {chunk.block_hash.hex()} arrived out of order.")
