@@ -1,5 +1,6 @@
 """Stand-ins for slow parts, that fail where the real part would fail."""
 
+import struct
 from collections.abc import Hashable, Iterable
 
 import torch
@@ -45,6 +46,14 @@ class FakeRunner:
             raise error
         rows = [self._logits_of(piece.sequence) for piece in batch.slices if piece.samples]
         return torch.stack(rows) if rows else torch.empty(0, self.vocabulary_size)
+
+    def read_block(self, block: int) -> bytes:
+        return struct.pack(f"<{self.block_size}q", *self._kv[block])
+
+    def write_block(self, block: int, data: bytes | memoryview) -> None:
+        if len(data) != 8 * self.block_size:
+            raise ValueError(f"a block has {8 * self.block_size} bytes, not {len(data)}")
+        self._kv[block] = list(struct.unpack(f"<{self.block_size}q", data))
 
     def expected_tokens(self, sequence: Sequence) -> list[int]:
         """All tokens, prompt and output, that a fresh sequence like this one ends with when nothing goes wrong."""

@@ -1,19 +1,12 @@
-"""The bytes of KV blocks between processes: their digest, the chunks they travel in, and blocks made of chunks again.
-
-A block's digest is XXH3 (128 bits) over all its bytes: it finds every accident on the way (memory, disk, a bug in
-a holder), at a cost below that of one copy. It is no shield against a holder that means harm; holders are processes of
-the operator's own.
-"""
+"""The bytes of KV blocks between processes: the chunks they travel in, and blocks made of chunks again."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import xxhash
-
 from headrace.v1.cache_pb2 import KvChunk
+from services.common.block_digest import digest
 from services.common.errors import InvalidRequest
 
-DIGEST_BYTES = 16
 CHUNK_BYTES = 1024 * 1024
 
 
@@ -32,11 +25,6 @@ class BlockBytes:
     name: bytes
     data: bytes | memoryview
     digest: bytes
-
-
-def digest(data: bytes | memoryview) -> bytes:
-    """The digest of a block's bytes, 16 bytes."""
-    return xxhash.xxh3_128_digest(data)
 
 
 def chunks(kv_format: str, block: BlockBytes) -> Iterator[KvChunk]:

@@ -12,6 +12,7 @@ import grpc.aio
 
 from headrace.v1 import cache_pb2, cache_pb2_grpc
 from services.common.channel import ReplicaSessions
+from services.worker.engine.block_exchange import PublishedBlocks
 
 log = logging.getLogger(__name__)
 
@@ -25,28 +26,28 @@ class Publication:
     def __init__(self) -> None:
         self._synchronized = False  # a snapshot is on its way or was sent; events before one would say nothing
         self._snapshot_pending = False
-        self._stored: dict[bytes, None] = {}  # insertion-ordered sets
-        self._removed: dict[bytes, None] = {}
+        self._stored: dict[bytes, bytes] = {}  # chain hash -> digest
+        self._removed: dict[bytes, None] = {}  # an insertion-ordered set
         self._sequence = 0
         self._wake = asyncio.Event()
 
-    def snapshot(self, held: Iterable[bytes]) -> None:
+    def snapshot(self, held: PublishedBlocks) -> None:
         """Starts anew from all blocks held."""
         self._synchronized = self._snapshot_pending = True
-        self._stored = dict.fromkeys(held)
+        self._stored = dict(zip(held.stored, held.digests, strict=True))
         self._removed = {}
         self._wake.set()
 
-    def change(self, removed: Iterable[bytes], stored: Iterable[bytes]) -> None:
+    def change(self, change: PublishedBlocks) -> None:
         """Adds a change after the snapshot."""
         if not self._synchronized:
             return
-        for block in removed:
+        for block in change.removed:
             self._stored.pop(block, None)
             self._removed[block] = None
-        for block in stored:
+        for block, digest in zip(change.stored, change.digests, strict=True):
             self._removed.pop(block, None)
-            self._stored[block] = None
+            self._stored[block] = digest
         if self._stored or self._removed:
             self._wake.set()
 
@@ -57,7 +58,7 @@ class Publication:
             self._wake.clear()
             snapshot, self._snapshot_pending = self._snapshot_pending, False
             removed, self._removed = list(self._removed), {}
-            stored, self._stored = list(self._stored), {}
+            stored, digests, self._stored = list(self._stored), list(self._stored.values()), {}
             for start in range(0, max(len(removed), len(stored), 1), CHUNK_BLOCKS):
                 self._sequence += 1
                 yield cache_pb2.BlockEvents(
@@ -65,6 +66,7 @@ class Publication:
                     snapshot=snapshot and start == 0,
                     removed=b"".join(removed[start : start + CHUNK_BLOCKS]),
                     stored=b"".join(stored[start : start + CHUNK_BLOCKS]),
+                    stored_digests=b"".join(digests[start : start + CHUNK_BLOCKS]),
                 )
 
 
@@ -81,12 +83,12 @@ class CacheLink:
         self._request_snapshot = request_snapshot
         self._publications: set[Publication] = set()
 
-    def publish(self, removed: list[bytes], stored: list[bytes]) -> None:
+    def publish(self, change: PublishedBlocks) -> None:
         """A step changed which blocks are held."""
         for publication in self._publications:
-            publication.change(removed, stored)
+            publication.change(change)
 
-    def publish_snapshot(self, held: list[bytes]) -> None:
+    def publish_snapshot(self, held: PublishedBlocks) -> None:
         """These are all blocks held now."""
         for publication in self._publications:
             publication.snapshot(held)

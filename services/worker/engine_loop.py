@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
+from services.worker.engine.block_exchange import BlockExchange, PublishedBlocks
 from services.worker.engine.counters import EngineCounters
 from services.worker.engine.engine import Engine, StepResult
 from services.worker.engine.sequence import Sequence
@@ -42,7 +43,7 @@ class Turn:
     """One turn of the engine's thread: commands were carried out, then at most one step was made."""
 
     status: EngineStatus
-    held_blocks: list[bytes] | None  # a snapshot, if one was asked for, from before the step
+    held_blocks: PublishedBlocks | None  # a snapshot, if one was asked for, from before the step
     result: StepResult | None
     failed: list[tuple[Sequence, str]]  # sequences the engine gave up, with one sentence why
     step_seconds: float
@@ -67,9 +68,14 @@ class EngineLoop:
         self._commands_done = 0
         self._sequences: dict[Hashable, Sequence] = {}
         self._failed: list[tuple[Sequence, str]] = []
-        self._held_blocks: list[bytes] | None = None
+        self._held_blocks: PublishedBlocks | None = None
         self._filling = False
         self._failures_in_a_row = 0
+
+    @property
+    def exchange(self) -> BlockExchange:
+        """The engine's blocks, which anybody may use at any time."""
+        return self._engine.exchange
 
     def start(self, listener: Listener) -> None:
         """Starts the thread; `listener` is called on the running event loop, once per turn."""
@@ -189,7 +195,7 @@ class EngineLoop:
             self._sequences.pop(key, None)
 
     def _take_snapshot(self) -> None:
-        self._held_blocks = self._engine.held_hashes()
+        self._held_blocks = self._engine.exchange.snapshot()
 
     def _give_up_running(self, error: Exception) -> list[Hashable]:
         """After a failed step: ends the sequences that were in it, so that the others can go on. Returns their keys."""

@@ -102,7 +102,7 @@ class WorkerService:
         if turn.held_blocks is not None:
             self._cache.publish_snapshot(turn.held_blocks)
         if turn.result is not None:
-            self._cache.publish(turn.result.block_events.removed, turn.result.block_events.stored)
+            self._cache.publish(turn.result.block_events)
         self._metrics.observe(turn)
         self._schedulers.notify()
 

@@ -6,6 +6,7 @@ sampled, or of why a sequence ends.
 
 from collections import deque
 from collections.abc import Hashable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import chain
 
@@ -95,6 +96,7 @@ class Batcher:
             self._release_blocks(sequence)
         else:
             self._waiting.remove(sequence)
+            self._release_held(sequence)
         return True
 
     def form_batch(self) -> Batch:
@@ -135,7 +137,7 @@ class Batcher:
         lacking = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
         if lacking == 0:
             return True
-        while (blocks := self._pool.allocate(lacking)) is None:
+        while (blocks := self._allocate(lacking)) is None:
             newest = self._running[-1]
             self._preempt(newest)
             if newest is sequence:
@@ -181,9 +183,10 @@ class Batcher:
         sequence.hash_blocks(shareable, block_size)
         shared = self._pool.match(sequence.hashes[:shareable])
         fresh = self._pool.blocks_for(length) - len(shared)
-        blocks = self._pool.allocate(fresh, shared, keep_free=len(self._running))
+        blocks = self._allocate(fresh, shared, keep_free=len(self._running))
         if blocks is None:
             return False
+        self._release_held(sequence)
         sequence.blocks = blocks
         sequence.computed = len(shared) * block_size
         sequence.leader = None
@@ -193,6 +196,19 @@ class Batcher:
             self.counters.prefix_queried_tokens += sequence.prompt_length
             self.counters.prefix_hit_tokens += sequence.cached_tokens
         return True
+
+    def _allocate(self, count: int, shared: Items[int] = (), keep_free: int = 0) -> list[int] | None:
+        """Blocks of the pool; if need be what is kept for waiting sequences is given up, the last in line's first."""
+        while (blocks := self._pool.allocate(count, shared, keep_free)) is None:
+            keeper = next((sequence for sequence in reversed(self._waiting) if sequence.held), None)
+            if keeper is None:
+                return None
+            self._release_held(keeper)
+        return blocks
+
+    def _release_held(self, sequence: Sequence) -> None:
+        self._pool.free(sequence.held)
+        sequence.held = []
 
     def _release_blocks(self, sequence: Sequence) -> None:
         self._pool.free(sequence.blocks)

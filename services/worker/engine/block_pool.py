@@ -1,7 +1,7 @@
 """Who holds which KV block, and which blocks hold KV that another sequence can use.
 
-Knows block ids, reference counts and chain hashes; not tokens, tensors, or what a sequence is. Not thread-safe: it
-belongs to the engine's thread.
+Knows block ids, reference counts and chain hashes; not tokens, tensors, or what a sequence is. Not thread-safe: see
+`block_exchange.py` for who may call it when.
 
 A block is in one of three states:
 - in use: one or more sequences hold it. It is written only by a sequence that holds it alone and before it is named.
@@ -21,7 +21,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class BlockEvents:
-    """Net change of the set of named blocks: no hash is in both lists, and applying removals first is right."""
+    """Net change of the named blocks: no hash is in both lists, and applying removals first is right.
+
+    A name that was removed and given again since is among the stored ones: the bytes behind it may be others.
+    """
 
     stored: list[bytes]
     removed: list[bytes]
@@ -39,9 +42,10 @@ class BlockPool:
         self._names: list[bytes | None] = [None] * num_blocks
         self._named: dict[bytes, int] = {}
         self._empty = list(range(num_blocks - 1, -1, -1))  # a stack, lowest id on top
+        self._digests: list[bytes | None] = [None] * num_blocks
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._stored: dict[bytes, None] = {}  # insertion-ordered sets
-        self._removed: dict[bytes, None] = {}
+        self._stored: dict[bytes, bool] = {}  # new names -> whether earlier events told of the same name
+        self._removed: dict[bytes, None] = {}  # an insertion-ordered set
 
     @property
     def free_blocks(self) -> int:
@@ -61,6 +65,10 @@ class BlockPool:
                 break
             blocks.append(block)
         return blocks
+
+    def match_each(self, names: Iterable[bytes]) -> list[int]:
+        """The block of each of these names, all of which are in the pool now."""
+        return [self._named[name] for name in names]
 
     def allocate(self, count: int, shared: Sequence[int] = (), keep_free: int = 0) -> list[int] | None:
         """Takes a reference to each of `shared` (from `match`, just now) and to `count` fresh blocks.
@@ -101,14 +109,21 @@ class BlockPool:
             return
         self._names[block] = name
         self._named[name] = block
-        if name in self._removed:
-            del self._removed[name]
-        else:
-            self._stored[name] = None
+        self._stored[name] = name in self._removed
+        self._removed.pop(name, None)
 
     def is_private(self, block: int) -> bool:
         """Whether the block may be written: one holder, and no name under which it could get another."""
         return self._references[block] == 1 and self._names[block] is None
+
+    def digest(self, block: int) -> bytes | None:
+        """The digest of a named block's bytes, if it was set."""
+        return self._digests[block]
+
+    def set_digest(self, block: int, name: bytes, digest: bytes) -> None:
+        """Keeps the digest with the block for as long as it has this name; does nothing if it has it no more."""
+        if self._names[block] == name:
+            self._digests[block] = digest
 
     def drain_events(self) -> BlockEvents:
         """What changed since the last call."""
@@ -134,8 +149,7 @@ class BlockPool:
         name = self._names[block]
         assert name is not None, "a cached block has a name"
         self._names[block] = None
+        self._digests[block] = None
         del self._named[name]
-        if name in self._stored:
-            del self._stored[name]
-        else:
+        if self._stored.pop(name, True):
             self._removed[name] = None

@@ -12,14 +12,15 @@ from typing import Protocol
 from torch import Tensor
 
 from services.worker.engine.batcher import Batch, Batcher
-from services.worker.engine.block_pool import BlockEvents, BlockPool
+from services.worker.engine.block_exchange import BlockExchange, BlockMemory, PublishedBlocks
+from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.counters import EngineCounters
 from services.worker.engine.sampling import sample
 from services.worker.engine.sequence import Sequence
 
 
-class Runner(Protocol):
-    """Runs the model."""
+class Runner(BlockMemory, Protocol):
+    """Runs the model, over the blocks' memory."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Computes the KV of all slices into their blocks.
@@ -35,12 +36,15 @@ class StepResult:
     tokens: list[tuple[Sequence, int]]  # new tokens; if a sequence has several, they are in order
     started: list[Sequence]  # their first token is among `tokens`
     finished: list[Sequence]  # their last token is among `tokens`; `finish` says why
-    block_events: BlockEvents
+    block_events: PublishedBlocks
     computed_tokens: int  # 0: nothing could run, since a static batch is still filling
 
 
 class Engine:
-    """`add` and `cancel` sequences between steps; call `step` while `has_work`."""
+    """`add` and `cancel` sequences between steps; call `step` while `has_work`.
+
+    One thread does all this; others may use `exchange` at any time.
+    """
 
     def __init__(self, runner: Runner, pool: BlockPool, batcher: Batcher, *, max_context: int) -> None:
         if pool.num_blocks * pool.block_size < max_context:
@@ -48,6 +52,7 @@ class Engine:
                 f"the KV block pool holds {pool.num_blocks} blocks of {pool.block_size} tokens, too few for one "
                 f"sequence of the full context of {max_context} tokens: it takes {pool.blocks_for(max_context)} blocks"
             )
+        self.exchange = BlockExchange(pool, runner)
         self._runner = runner
         self._pool = pool
         self._batcher = batcher
@@ -88,36 +93,31 @@ class Engine:
 
     def cancel(self, key: Hashable) -> bool:
         """Drops a sequence and frees its blocks; False if there is none of that key (it may have finished)."""
-        return self._batcher.remove(key)
+        with self.exchange.lock:
+            return self._batcher.remove(key)
 
     def step(self) -> StepResult:
         """One turn. If the model fails, its error comes through and no sequence has moved: cancel them or go on."""
         self.counters.steps += 1
-        batch = self._batcher.form_batch()
+        with self.exchange.lock:
+            batch = self._batcher.form_batch()
         sampling = [piece.sequence for piece in batch.slices if piece.samples]
         tokens = sample(self._runner.forward(batch), sampling) if batch.slices else []
         return self._commit(batch, sampling, tokens)
 
-    def held_hashes(self) -> list[bytes]:
-        """Chain hashes of all blocks that can be shared now; later block events start from here."""
-        self._pool.drain_events()
-        return self._pool.held_hashes()
-
     def _commit(self, batch: Batch, sampling: list[Sequence], tokens: list[int]) -> StepResult:
-        self._batcher.commit(batch)
-        started: list[Sequence] = []
-        finished: list[Sequence] = []
+        started = [sequence for sequence in sampling if sequence.output_length == sequence.delivered]
         for sequence, token in zip(sampling, tokens, strict=True):
-            if sequence.output_length == sequence.delivered:
-                started.append(sequence)
             sequence.append(token)
-            if sequence.finish is not None:
+        finished = [sequence for sequence in sampling if sequence.finish is not None]
+        with self.exchange.lock:
+            self._batcher.commit(batch)
+            for sequence in finished:
                 self._batcher.remove(sequence.key)
-                finished.append(sequence)
         return StepResult(
             tokens=list(zip(sampling, tokens, strict=True)),
             started=started,
             finished=finished,
-            block_events=self._pool.drain_events(),
+            block_events=self.exchange.publish(),
             computed_tokens=sum(piece.length for piece in batch.slices),
         )

@@ -55,6 +55,12 @@ class ModelRunner:
     def dtype(self) -> torch.dtype:
         return self.facts.dtype
 
+    def read_block(self, block: int) -> memoryview:
+        return self.kv.read(block)
+
+    def write_block(self, block: int, data: bytes | memoryview) -> None:
+        self.kv.write(block, data)
+
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Computes the KV of every slice; float32 logits [slices that sample, vocabulary_size], in slice order."""

@@ -67,6 +67,7 @@ class Sequence:
     cache_root: bytes = b""  # root of its chain hashes: sequences share blocks only under one root
     leader: "Sequence | None" = None  # choice 0 of the same request: its prompt blocks are shared, so it goes first
     blocks: list[int] = field(default_factory=list)  # block table: ids in the block pool, in order of position
+    held: list[int] = field(default_factory=list)  # while it waits: blocks of its prefix that are kept for it
     hashes: list[bytes] = field(default_factory=list)  # chain hashes of its leading full blocks, as far as asked for
     computed: int = 0
     cached_tokens: int = 0  # leading prompt tokens whose KV was found in the pool at first admission

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.v1.cache_pb2 import KvChunk
-from services.common.kv_blocks import CHUNK_BYTES, BadBlock, BlockAssembler, BlockBytes, chunks, digest
+from services.common.block_digest import digest
+from services.common.kv_blocks import CHUNK_BYTES, BadBlock, BlockAssembler, BlockBytes, chunks
 
 NAME = b"n" * 16
 

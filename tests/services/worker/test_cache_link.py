@@ -1,16 +1,25 @@
 """What a cache service is told, against the set of blocks that are held."""
 
+from collections.abc import Iterable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.v1 import cache_pb2
 from services.worker.cache_link import CHUNK_BLOCKS, Publication
+from services.worker.engine.block_exchange import PublishedBlocks
 
 BLOCKS = [bytes([number]) * 16 for number in range(6)]
 
 
 def split(packed: bytes) -> set[bytes]:
     return {packed[start : start + 16] for start in range(0, len(packed), 16)}
+
+
+def blocks(stored: Iterable[bytes], removed: Iterable[bytes] = ()) -> PublishedBlocks:
+    """Events of these blocks; the digest of each is its name inverted."""
+    stored = list(stored)
+    return PublishedBlocks(stored, [bytes(255 - byte for byte in name) for name in stored], list(removed))
 
 
 async def next_message(publication: Publication) -> cache_pb2.BlockEvents:
@@ -38,15 +47,16 @@ async def test_the_cache_ends_up_with_what_is_held(operations: list[set[bytes] |
             known.clear()
         known.difference_update(split(message.removed))
         known.update(split(message.stored))
+        assert message.stored_digests == bytes(255 - byte for byte in message.stored)
         assert known == held
 
     for operation in [*operations, "snapshot", "send"]:
         if isinstance(operation, set):
-            publication.change(held - operation, operation - held)
+            publication.change(blocks(operation - held, removed=held - operation))
             pending = pending or (synchronized and held != operation)
             held = operation
         elif operation == "snapshot":
-            publication.snapshot(held)
+            publication.snapshot(blocks(held))
             pending = synchronized = True
         elif pending:
             await send()
@@ -55,7 +65,7 @@ async def test_the_cache_ends_up_with_what_is_held(operations: list[set[bytes] |
 
 async def test_a_large_snapshot_comes_in_chunks() -> None:
     publication = Publication()
-    publication.snapshot(number.to_bytes(16, "big") for number in range(CHUNK_BLOCKS + 1))
+    publication.snapshot(blocks(number.to_bytes(16, "big") for number in range(CHUNK_BLOCKS + 1)))
     messages = publication.messages()
     first, second = await anext(messages), await anext(messages)
     assert (first.sequence, first.snapshot, len(first.stored)) == (1, True, CHUNK_BLOCKS * 16)
@@ -64,6 +74,6 @@ async def test_a_large_snapshot_comes_in_chunks() -> None:
 
 async def test_an_empty_snapshot_is_told_too() -> None:
     publication = Publication()
-    publication.snapshot([])
+    publication.snapshot(blocks([]))
     message = await next_message(publication)
     assert message.snapshot and not message.stored

@@ -126,7 +126,9 @@ async def test_a_snapshot_and_the_events_after_it_give_the_pools_names(harness: 
     await harness.finished(first)
     harness.loop.request_snapshot()
     await harness.until(lambda: harness.turns[-1].held_blocks is not None)
-    held = set(harness.turns[-1].held_blocks or ())
+    snapshot = harness.turns[-1].held_blocks
+    assert snapshot is not None
+    held = set(snapshot.stored)
     assert len(held) == 2
     second = make_sequence(2, list(range(11, 20)), max_tokens=2)
     after = len(harness.turns)

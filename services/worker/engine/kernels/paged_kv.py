@@ -6,6 +6,7 @@ workers as one copy. Within a block, layer after layer, first K as [kv_heads, he
 value, and no sum runs across a vector. Knows nothing of sequences, of hashes, or of which blocks are in use.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,6 +64,19 @@ class PagedKV:
         self.block_bytes = block_bytes(shapes, block_size, dtype)
         self.storage = _zeroed(num_blocks, self.block_bytes, dtype, device)
         self.layers = self._views(shapes)
+
+    def read(self, block: int) -> memoryview:
+        """The bytes of a block, `block_bytes` of them; on a CPU a view of the pool itself."""
+        row = self.storage[block].view(torch.uint8)
+        return memoryview((row if row.device.type == "cpu" else row.cpu()).numpy().data).toreadonly()
+
+    def write(self, block: int, data: bytes | memoryview) -> None:
+        """Overwrites a block."""
+        if len(data) != self.block_bytes:
+            raise ValueError(f"a block has {self.block_bytes} bytes, not {len(data)}")
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # "not writable": it is only read
+            source = torch.frombuffer(data, dtype=torch.uint8)
+        self.storage[block].view(torch.uint8).copy_(source)
 
     def _views(self, shapes: Sequence[LayerShape]) -> tuple[LayerKV, ...]:
         layers, offset = [], 0

@@ -235,12 +235,12 @@ def test_held_hashes_are_a_snapshot_that_later_events_continue() -> None:
     setup = Setup()
     setup.add(make_sequence(1, prompt(9), max_tokens=8))
     setup.step()
-    index = set(setup.engine.held_hashes())
+    index = set(setup.engine.exchange.snapshot().stored)
     assert len(index) == 2
     while setup.engine.has_work:
         events = setup.step().block_events
         index = index - set(events.removed) | set(events.stored)
-    assert index == set(setup.engine.held_hashes())
+    assert index == set(setup.engine.exchange.snapshot().stored)
     assert len(index) == 4
 
 
