@@ -140,6 +140,30 @@ class ReplicaSessions:
             log.exception("%s %s: session failed", self._name, address)
 
 
+class Channels:
+    """Channels to addresses that come and go. Beyond `most` of them, the one unused for longest is closed."""
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._channels: dict[str, grpc.aio.Channel] = {}  # least recently used first
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def get(self, address: str) -> grpc.aio.Channel:
+        channel = self._channels.pop(address, None)
+        self._channels[address] = channel = channel if channel is not None else dial(address)
+        if len(self._channels) > self._most:
+            oldest = self._channels.pop(next(iter(self._channels)))
+            task = asyncio.create_task(oldest.close(grace=60.0))  # calls on it may still run
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        return channel
+
+    async def close(self) -> None:
+        channels, self._channels = list(self._channels.values()), {}
+        await cancel_and_wait(self._closing)
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+
 class Outbox(Generic[M]):
     """The sending half of a bidirectional stream: `put` from anywhere on the loop, iterate to send.
 

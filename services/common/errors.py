@@ -3,6 +3,7 @@
 HeadraceError                    code                  HTTP  whose mistake
 ├── InvalidRequest               INVALID_ARGUMENT      400   the caller's: names the field
 ├── NotFound                     NOT_FOUND             404   the caller's: names the thing
+├── Mismatch                     FAILED_PRECONDITION   409   nobody's: the two sides do not fit together
 ├── Overloaded                   RESOURCE_EXHAUSTED    429   nobody's: try again after `retry_after_s`
 ├── Unavailable                  UNAVAILABLE           503   ours, passing
 ├── DeadlineExceeded             DEADLINE_EXCEEDED     503   the deadline passed before the answer began
@@ -51,6 +52,13 @@ class NotFound(HeadraceError):
 
     code = grpc.StatusCode.NOT_FOUND
     http_status = 404
+
+
+class Mismatch(HeadraceError):
+    """What the caller relies on is otherwise here, as another KV format."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    http_status = 409
 
 
 class Overloaded(HeadraceError):

@@ -46,6 +46,7 @@ class LoadedModel:
     engine: Engine
     limits: ModelLimits
     num_blocks: int
+    block_bytes: int
     kv_format: str
     tokenizer_hash: str
     tokenizer_files: dict[str, bytes]
@@ -101,6 +102,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
         engine=_build_engine(settings, runner),
         limits=limits,
         num_blocks=runner.num_blocks,
+        block_bytes=runner.block_bytes,
         kv_format=kv_format(
             folder,
             dtype=dtype,

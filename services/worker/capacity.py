@@ -3,7 +3,8 @@
 Pure arithmetic over the engine's last status and the sequences sent to it since. Knows no streams.
 """
 
-from collections import deque
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.worker.engine_loop import EngineStatus
@@ -25,17 +26,37 @@ class Room:
         return [Room(*parts) for parts in zip(sequences, blocks, prefill_tokens, strict=True)]
 
 
+@dataclass(slots=True, eq=False)
+class Claim:
+    """What a request takes that no status of the engine reflects yet."""
+
+    demand: Room
+    command: int | None  # the number of the command that sent it to the engine; None: it is not there yet
+
+
 class Capacity:
     """Admission to the engine: counts what was taken on, whether or not the engine has seen it yet."""
 
-    def __init__(self, *, max_sequences: int, total_blocks: int, max_pending_prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_sequences: int,
+        total_blocks: int,
+        max_pending_prefill_tokens: int,
+        free_blocks: Callable[[], int],
+    ) -> None:
+        """`free_blocks` gives those of the block pool at this moment."""
         self.max_sequences = max_sequences
         self.total_blocks = total_blocks
         self._max_pending_prefill_tokens = max_pending_prefill_tokens
+        self.idle = asyncio.Event()
+        """Set while nothing is live."""
+        self.idle.set()
         self._live = 0
-        self._free_blocks = total_blocks
+        self._free_blocks = free_blocks
+        self._waiting_blocks = 0
         self._pending_prefill_tokens = 0
-        self._unseen: deque[tuple[int, Room]] = deque()  # (command's number, demand) that no status reflects yet
+        self._unseen: dict[Claim, None] = {}  # an insertion-ordered set
 
     @property
     def live_sequences(self) -> int:
@@ -45,17 +66,17 @@ class Capacity:
     @property
     def free(self) -> Room:
         """What is free now. A block is kept back for each live sequence, which soon needs another."""
-        unseen_blocks = sum(demand.blocks for _, demand in self._unseen)
+        unseen_blocks = sum(claim.demand.blocks for claim in self._unseen)
         return Room(
             sequences=self.max_sequences - self._live,
-            blocks=max(0, self._free_blocks - unseen_blocks - self._live),
+            blocks=max(0, self._free_blocks() - self._waiting_blocks - unseen_blocks - self._live),
             prefill_tokens=max(0, self._max_pending_prefill_tokens - self.pending_prefill_tokens),
         )
 
     @property
     def pending_prefill_tokens(self) -> int:
         """Prompt tokens taken on and still to be computed."""
-        return self._pending_prefill_tokens + sum(demand.prefill_tokens for _, demand in self._unseen)
+        return self._pending_prefill_tokens + sum(claim.demand.prefill_tokens for claim in self._unseen)
 
     def admits(self, demand: Room) -> bool:
         """Whether a request can be taken on. An idle worker takes any that it can run at all.
@@ -68,21 +89,36 @@ class Capacity:
         free = self.free
         return demand.sequences <= free.sequences and demand.blocks <= free.blocks and free.prefill_tokens > 0
 
-    def take(self, demand: Room, command: int) -> None:
-        """Counts a request whose sequences were sent to the engine with this command."""
+    def take(self, demand: Room) -> Claim:
+        """Counts a request that was taken on and is not yet in the engine: see `sent` and `withdraw`."""
         self._live += demand.sequences
-        self._unseen.append((command, demand))
+        self.idle.clear()
+        claim = Claim(demand, None)
+        self._unseen[claim] = None
+        return claim
+
+    def sent(self, claim: Claim, command: int) -> None:
+        """Its sequences were sent to the engine with this command, whose status counts them from then on."""
+        claim.command = command
+
+    def withdraw(self, claim: Claim) -> None:
+        """Its sequences will never reach the engine. They still count as live until each is released."""
+        self._unseen.pop(claim, None)
 
     def release(self) -> None:
         """A sequence has ended. Its blocks count as free once the engine says so."""
         self._live -= 1
         assert self._live >= 0, "more sequences ended than were taken on"
+        if not self._live:
+            self.idle.set()
 
     def observe(self, status: EngineStatus) -> None:
         """Takes over what the engine says."""
-        while self._unseen and self._unseen[0][0] <= status.commands:
-            self._unseen.popleft()
-        self._free_blocks = status.free_blocks - status.waiting_blocks
+        for claim in [
+            claim for claim in self._unseen if claim.command is not None and claim.command <= status.commands
+        ]:
+            del self._unseen[claim]
+        self._waiting_blocks = status.waiting_blocks
         self._pending_prefill_tokens = status.pending_prefill_tokens
 
 

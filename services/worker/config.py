@@ -73,6 +73,12 @@ class WorkerSettings(CommonSettings):
     # How long the first of a static batch waits for others, in milliseconds.
     static_timeout_ms: int = Field(default=50, ge=0)
 
+    # How long a holder of KV may take from one block to the next before what is missing is computed here, in seconds.
+    # Far above a hiccup of a busy process; a caller waits for it once, when a holder has died without a word.
+    kv_fetch_stall_s: float = Field(default=1.0, gt=0)
+    # The same of a prefill worker, which may be in a long step.
+    kv_prefill_stall_s: float = Field(default=5.0, gt=0)
+
     # After SIGTERM, how long running sequences may go on here before they are handed to other workers, in seconds.
     # Whoever stops the process must grant some seconds more before it kills.
     drain_grace_s: float = Field(default=30.0, ge=0.0)

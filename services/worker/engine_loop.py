@@ -32,7 +32,6 @@ class EngineStatus:
     counters: EngineCounters  # a copy
     running: int
     waiting: int
-    free_blocks: int
     waiting_blocks: int  # blocks that sequences without any will take when they are admitted
     pending_prefill_tokens: int
     commands: int  # commands that are reflected in all this
@@ -164,21 +163,24 @@ class EngineLoop:
     def _status(self) -> EngineStatus:
         engine = self._engine
         waiting = [sequence for sequence in self._sequences.values() if not sequence.blocks]
-        own = [len(sequence.tokens) - self._shared_with_leader(sequence) for sequence in waiting]
+        spared = [self._spared(sequence) for sequence in waiting]
+        own = [len(sequence.tokens) - tokens for sequence, tokens in zip(waiting, spared, strict=True)]
         return EngineStatus(
             counters=dataclasses.replace(engine.counters),
             running=engine.num_running,
             waiting=engine.num_waiting,
-            free_blocks=engine.free_blocks,
             waiting_blocks=sum(-(-length // self._block_size) for length in own),
-            pending_prefill_tokens=engine.pending_prefill_tokens
-            - sum(self._shared_with_leader(sequence) for sequence in waiting),
+            pending_prefill_tokens=engine.pending_prefill_tokens - sum(spared),
             commands=self._commands_done,
         )
 
-    def _shared_with_leader(self, sequence: Sequence) -> int:
-        """Prompt tokens of a waiting sequence that its leader computes: those of full blocks before the last token."""
-        return 0 if sequence.leader is None else (sequence.prompt_length - 1) // self._block_size * self._block_size
+    def _spared(self, sequence: Sequence) -> int:
+        """Tokens that a waiting sequence need not compute, since its leader will (those of the prompt's full blocks
+        before its last token) or since their blocks are kept for it.
+        """
+        if sequence.leader is not None:
+            return (sequence.prompt_length - 1) // self._block_size * self._block_size
+        return len(sequence.held) * self._block_size
 
     def _add(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

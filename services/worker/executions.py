@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from headrace.v1 import sampling_pb2, worker_pb2
-from services.common.channel import Outbox
+from services.common.channel import Outbox, cancel_and_wait
 from services.common.errors import InvalidRequest
-from services.worker.capacity import Capacity
+from services.worker.capacity import Capacity, Claim
 from services.worker.engine.engine import StepResult
 from services.worker.engine.sequence import Finish, Sequence
 from services.worker.engine_loop import EngineLoop, Turn
+from services.worker.kv_import import Gathered, KvImporter
+from services.worker.prefill_rate import PrefillRate
 from services.worker.start_request import ModelLimits, build_sequences, demand_of
 
 log = logging.getLogger(__name__)
@@ -52,9 +54,21 @@ class Ticket:
     attempt: int
     choice: int
     ended: bool = False  # what the engine still produces has no reader
+    gathering: "_Gathering | None" = None  # while its request's KV is brought from elsewhere
+    computed_elsewhere: int = 0  # prompt tokens that were computed for it on another worker
 
     def __str__(self) -> str:
         return f"{self.request_id}/{self.choice}/{self.attempt}"
+
+
+@dataclass(slots=True, eq=False)
+class _Gathering:
+    """A request whose KV is on its way, before its sequences go to the engine."""
+
+    tickets: list[Ticket]
+    sequences: list[Sequence]
+    claim: Claim
+    task: "asyncio.Task[None] | None" = None
 
 
 class _StepOutput:
@@ -95,16 +109,23 @@ class Executions:
     """
 
     def __init__(
-        self, engine: EngineLoop, capacity: Capacity, limits: ModelLimits, on_settled: Callable[[str, int], None]
+        self,
+        engine: EngineLoop,
+        capacity: Capacity,
+        limits: ModelLimits,
+        importer: KvImporter,
+        prefill_rate: PrefillRate,
+        on_settled: Callable[[str, int], None],
     ) -> None:
         self._engine = engine
         self._capacity = capacity
         self._limits = limits
+        self._importer = importer
+        self._prefill_rate = prefill_rate
+        self._gathering: set[asyncio.Task[None]] = set()
         self._on_settled = on_settled
         self._executions: set[Execution] = set()
         self._step = 0
-        self._all_ended = asyncio.Event()
-        self._all_ended.set()
         self.draining = False
         """Whether no new requests are taken on."""
 
@@ -138,7 +159,7 @@ class Executions:
         except InvalidRequest as error:
             self._refuse(execution, handles, SequenceEnded.OUTCOME_FAILED, error.message)
         else:
-            self._admit(execution, tickets, sequences)
+            self._admit(execution, start, tickets, sequences)
         self._on_settled(start.request_id, start.attempt)
 
     def cancel(self, execution: Execution, handles: Iterable[int]) -> None:
@@ -178,16 +199,20 @@ class Executions:
         """Takes on nothing more, lets sequences finish for a while, then ends them and all streams."""
         self.draining = True
         try:
-            await asyncio.wait_for(self._all_ended.wait(), grace_s)
+            await asyncio.wait_for(self._capacity.idle.wait(), grace_s)
         except TimeoutError:
             log.info("%d sequences are left after %g s and go on elsewhere", self._capacity.live_sequences, grace_s)
         for execution in tuple(self._executions):
             self._refuse(execution, list(execution.tickets), SequenceEnded.OUTCOME_DRAINING, "")
             self._drop(list(execution.tickets.values()))
             execution.outbox.close()
+        await cancel_and_wait(self._gathering)
 
-    def _admit(self, execution: Execution, tickets: list[Ticket], sequences: list[Sequence]) -> None:
-        demand = demand_of(sequences, self._limits.block_size)
+    def _admit(
+        self, execution: Execution, start: worker_pb2.Start, tickets: list[Ticket], sequences: list[Sequence]
+    ) -> None:
+        coming_blocks = max((source.blocks for source in start.kv_sources), default=0)
+        demand = demand_of(sequences, self._limits.block_size, coming_blocks)
         handles = [ticket.handle for ticket in tickets]
         if self.draining:
             self._refuse(execution, handles, SequenceEnded.OUTCOME_DRAINING, "")
@@ -195,8 +220,45 @@ class Executions:
             self._refuse(execution, handles, SequenceEnded.OUTCOME_BUSY, "")
         else:
             execution.tickets.update(zip(handles, tickets, strict=True))
-            self._capacity.take(demand, self._engine.add(sequences))
-            self._all_ended.clear()
+            claim = self._capacity.take(demand)
+            if coming_blocks > 0:
+                self._gather(start, _Gathering(tickets, sequences, claim))
+            else:
+                self._capacity.sent(claim, self._engine.add(sequences))
+
+    def _gather(self, start: worker_pb2.Start, gathering: _Gathering) -> None:
+        for ticket in gathering.tickets:
+            ticket.gathering = gathering
+        gathering.task = asyncio.create_task(self._gather_and_run(start, gathering), name=f"gather {start.request_id}")
+        self._gathering.add(gathering.task)
+        gathering.task.add_done_callback(self._gathering.discard)
+
+    async def _gather_and_run(self, start: worker_pb2.Start, gathering: _Gathering) -> None:
+        """Brings the KV of the request's prompt, then sends its sequences to the engine, with whatever has come."""
+        first, block_size = gathering.sequences[0], self._limits.block_size
+        first.hash_blocks((len(first.tokens) - 1) // block_size, block_size)
+        gathered = Gathered()
+        try:
+            gathered = await self._importer.gather(
+                first.hashes,
+                start,
+                keep_free=self._capacity.live_sequences,
+                compute_s=block_size / self._prefill_rate.tokens_per_s,
+            )
+        except Exception:
+            log.exception("request %s: gathering its KV failed, all of it is computed", start.request_id)
+        finally:
+            for ticket in gathering.tickets:
+                ticket.gathering = None
+            live = [sequence for sequence in gathering.sequences if not cast(Ticket, sequence.key).ended]
+            if not live:
+                self._engine.exchange.release(gathered.blocks)
+                self._capacity.withdraw(gathering.claim)
+        if live:
+            live[0].held = gathered.blocks
+            for sequence in live:
+                cast(Ticket, sequence.key).computed_elsewhere = gathered.computed_blocks * block_size
+            self._capacity.sent(gathering.claim, self._engine.add(live))
 
     def _refuse(
         self,
@@ -222,10 +284,11 @@ class Executions:
 
     def _end(self, ticket: Ticket) -> None:
         ticket.ended = True
+        gathering = ticket.gathering
+        if gathering is not None and gathering.task is not None and all(one.ended for one in gathering.tickets):
+            gathering.task.cancel()
         del ticket.execution.tickets[ticket.handle]
         self._capacity.release()
-        if not self._capacity.live_sequences:
-            self._all_ended.set()
 
     def _collect(self, result: StepResult, outputs: dict[Execution, _StepOutput]) -> None:
         """The hot path: once per token of every gateway."""
@@ -239,7 +302,8 @@ class Executions:
         for sequence in result.started:
             ticket = cast(Ticket, sequence.key)
             if not ticket.ended:
-                started = worker_pb2.SequenceStarted(handle=ticket.handle, cached_prompt_tokens=sequence.cached_tokens)
+                cached = max(0, sequence.cached_tokens - ticket.computed_elsewhere)
+                started = worker_pb2.SequenceStarted(handle=ticket.handle, cached_prompt_tokens=cached)
                 outputs[ticket.execution].started.append(started)
         for sequence in result.finished:
             assert sequence.finish is not None, "a finished sequence says why"

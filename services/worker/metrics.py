@@ -16,10 +16,10 @@ _SECOND_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 class WorkerMetrics:
     """All metrics of this service, registered once per process."""
 
-    def __init__(self, model_name: str, total_blocks: int, registry: CollectorRegistry = REGISTRY) -> None:
+    def __init__(self, model_name: str, kv_usage: Callable[[], float], registry: CollectorRegistry = REGISTRY) -> None:
+        """`kv_usage` gives the part of the KV blocks that is in use at this moment."""
         self._seen = EngineCounters()
         self._running = self._waiting = 0
-        self._free_blocks = total_blocks
 
         def gauge(name: str, text: str, value: Callable[[], float]) -> None:
             Gauge(name, text, _LABELS, registry=registry).labels(model_name, _ENGINE).set_function(value)
@@ -39,7 +39,7 @@ class WorkerMetrics:
         gauge(
             "vllm:kv_cache_usage_perc",
             "Part of the KV blocks in use, from 0 to 1.",
-            lambda: 1 - self._free_blocks / total_blocks,
+            kv_usage,
         )
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens produced.")
@@ -53,7 +53,7 @@ class WorkerMetrics:
     def observe(self, turn: Turn) -> None:
         """Takes over what one turn of the engine did. Called after every step: most of them are decodes alone."""
         status, counters, seen = turn.status, turn.status.counters, self._seen
-        self._running, self._waiting, self._free_blocks = status.running, status.waiting, status.free_blocks
+        self._running, self._waiting = status.running, status.waiting
         if counters.prefill_tokens > seen.prefill_tokens:
             self._prompt_tokens.inc(counters.prefill_tokens - seen.prefill_tokens)
         if counters.prefix_queried_tokens > seen.prefix_queried_tokens:

@@ -32,6 +32,7 @@ class WorkerLoad:
     pending_prefill_tokens: int
     free: Room
     draining: bool
+    prefill_tokens_per_s: float
 
     @property
     def without_step(self) -> tuple[object, ...]:
@@ -147,4 +148,5 @@ def _to_state(load: WorkerLoad, share: Room) -> scheduler_pb2.WorkerState:
         pending_prefill_tokens=load.pending_prefill_tokens,
         credits=scheduler_pb2.Credits(sequences=free.sequences, blocks=free.blocks, prefill_tokens=free.prefill_tokens),
         draining=load.draining,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
     )

@@ -14,7 +14,11 @@ from services.worker.capacity import Capacity
 from services.worker.config import WorkerSettings
 from services.worker.engine_loop import EngineLoop, EngineStatus, Turn
 from services.worker.executions import Executions
+from services.worker.kv_export import KvExporter, Prefills
+from services.worker.kv_import import KvImporter, Patience
+from services.worker.kv_metrics import KvMetrics
 from services.worker.metrics import WorkerMetrics
+from services.worker.prefill_rate import PrefillRate
 from services.worker.scheduler_links import SchedulerLinks, WorkerLoad
 from services.worker.servicer import WorkerServicer
 
@@ -35,15 +39,35 @@ class WorkerService:
         self._settings = settings
         self._model = model
         self._incarnation = secrets.token_hex(8)
-        self._metrics = WorkerMetrics(model.limits.name, model.num_blocks, registry)
         self._engine = EngineLoop(model.engine, model.limits.block_size)
+        exchange = self._engine.exchange
+        self._metrics = WorkerMetrics(model.limits.name, lambda: 1 - exchange.free_blocks / model.num_blocks, registry)
         self._capacity = Capacity(
             max_sequences=settings.max_sequences,
             total_blocks=model.num_blocks,
             max_pending_prefill_tokens=settings.max_pending_prefill_tokens,
+            free_blocks=lambda: exchange.free_blocks,
         )
-        self._executions = Executions(self._engine, self._capacity, model.limits, self._on_settled)
-        servicer = WorkerServicer(self._executions, model.tokenizer_hash, model.tokenizer_files)
+        self._prefill_rate = PrefillRate()
+        kv_metrics = KvMetrics(registry)
+        patience = Patience(settings.kv_fetch_stall_s, settings.kv_prefill_stall_s)
+        self._importer = KvImporter(exchange, model.kv_format, model.block_bytes, patience, kv_metrics)
+        self._executions = Executions(
+            self._engine, self._capacity, model.limits, self._importer, self._prefill_rate, self._on_settled
+        )
+        exporter = KvExporter(exchange, model.kv_format, kv_metrics)
+        self._prefills = Prefills(
+            self._engine,
+            exporter,
+            self._capacity,
+            model.limits,
+            draining=lambda: self._executions.draining,
+            on_settled=self._on_settled,
+            on_left=lambda: self._schedulers.notify(),
+        )
+        servicer = WorkerServicer(
+            self._executions, exporter, self._prefills, model.tokenizer_hash, model.tokenizer_files
+        )
         name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
         self._server = GrpcServer([Registration(worker_pb2_grpc.add_WorkerServicer_to_server, servicer, name)])
         self._status: EngineStatus | None = None
@@ -81,6 +105,7 @@ class WorkerService:
         finally:
             await cancel_and_wait(self._tasks)
             await self._server.stop(stop_grace_s)
+            await self._importer.close()
 
     async def _finish_work(self, drain_grace_s: float) -> None:
         drained = asyncio.create_task(self._executions.drain(drain_grace_s))
@@ -99,6 +124,8 @@ class WorkerService:
         self._status = turn.status
         self._capacity.observe(turn.status)
         self._executions.deliver(turn)
+        self._prefills.observe(turn)
+        self._prefill_rate.observe(turn)
         if turn.held_blocks is not None:
             self._cache.publish_snapshot(turn.held_blocks)
         if turn.result is not None:
@@ -115,10 +142,11 @@ class WorkerService:
             step=status.counters.steps if status else 0,
             running=status.running if status else 0,
             waiting=max(0, self._capacity.live_sequences - (status.running if status else 0)),
-            free_blocks=status.free_blocks if status else self._capacity.total_blocks,
+            free_blocks=self._engine.exchange.free_blocks,
             pending_prefill_tokens=self._capacity.pending_prefill_tokens,
             free=self._capacity.free,
             draining=self._executions.draining,
+            prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
         )
 
     def _registration(self, address: str) -> scheduler_pb2.Registration:
@@ -138,6 +166,7 @@ class WorkerService:
             role=_ROLES[self._settings.role],
             max_sequences=self._settings.max_sequences,
             total_blocks=self._model.num_blocks,
+            block_bytes=self._model.block_bytes,
         )
 
     def _holder(self, address: str) -> cache_pb2.Holder:

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Mapping
 import grpc.aio
 
 from headrace.v1 import cache_pb2, worker_pb2, worker_pb2_grpc
-from services.common.errors import InvalidRequest, NotFound, Unimplemented
+from services.common.errors import InvalidRequest, NotFound
 from services.worker.executions import Execution, Executions
+from services.worker.kv_export import KvExporter, Prefills
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -16,10 +17,19 @@ Commands = AsyncIterator[worker_pb2.ExecuteCommand]
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServicer):
-    """Implements `headrace.v1.Worker`. Moving KV is not served: `Prefill` and `FetchBlocks` say so."""
+    """Implements `headrace.v1.Worker`."""
 
-    def __init__(self, executions: Executions, tokenizer_hash: str, tokenizer_files: Mapping[str, bytes]) -> None:
+    def __init__(
+        self,
+        executions: Executions,
+        exporter: KvExporter,
+        prefills: Prefills,
+        tokenizer_hash: str,
+        tokenizer_files: Mapping[str, bytes],
+    ) -> None:
         self._executions = executions
+        self._exporter = exporter
+        self._prefills = prefills
         self._tokenizer_hash = tokenizer_hash
         self._tokenizer_files = tokenizer_files
 
@@ -61,11 +71,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             for start in range(0, max(len(data), 1), _CHUNK_BYTES):
                 yield worker_pb2.FileChunk(name=name, data=data[start : start + _CHUNK_BYTES])
 
-    def Prefill(self, request: worker_pb2.PrefillRequest, context: Context) -> AsyncIterator[cache_pb2.KvChunk]:
-        raise Unimplemented("This worker computes KV only for the sequences it decodes.")
+    async def Prefill(self, request: worker_pb2.PrefillRequest, context: Context) -> AsyncIterator[cache_pb2.KvChunk]:
+        async for chunk in self._prefills.run(request):
+            yield chunk
 
-    def FetchBlocks(self, request: cache_pb2.FetchBlocksRequest, context: Context) -> AsyncIterator[cache_pb2.KvChunk]:
-        raise Unimplemented("This worker does not hand out the bytes of its blocks.")
+    async def FetchBlocks(
+        self, request: cache_pb2.FetchBlocksRequest, context: Context
+    ) -> AsyncIterator[cache_pb2.KvChunk]:
+        async for chunk in self._exporter.fetch(request):
+            yield chunk
 
 
 async def _read_hello(commands: Commands) -> str:

@@ -61,13 +61,16 @@ def build_sequences(start: worker_pb2.Start, keys: Items[Hashable], limits: Mode
     return sequences
 
 
-def demand_of(sequences: Items[Sequence], block_size: int) -> Room:
-    """What a request takes at its start: the first choice computes the prompt, the others share its full blocks."""
+def demand_of(sequences: Items[Sequence], block_size: int, coming_blocks: int = 0) -> Room:
+    """What a request takes at its start: the first choice computes the prompt, the others share its full blocks.
+
+    `coming_blocks`: leading blocks that are not computed here, but brought from elsewhere.
+    """
     first, *others = sequences
     return Room(
         sequences=len(sequences),
         blocks=-(-len(first.tokens) // block_size) + len(others),
-        prefill_tokens=len(first.tokens),
+        prefill_tokens=max(1, len(first.tokens) - coming_blocks * block_size),
     )
 
 

@@ -54,6 +54,11 @@ class BlockExchange:
     def block_size(self) -> int:
         return self._pool.block_size
 
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that can be taken now."""
+        return self._pool.free_blocks
+
     def hold(self, names: Sequence[bytes]) -> list[NamedBlock]:
         """The leading blocks of a chain that are here."""
         with self.lock:

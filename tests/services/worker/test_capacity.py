@@ -11,8 +11,24 @@ AMOUNTS = st.integers(0, 50)
 ROOMS = st.builds(Room, AMOUNTS, AMOUNTS, AMOUNTS)
 
 
-def status(*, commands: int, free_blocks: int, pending: int = 0, waiting_blocks: int = 0) -> EngineStatus:
-    return EngineStatus(EngineCounters(), 0, 0, free_blocks, waiting_blocks, pending, commands)
+def status(*, commands: int, pending: int = 0, waiting_blocks: int = 0) -> EngineStatus:
+    return EngineStatus(EngineCounters(), 0, 0, waiting_blocks, pending, commands)
+
+
+class Pool:
+    """How many of its blocks are free."""
+
+    def __init__(self, free: int) -> None:
+        self.total = self.free = free
+
+
+def make_capacity(pool: Pool, max_sequences: int = 8) -> Capacity:
+    return Capacity(
+        max_sequences=max_sequences,
+        total_blocks=pool.total,
+        max_pending_prefill_tokens=64,
+        free_blocks=lambda: pool.free,
+    )
 
 
 @given(ROOMS, st.integers(1, 7), st.integers(0, 100))
@@ -32,7 +48,8 @@ def test_a_single_slot_comes_round_to_every_scheduler() -> None:
 
 @given(st.lists(st.tuples(st.builds(Room, st.integers(1, 4), st.integers(1, 9), st.integers(1, 40)), st.booleans())))
 def test_what_was_sent_counts_until_the_engine_shows_it(requests: list[tuple[Room, bool]]) -> None:
-    capacity = Capacity(max_sequences=8, total_blocks=20, max_pending_prefill_tokens=64)
+    pool = Pool(20)
+    capacity = make_capacity(pool)
     live = 0
     for command, (demand, ends) in enumerate(requests, start=1):
         before = capacity.free
@@ -40,7 +57,7 @@ def test_what_was_sent_counts_until_the_engine_shows_it(requests: list[tuple[Roo
         fits = demand.sequences <= before.sequences and demand.blocks <= before.blocks and before.prefill_tokens > 0
         assert admitted == (fits or (live == 0 and demand.sequences <= 8))
         if admitted:
-            capacity.take(demand, command)
+            capacity.sent(capacity.take(demand), command)
             live += demand.sequences
             after = capacity.free
             assert after.sequences == before.sequences - demand.sequences
@@ -53,28 +70,48 @@ def test_what_was_sent_counts_until_the_engine_shows_it(requests: list[tuple[Roo
 
 
 def test_the_engine_takes_over_the_count_of_what_it_has_seen() -> None:
-    capacity = Capacity(max_sequences=8, total_blocks=20, max_pending_prefill_tokens=64)
-    capacity.take(Room(1, 4, 30), command=1)
-    capacity.take(Room(1, 2, 10), command=2)
+    pool = Pool(20)
+    capacity = make_capacity(pool)
+    capacity.sent(capacity.take(Room(1, 4, 30)), command=1)
+    capacity.sent(capacity.take(Room(1, 2, 10)), command=2)
     assert capacity.free == Room(6, 20 - 4 - 2 - 2, 64 - 40)
-    capacity.observe(status(commands=1, free_blocks=17, pending=5))
+    pool.free = 17
+    capacity.observe(status(commands=1, pending=5))
     assert capacity.free == Room(6, 17 - 2 - 2, 64 - 5 - 10)
-    capacity.observe(status(commands=2, free_blocks=17, pending=12, waiting_blocks=2))
+    pool.free = 17
+    capacity.observe(status(commands=2, pending=12, waiting_blocks=2))
     assert capacity.free == Room(6, 17 - 2 - 2, 64 - 12)
 
 
+def test_what_is_not_in_the_engine_yet_counts_until_it_is_there_or_withdrawn() -> None:
+    pool = Pool(20)
+    capacity = make_capacity(pool)
+    gathering, given_up = capacity.take(Room(1, 4, 30)), capacity.take(Room(1, 2, 10))
+    pool.free = 20
+    capacity.observe(status(commands=5))
+    assert capacity.free == Room(6, 20 - 4 - 2 - 2, 64 - 40)
+    capacity.withdraw(given_up)
+    capacity.release()
+    capacity.sent(gathering, command=6)
+    assert capacity.free == Room(7, 20 - 4 - 1, 64 - 30)
+    pool.free = 16
+    capacity.observe(status(commands=6))
+    assert capacity.free == Room(7, 16 - 1, 64)
+
+
 def test_a_prompt_of_any_length_is_taken_while_prompt_tokens_are_taken_at_all() -> None:
-    capacity = Capacity(max_sequences=8, total_blocks=200, max_pending_prefill_tokens=64)
-    capacity.take(Room(1, 1, 63), command=1)
+    capacity = make_capacity(Pool(200))
+    capacity.sent(capacity.take(Room(1, 1, 63)), command=1)
     assert capacity.admits(Room(1, 20, 300))
-    capacity.take(Room(1, 20, 300), command=2)
+    capacity.sent(capacity.take(Room(1, 20, 300)), command=2)
     assert not capacity.admits(Room(1, 1, 1))
 
 
 def test_an_idle_worker_takes_a_request_larger_than_its_limits_of_comfort() -> None:
-    capacity = Capacity(max_sequences=8, total_blocks=20, max_pending_prefill_tokens=64)
+    pool = Pool(20)
+    capacity = make_capacity(pool)
     large = Room(1, 30, 300)
     assert capacity.admits(large)
-    capacity.take(Room(1, 1, 1), command=1)
+    capacity.sent(capacity.take(Room(1, 1, 1)), command=1)
     assert not capacity.admits(large)
-    assert not Capacity(max_sequences=2, total_blocks=20, max_pending_prefill_tokens=64).admits(Room(3, 1, 1))
+    assert not make_capacity(Pool(20), max_sequences=2).admits(Room(3, 1, 1))

@@ -1,0 +1,211 @@
+"""Hands out the bytes of this worker's blocks, and computes those that a decoding worker wants computed.
+
+Blocks are held a few at a time while they are sent, so that a reader that is slow, or gone without a word, keeps no
+more of the pool than that.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from headrace.v1.cache_pb2 import FetchBlocksRequest, KvChunk
+from headrace.v1.sampling_pb2 import Sampling, Stopping
+from headrace.v1.worker_pb2 import PrefillRequest, Start, StartChoice
+from services.common.block_hash import HASH_BYTES
+from services.common.errors import InvalidRequest, Mismatch, Overloaded, RequestFailed, Unavailable
+from services.common.kv_blocks import BlockBytes, chunks
+from services.worker.capacity import Capacity, Claim
+from services.worker.engine.block_exchange import BlockExchange
+from services.worker.engine.sequence import Sequence as EngineSequence
+from services.worker.engine_loop import EngineLoop, Turn
+from services.worker.kv_metrics import KvMetrics
+from services.worker.start_request import ModelLimits, build_sequences, demand_of
+
+_HELD_AT_ONCE = 16
+_SIGN_OF_LIFE_S = 0.5
+
+
+class KvExporter:
+    """What this worker holds, as chunks."""
+
+    def __init__(self, exchange: BlockExchange, kv_format: str, metrics: KvMetrics) -> None:
+        self._exchange = exchange
+        self._kv_format = kv_format
+        self._metrics = metrics
+
+    def check(self, kv_format: str) -> None:
+        """Raises Mismatch unless this is what is held here."""
+        if kv_format != self._kv_format:
+            raise Mismatch(f"This worker's KV format is {self._kv_format}, not {kv_format or '(empty)'}.")
+
+    async def fetch(self, request: FetchBlocksRequest) -> AsyncIterator[KvChunk]:
+        """The leading blocks of a chain that are here."""
+        self.check(request.kv_format)
+        if len(request.block_hashes) % HASH_BYTES:
+            raise InvalidRequest(f"Chain hashes are {HASH_BYTES} bytes each.", field="block_hashes")
+        packed = request.block_hashes
+        names = [packed[start : start + HASH_BYTES] for start in range(0, len(packed), HASH_BYTES)]
+        run = Run(names)
+        async for chunk in self.send(run):
+            yield chunk
+
+    async def send(self, run: "Run") -> AsyncIterator[KvChunk]:
+        """What of a run is here now and was not sent, up to the first block that is missing."""
+        while held := self._exchange.hold(run.names[run.sent : run.sent + _HELD_AT_ONCE]):
+            try:
+                for block in held:
+                    data = self._exchange.read(block.block)
+                    for chunk in chunks(self._kv_format, BlockBytes(block.name, data, block.digest)):
+                        yield chunk
+                    run.sent += 1
+                    self._metrics.exported(len(data))
+            finally:
+                self._exchange.release(block.block for block in held)
+
+
+class Run:
+    """Consecutive blocks of a chain on their way to somebody."""
+
+    def __init__(self, names: Sequence[bytes]) -> None:
+        self.names = names
+        self.sent = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.sent == len(self.names)
+
+
+class _Prefill:
+    """The engine's key of a sequence that is run for its KV alone."""
+
+    ended = True
+    """Its token has no reader: see `executions.Ticket`."""
+
+    def __init__(self, request: PrefillRequest) -> None:
+        self.request = request
+        self.news = asyncio.Event()
+        self.finished = False
+        self.error = ""
+
+    def __str__(self) -> str:
+        return f"{self.request.request_id}/prefill/{self.request.attempt}"
+
+
+class Prefills:
+    """Prompts computed for other workers.
+
+    Such a prompt runs as a sequence of one token, which nobody reads. Its full blocks before the last token go out as
+    the engine completes them.
+    """
+
+    def __init__(
+        self,
+        engine: EngineLoop,
+        exporter: KvExporter,
+        capacity: Capacity,
+        limits: ModelLimits,
+        *,
+        draining: Callable[[], bool],
+        on_settled: Callable[[str, int], None],
+        on_left: Callable[[], None],
+    ) -> None:
+        """`on_settled` is told of every placement that was started or refused, `on_left` of every end of one."""
+        self._engine = engine
+        self._exporter = exporter
+        self._capacity = capacity
+        self._limits = limits
+        self._draining = draining
+        self._on_settled = on_settled
+        self._on_left = on_left
+        self._running: set[_Prefill] = set()
+
+    async def run(self, request: PrefillRequest) -> AsyncIterator[KvChunk]:
+        """The blocks of a prompt, each as soon as it is computed; in between signs of life, while the engine steps.
+
+        Raises Overloaded when this worker has no room for it, and InvalidRequest if it can never run here.
+        """
+        prefill = _Prefill(request)
+        try:
+            self._exporter.check(request.kv_format)
+            sequence = self._sequence(prefill)
+            claim = self._admit(sequence)
+        finally:
+            self._on_settled(request.request_id, request.attempt)
+        self._capacity.sent(claim, self._engine.add([sequence]))
+        self._running.add(prefill)
+        sequence.hash_blocks(self._full_blocks(sequence), self._limits.block_size)
+        run = Run(sequence.hashes[request.skip_blocks :])
+        try:
+            async for chunk in self._follow(prefill, run):
+                yield chunk
+            if prefill.error:
+                raise RequestFailed(prefill.error)
+        finally:
+            self._leave(prefill)
+
+    def observe(self, turn: Turn) -> None:
+        """Called on the event loop after each turn of the engine."""
+        if not self._running:
+            return
+        for sequence in turn.result.finished if turn.result is not None else ():
+            if isinstance(sequence.key, _Prefill):
+                sequence.key.finished = True
+        for sequence, reason in turn.failed:
+            if isinstance(sequence.key, _Prefill):
+                sequence.key.finished, sequence.key.error = True, reason
+        for prefill in self._running:
+            prefill.news.set()
+
+    async def _follow(self, prefill: _Prefill, run: Run) -> AsyncIterator[KvChunk]:
+        """The run's blocks as the engine's turns complete them, until all are sent or the sequence has ended."""
+        loop = asyncio.get_running_loop()
+        sent_at = loop.time()
+        while True:
+            ended = prefill.finished  # asked before what there is, so that nothing comes between
+            async for chunk in self._exporter.send(run):
+                yield chunk
+                sent_at = loop.time()
+            if ended or run.complete:
+                return
+            if loop.time() - sent_at > _SIGN_OF_LIFE_S:
+                yield KvChunk()
+                sent_at = loop.time()
+            await prefill.news.wait()
+            prefill.news.clear()
+
+    def _sequence(self, prefill: _Prefill) -> EngineSequence:
+        request = prefill.request
+        start = Start(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            prompt_ids=request.prompt_ids,
+            cache_salt=request.cache_salt,
+            choices=[StartChoice()],
+            sampling=Sampling(temperature=0.0),
+            stopping=Stopping(max_tokens=1),
+        )
+        [sequence] = build_sequences(start, [prefill], self._limits)
+        if not 0 <= request.skip_blocks < self._full_blocks(sequence):
+            raise InvalidRequest(
+                f"skip_blocks {request.skip_blocks} leaves nothing of {self._full_blocks(sequence)} blocks.",
+                field="skip_blocks",
+            )
+        return sequence
+
+    def _full_blocks(self, sequence: EngineSequence) -> int:
+        """Blocks that end before the last token, which is computed where the output is."""
+        return (sequence.prompt_length - 1) // self._limits.block_size
+
+    def _admit(self, sequence: EngineSequence) -> Claim:
+        if self._draining():
+            raise Unavailable("This worker is shutting down.")
+        demand = demand_of([sequence], self._limits.block_size)
+        if not self._capacity.admits(demand):
+            raise Overloaded("This worker has no room for another prompt.")
+        return self._capacity.take(demand)
+
+    def _leave(self, prefill: _Prefill) -> None:
+        self._running.discard(prefill)
+        if not prefill.finished:
+            self._engine.cancel([prefill])
+        self._capacity.release()
+        self._on_left()

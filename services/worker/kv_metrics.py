@@ -1,0 +1,44 @@
+"""Metrics of KV that moves between this worker and others."""
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+
+_SECOND_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class KvMetrics:
+    """Registered once per process."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._exported_blocks = Counter("headrace_kv_exported_blocks", "Blocks handed to others.", registry=registry)
+        self._exported_bytes = Counter("headrace_kv_exported_bytes", "Bytes of these blocks.", registry=registry)
+        self._imported_blocks = Counter(
+            "headrace_kv_imported_blocks", "Blocks that came from others, by source.", ["source"], registry=registry
+        )
+        self._imported_bytes = Counter(
+            "headrace_kv_imported_bytes", "Bytes of these blocks.", ["source"], registry=registry
+        )
+        self._failures = Counter(
+            "headrace_kv_import_failures",
+            "Times that a source did not give what it was asked for, so that the rest was computed, by reason.",
+            ["source", "reason"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "headrace_kv_import_seconds",
+            "Time from asking a source to its last block, s.",
+            ["source"],
+            registry=registry,
+            buckets=_SECOND_BUCKETS,
+        )
+
+    def exported(self, size: int) -> None:
+        self._exported_blocks.inc()
+        self._exported_bytes.inc(size)
+
+    def imported(self, source: str, blocks: int, size: int, seconds: float) -> None:
+        self._imported_blocks.labels(source).inc(blocks)
+        self._imported_bytes.labels(source).inc(size)
+        self._seconds.labels(source).observe(seconds)
+
+    def failed(self, source: str, reason: str) -> None:
+        self._failures.labels(source, reason).inc()
