@@ -18,5 +18,5 @@ class CacheSettings(CommonSettings):
     # Name in logs. The index itself is told apart by an epoch that is drawn anew at every start.
     id: str = Field(default_factory=lambda: f"cache-{secrets.token_hex(3)}")
     # Index changes that wait for a slow watcher, in bytes. One that falls further behind is cut and watches again,
-    # which costs it a snapshot: 16 MiB is a snapshot of a million blocks.
-    watch_backlog_bytes: int = Field(default=16 * 1024 * 1024, ge=64 * 1024)
+    # which costs it a snapshot: 32 MiB is a snapshot of a million blocks, hashes and digests.
+    watch_backlog_bytes: int = Field(default=32 * 1024 * 1024, ge=64 * 1024)

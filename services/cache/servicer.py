@@ -98,10 +98,13 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
     def _take(self, holding: Holding, events: cache_pb2.BlockEvents) -> cache_pb2.PublishReply | None:
         if not self._index.is_current(holding):
             raise Unavailable("A later stream of this holder has taken over from this one.")
-        if events.stored_digests and len(events.stored_digests) != len(events.stored):
-            raise InvalidRequest("Digests of stored blocks are given for all of them or for none.")
         applied = self._index.apply(
-            holding, events.sequence, snapshot=events.snapshot, removed=events.removed, stored=events.stored
+            holding,
+            events.sequence,
+            snapshot=events.snapshot,
+            removed=events.removed,
+            stored=events.stored,
+            stored_digests=events.stored_digests,
         )
         if applied is Applied.GAP:
             self._metrics.gaps.inc()
@@ -113,7 +116,8 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
         return None
 
     def _spread(self, holding: Holding, events: cache_pb2.BlockEvents) -> None:
-        self._hub.publish(BlocksChanged(holding.holder.id, events.snapshot, events.removed, events.stored))
+        change = BlocksChanged(holding.holder.id, events.snapshot, events.removed, events.stored, events.stored_digests)
+        self._hub.publish(change)
         self._metrics.events.labels("stored").inc(len(events.stored) // HASH_BYTES)
         self._metrics.events.labels("removed").inc(len(events.removed) // HASH_BYTES)
         if events.snapshot:

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from headrace.v1 import cache_pb2, cache_pb2_grpc
-from services.cache.index import BlockIndex, BlocksChanged, Holder
+from services.cache.index import UNKNOWN_DIGEST, BlockIndex, BlocksChanged, Holder
 from services.cache.metrics import CacheMetrics
 from services.cache.servicer import CacheServicer
 from services.cache.watch import WatchHub
@@ -49,8 +49,12 @@ class Publisher:
             holder = cache_pb2.Holder(id=holder_id, incarnation=incarnation, address="host:1", kv_format="f32")
             self._reports.put(cache_pb2.BlockReport(hello=cache_pb2.HolderHello(holder=holder)))
 
-    def events(self, sequence: int, stored: bytes = b"", removed: bytes = b"", *, snapshot: bool = False) -> None:
-        events = cache_pb2.BlockEvents(sequence=sequence, snapshot=snapshot, removed=removed, stored=stored)
+    def events(
+        self, sequence: int, stored: bytes = b"", removed: bytes = b"", digests: bytes = b"", *, snapshot: bool = False
+    ) -> None:
+        events = cache_pb2.BlockEvents(
+            sequence=sequence, snapshot=snapshot, removed=removed, stored=stored, stored_digests=digests
+        )
         self._reports.put(cache_pb2.BlockReport(events=events))
 
     async def reply(self) -> cache_pb2.PublishReply:
@@ -70,6 +74,7 @@ class Copy:
     def __init__(self, service: Service) -> None:
         self._call = service.stub.Watch(cache_pb2.WatchRequest(scheduler_id="s1"))
         self.holders: dict[str, set[bytes]] = {}
+        self.digests: dict[bytes, bytes] = {}  # as last told, of any holder's blocks
         self.sequence = 0
         self.epochs: set[str] = set()
         self.snapshot_blocks: int | None = None
@@ -98,6 +103,8 @@ class Copy:
                 blocks.clear()
             blocks.difference_update(split(update.blocks.removed))
             blocks.update(split(update.blocks.stored))
+            if update.blocks.stored_digests:
+                self.digests |= zip(split(update.blocks.stored), split(update.blocks.stored_digests), strict=True)
 
 
 def split(packed: bytes) -> list[bytes]:
@@ -119,6 +126,18 @@ async def test_watchers_follow_reports_from_a_snapshot_on(service: Service) -> N
     publisher.call.cancel()
     for copy in (early, late):
         await copy.until({})
+
+
+async def test_digests_reach_early_and_late_watchers(service: Service) -> None:
+    early, publisher = Copy(service), Publisher(service)
+    publisher.events(1, BLOCKS[0] + BLOCKS[1], digests=b"d" * 32, snapshot=True)
+    publisher.events(2, BLOCKS[0], digests=b"e" * 16)
+    publisher.events(3, BLOCKS[2])
+    await early.until({"w1": set(BLOCKS[:3])})
+    assert early.digests == {BLOCKS[0]: b"e" * 16, BLOCKS[1]: b"d" * 16}
+    late = Copy(service)
+    await late.until({"w1": set(BLOCKS[:3])})
+    assert late.digests == early.digests | {BLOCKS[2]: UNKNOWN_DIGEST}
 
 
 async def test_a_gap_asks_for_a_snapshot_which_replaces_everything(service: Service) -> None:
