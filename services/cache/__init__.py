@@ -1,1 +1,1 @@
-"""The cache service: the index of which worker holds which KV blocks."""
+"""The cache service: the index of who holds which KV blocks, and a place to keep their bytes."""

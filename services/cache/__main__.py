@@ -4,11 +4,16 @@ import logging
 
 from headrace.v1 import cache_pb2, cache_pb2_grpc
 from services.cache.config import CacheSettings
+from services.cache.disk_tier import DiskTier
 from services.cache.index import BlockIndex
 from services.cache.metrics import CacheMetrics
+from services.cache.own_blocks import OwnBlocks
+from services.cache.ram_tier import RamTier
 from services.cache.servicer import CacheServicer
+from services.cache.store import Store
 from services.cache.watch import WatchHub
 from services.common import config, serve, telemetry
+from services.common.channel import reachable
 
 log = logging.getLogger("services.cache")
 
@@ -18,10 +23,17 @@ async def serve_cache(settings: CacheSettings, stop: serve.Stop) -> None:
     metrics = CacheMetrics()
     index = BlockIndex()
     hub = WatchHub(index, metrics, settings.watch_backlog_bytes)
+    own = OwnBlocks(settings.id, index, hub, metrics)
+    disk = None
+    if settings.disk_path is not None:
+        disk = DiskTier(settings.disk_path, settings.disk_bytes, settings.disk_queue_bytes, metrics)
+    store = Store(RamTier(settings.ram_bytes), disk, metrics, own.change)
+    await store.open()
     name = cache_pb2.DESCRIPTOR.services_by_name["Cache"].full_name
-    servicer = CacheServicer(index, hub, metrics)
+    servicer = CacheServicer(index, hub, store, own, metrics, max_block_bytes=settings.max_block_bytes)
     server = serve.GrpcServer([serve.Registration(cache_pb2_grpc.add_CacheServicer_to_server, servicer, name)])
     port = await server.start(f"{settings.host}:{settings.port}")
+    own.announce(settings.advertise_address or await reachable(settings.host, port), store.held)
     metrics_port = telemetry.serve_metrics(settings, settings.metrics_port)
     await server.set_serving(True)
     log.info("ready on %s:%d, id %s, metrics on port %d", settings.host, port, settings.id, metrics_port)
@@ -29,6 +41,7 @@ async def serve_cache(settings: CacheSettings, stop: serve.Stop) -> None:
     await server.set_serving(False)
     # Its streams never end by themselves; workers and schedulers come back to whoever serves this address next.
     await server.stop(grace_s=0)
+    await store.close()
 
 
 def main() -> None:

@@ -1,28 +1,33 @@
-"""The index: which worker holds which blocks.
+"""The index: which holder has which blocks, and the digest of their bytes.
 
 Pure state; knows nothing of gRPC, of tasks or of time. Each change is described by a value of `Change`, and whoever
 applies the same changes to an empty copy holds the same index.
 
 Built for a million blocks in one process: a block is one 16-byte key in its KV format's table, whose value is a bit
-mask of the holders, and one entry in the set of each holder. The prefix lookup ANDs masks along the chain.
+mask of the holders, and one key in the table of each holder, whose value is the digest. The prefix lookup ANDs masks
+along the chain.
 """
 
 import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from services.common.block_hash import HASH_BYTES
 from services.common.errors import InvalidRequest
+from services.common.kv_blocks import DIGEST_BYTES
 
 CHUNK_BLOCKS = 64 * 1024
-"""The most blocks that one change of a snapshot carries: 1 MiB of hashes."""
+"""The most blocks that one change of a snapshot carries: 1 MiB of hashes, and as much of digests."""
+
+UNKNOWN_DIGEST = bytes(DIGEST_BYTES)
+"""Stands for the digest of a block whose holder gave none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A worker's process and the KV format of its blocks."""
+    """A process that has blocks, and their KV format. One that keeps several formats is as many holders."""
 
     id: str
     incarnation: str
@@ -45,6 +50,7 @@ class BlocksChanged:
     replace: bool
     removed: bytes  # chain hashes, packed
     stored: bytes
+    stored_digests: bytes = b""  # in the order of `stored`, UNKNOWN_DIGEST where not known; empty: none is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class Holding:
 
     holder: Holder
     bit: int  # this holder's bit in the masks
-    blocks: set[bytes] = field(default_factory=set)
+    blocks: dict[bytes, bytes] = field(default_factory=dict)  # chain hash -> digest
     expected_sequence: int | None = None  # None until a snapshot has begun
     gap_reported: bool = False
 
@@ -118,12 +124,21 @@ class BlockIndex:
         """Whether this is still the report that counts for its holder's id."""
         return self._holdings.get(holding.holder.id) is holding
 
-    def apply(self, holding: Holding, sequence: int, *, snapshot: bool, removed: bytes, stored: bytes) -> Applied:
+    def apply(
+        self,
+        holding: Holding,
+        sequence: int,
+        *,
+        snapshot: bool,
+        removed: bytes,
+        stored: bytes,
+        stored_digests: bytes = b"",
+    ) -> Applied:
         """Takes one message of block events of a current holding.
 
-        Raises InvalidRequest if the hashes are not whole.
+        Raises InvalidRequest if the hashes are not whole, or the digests are not as many.
         """
-        removed_hashes, stored_hashes = unpack_hashes(removed), unpack_hashes(stored)
+        removed_hashes, stored_digest_by_hash = unpack_hashes(removed), unpack_digests(stored, stored_digests)
         if snapshot:
             self._forget_blocks(holding)
             holding.gap_reported = False
@@ -133,14 +148,23 @@ class BlockIndex:
             holding.gap_reported = True
             return Applied.GAP if first else Applied.AWAITING_SNAPSHOT
         holding.expected_sequence = sequence + 1
+        self.change(holding, removed_hashes, stored_digest_by_hash)
+        return Applied.TAKEN
+
+    def change(self, holding: Holding, removed: Iterable[bytes], stored: Mapping[bytes, bytes]) -> None:
+        """Takes a change of what a current holding has: chain hashes removed, then stored ones with their digests.
+
+        For a holder that is this process itself, whose changes cannot be lost on the way.
+        """
         masks = self._masks.setdefault(holding.holder.kv_format, {})
-        for block in removed_hashes:
+        for block in removed:
             self._remove(masks, holding, block)
-        for block in stored_hashes:
+        for block in stored:
             known = masks.get(block)
             masks[block] = holding.bit if known is None else known | holding.bit
-        holding.blocks.update(stored_hashes)
-        return Applied.TAKEN
+        holding.blocks.update(stored)
+        if not masks:
+            del self._masks[holding.holder.kv_format]
 
     def lookup(self, kv_format: str, chain: bytes) -> list[tuple[Holder, int]]:
         """Holders of a KV format that hold leading blocks of the chain, and how many each: longest first."""
@@ -165,9 +189,9 @@ class BlockIndex:
         """The whole index as changes to an empty one. Not to be mixed with changes to the index."""
         for holding in self._holdings.values():
             yield HolderJoined(holding.holder)
-            blocks = iter(holding.blocks)
-            while chunk := b"".join(itertools.islice(blocks, CHUNK_BLOCKS)):
-                yield BlocksChanged(holding.holder.id, replace=False, removed=b"", stored=chunk)
+            blocks = iter(holding.blocks.items())
+            while chunk := dict(itertools.islice(blocks, CHUNK_BLOCKS)):
+                yield BlocksChanged(holding.holder.id, False, b"", b"".join(chunk), pack_digests(chunk.values()))
 
     def _forget_blocks(self, holding: Holding) -> None:
         masks = self._masks.get(holding.holder.kv_format, {})
@@ -186,7 +210,7 @@ class BlockIndex:
     def _remove(masks: dict[bytes, int], holding: Holding, block: bytes) -> None:
         if block not in holding.blocks:
             return
-        holding.blocks.remove(block)
+        del holding.blocks[block]
         if rest := masks[block] ^ holding.bit:
             masks[block] = rest
         else:
@@ -206,3 +230,22 @@ def unpack_hashes(packed: bytes) -> list[bytes]:
     if len(packed) % HASH_BYTES:
         raise InvalidRequest(f"Chain hashes are {HASH_BYTES} bytes each, and {len(packed)} bytes are no whole number.")
     return [block for (block,) in struct.iter_unpack(f"{HASH_BYTES}s", packed)]
+
+
+def unpack_digests(hashes: bytes, digests: bytes) -> dict[bytes, bytes]:
+    """Digests by chain hash from their packed forms; without digests, UNKNOWN_DIGEST for each.
+
+    Raises InvalidRequest if the hashes are not whole, or the digests are not as many.
+    """
+    blocks = unpack_hashes(hashes)
+    if not digests:
+        return dict.fromkeys(blocks, UNKNOWN_DIGEST)
+    if len(digests) != len(blocks) * DIGEST_BYTES:
+        raise InvalidRequest("Digests of stored blocks are given for all of them or for none.")
+    return dict(zip(blocks, (one for (one,) in struct.iter_unpack(f"{DIGEST_BYTES}s", digests)), strict=True))
+
+
+def pack_digests(digests: Iterable[bytes]) -> bytes:
+    """The packed form of digests, which is empty if none of them is known."""
+    packed = b"".join(digests)
+    return packed if packed != bytes(len(packed)) else b""

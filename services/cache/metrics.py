@@ -10,9 +10,13 @@ class CacheMetrics:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.blocks = Gauge(
-            "headrace_cache_blocks", "Distinct blocks that some worker holds.", ["kv_format"], registry=registry
+            "headrace_cache_blocks", "Distinct blocks that some holder has.", ["kv_format"], registry=registry
         )
-        self.holders = Gauge("headrace_cache_holders", "Workers that report the blocks they hold.", registry=registry)
+        self.holders = Gauge(
+            "headrace_cache_holders",
+            "Workers that report the blocks they hold, and this service, once per KV format that it keeps blocks of.",
+            registry=registry,
+        )
         self.watchers = Gauge("headrace_cache_watchers", "Schedulers that follow the index.", registry=registry)
         self.events = Counter(
             "headrace_cache_events", "Blocks that workers reported, by kind.", ["kind"], registry=registry
@@ -31,7 +35,54 @@ class CacheMetrics:
             "headrace_cache_lookup_hits", "Prefix lookups that found at least one block.", registry=registry
         )
 
+        self._define_store(registry)
         self._shown_formats: set[str] = set()
+
+    def _define_store(self, registry: CollectorRegistry) -> None:
+        """What concerns the bytes of blocks kept here. A tier is `ram` or `disk`."""
+        self.stored_bytes = Gauge(
+            "headrace_cache_stored_bytes", "Bytes of its limit that a tier has in use.", ["tier"], registry=registry
+        )
+        self.stored_blocks = Gauge(
+            "headrace_cache_stored_blocks", "Blocks that a tier holds.", ["tier"], registry=registry
+        )
+        for tier in ("ram", "disk"):
+            self.stored_bytes.labels(tier)
+            self.stored_blocks.labels(tier)
+        self.disk_queue_bytes = Gauge(
+            "headrace_cache_disk_queue_bytes", "Bytes of blocks that wait to be written to disk.", registry=registry
+        )
+        self.hits = Counter(
+            "headrace_cache_hits", "Blocks asked for that were kept here, by tier.", ["tier"], registry=registry
+        )
+        self.misses = Counter(
+            "headrace_cache_misses", "Blocks asked for that were not kept here; each ends a fetch.", registry=registry
+        )
+        self.evictions = Counter(
+            "headrace_cache_evictions", "Blocks that went for others, by tier.", ["tier"], registry=registry
+        )
+        self.dropped = Counter(
+            "headrace_cache_dropped",
+            "Blocks that did not get to the disk (queue_full) or whose file was bad, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self.disk_faults = Counter(
+            "headrace_cache_disk_faults",
+            "Calls that the disk refused: open_failed, write_failed, remove_failed.",
+            ["kind"],
+            registry=registry,
+        )
+        self.refused = Counter(
+            "headrace_cache_refused",
+            "Blocks sent that were not what they said, by reason.",
+            ["reason"],
+            registry=registry,
+        )
+        self.received_bytes = Counter(
+            "headrace_cache_received_bytes", "Bytes of blocks received to be kept.", registry=registry
+        )
+        self.sent_bytes = Counter("headrace_cache_sent_bytes", "Bytes of blocks sent.", registry=registry)
 
     def show(self, index: BlockIndex) -> None:
         """Takes over the sizes of the index after a change."""

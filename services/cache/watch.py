@@ -14,7 +14,7 @@ from services.cache.metrics import CacheMetrics
 from services.common.block_hash import HASH_BYTES
 from services.common.errors import Unavailable
 
-_CHANGE_OVERHEAD_BYTES = 200  # what a change weighs in a backlog beside its hashes
+_CHANGE_OVERHEAD_BYTES = 200  # what a change weighs in a backlog beside its hashes and digests
 
 
 class Watcher:
@@ -99,8 +99,9 @@ def holder_to_proto(holder: Holder) -> cache_pb2.Holder:
 
 
 def _weight(change: Change) -> int:
-    hashes = len(change.removed) + len(change.stored) if isinstance(change, BlocksChanged) else 0
-    return _CHANGE_OVERHEAD_BYTES + hashes
+    if not isinstance(change, BlocksChanged):
+        return _CHANGE_OVERHEAD_BYTES
+    return _CHANGE_OVERHEAD_BYTES + len(change.removed) + len(change.stored) + len(change.stored_digests)
 
 
 def _to_update(epoch: str, sequence: int, change: Change) -> cache_pb2.IndexUpdate:
@@ -108,7 +109,11 @@ def _to_update(epoch: str, sequence: int, change: Change) -> cache_pb2.IndexUpda
         return cache_pb2.IndexUpdate(epoch=epoch, sequence=sequence, holder_joined=holder_to_proto(change.holder))
     if isinstance(change, BlocksChanged):
         blocks = cache_pb2.HolderBlocks(
-            holder_id=change.holder_id, replace=change.replace, removed=change.removed, stored=change.stored
+            holder_id=change.holder_id,
+            replace=change.replace,
+            removed=change.removed,
+            stored=change.stored,
+            stored_digests=change.stored_digests,
         )
         return cache_pb2.IndexUpdate(epoch=epoch, sequence=sequence, blocks=blocks)
     return cache_pb2.IndexUpdate(epoch=epoch, sequence=sequence, holder_left_id=change.holder_id)

@@ -1,4 +1,4 @@
-"""The index against a plain model of it: a dictionary from holder to the set of its blocks."""
+"""The index against a plain model of it: a dictionary from holder to its blocks and their digests."""
 
 from dataclasses import dataclass, field
 
@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from services.cache.index import (
     CHUNK_BLOCKS,
+    UNKNOWN_DIGEST,
     Applied,
     BlockIndex,
     BlocksChanged,
@@ -16,6 +17,7 @@ from services.cache.index import (
     Holder,
     HolderJoined,
     Holding,
+    unpack_digests,
     unpack_hashes,
 )
 from services.common.errors import InvalidRequest
@@ -24,20 +26,22 @@ BLOCKS = [bytes([number]) * 16 for number in range(12)]
 IDS = st.sampled_from(["w1", "w2", "w3"])
 FORMATS = st.sampled_from(["f32", "bf16"])
 HASHES = st.lists(st.sampled_from(BLOCKS), max_size=6).map(b"".join)
+DIGESTS = st.sampled_from([b"", b"d" * 16, b"e" * 16])  # of each block stored in a message
 
 
-def rebuild(changes: list[Change]) -> dict[str, tuple[Holder, set[bytes]]]:
+def rebuild(changes: list[Change]) -> dict[str, tuple[Holder, dict[bytes, bytes]]]:
     """The copy that a watcher of these changes holds."""
-    copy: dict[str, tuple[Holder, set[bytes]]] = {}
+    copy: dict[str, tuple[Holder, dict[bytes, bytes]]] = {}
     for change in changes:
         if isinstance(change, HolderJoined):
-            copy[change.holder.id] = (change.holder, set())
+            copy[change.holder.id] = (change.holder, {})
         elif isinstance(change, BlocksChanged):
             blocks = copy[change.holder_id][1]
             if change.replace:
                 blocks.clear()
-            blocks.difference_update(unpack_hashes(change.removed))
-            blocks.update(unpack_hashes(change.stored))
+            for block in unpack_hashes(change.removed):
+                blocks.pop(block, None)
+            blocks.update(unpack_digests(change.stored, change.stored_digests))
         else:
             del copy[change.holder_id]
     return copy
@@ -50,7 +54,7 @@ class Report:
     holding: Holding
     next_sequence: int = 1
     synchronized: bool = False
-    blocks: set[bytes] = field(default_factory=set)
+    blocks: dict[bytes, bytes] = field(default_factory=dict)
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -75,12 +79,22 @@ class IndexMachine(RuleBasedStateMachine):
         if report := self.reports.pop(holder_id, None):
             assert self.index.leave(report.holding)
 
-    @rule(holder_id=IDS, removed=HASHES, stored=HASHES, snapshot=st.booleans(), lost=st.sampled_from([0, 0, 0, 1]))
-    def events(self, holder_id: str, removed: bytes, stored: bytes, snapshot: bool, lost: int) -> None:
+    @rule(
+        holder_id=IDS,
+        removed=HASHES,
+        stored=HASHES,
+        digest=DIGESTS,
+        snapshot=st.booleans(),
+        lost=st.sampled_from([0, 0, 0, 1]),
+    )
+    def events(self, holder_id: str, removed: bytes, stored: bytes, digest: bytes, snapshot: bool, lost: int) -> None:
         if (report := self.reports.get(holder_id)) is None:
             return
         sequence = report.next_sequence + lost
-        applied = self.index.apply(report.holding, sequence, snapshot=snapshot, removed=removed, stored=stored)
+        digests = digest * len(unpack_hashes(stored))
+        applied = self.index.apply(
+            report.holding, sequence, snapshot=snapshot, removed=removed, stored=stored, stored_digests=digests
+        )
         report.next_sequence = sequence + 1
         if snapshot:
             report.blocks.clear()
@@ -89,8 +103,9 @@ class IndexMachine(RuleBasedStateMachine):
             report.synchronized = False
         assert (applied is Applied.TAKEN) == report.synchronized
         if report.synchronized:
-            report.blocks.difference_update(unpack_hashes(removed))
-            report.blocks.update(unpack_hashes(stored))
+            for block in unpack_hashes(removed):
+                report.blocks.pop(block, None)
+            report.blocks.update(dict.fromkeys(unpack_hashes(stored), digest or UNKNOWN_DIGEST))
 
     @rule(chain=HASHES, kv_format=FORMATS)
     def lookup(self, chain: bytes, kv_format: str) -> None:
@@ -160,5 +175,17 @@ def test_a_long_snapshot_comes_in_chunks() -> None:
     holding = index.join(Holder("w", "a", "host:1", "f32"))
     stored = b"".join(number.to_bytes(16, "big") for number in range(CHUNK_BLOCKS + 1))
     index.apply(holding, 1, snapshot=True, removed=b"", stored=stored)
-    sizes = [len(change.stored) for change in index.snapshot() if isinstance(change, BlocksChanged)]
-    assert sizes == [CHUNK_BLOCKS * 16, 16]
+    index.apply(holding, 2, snapshot=False, removed=b"", stored=stored[-32:-16], stored_digests=b"d" * 16)
+    long, short = (change for change in index.snapshot() if isinstance(change, BlocksChanged))
+    assert long.stored + short.stored == stored and len(short.stored) == 16
+    assert long.stored_digests == UNKNOWN_DIGEST * (CHUNK_BLOCKS - 1) + b"d" * 16
+    assert short.stored_digests == b"", "no digest of this chunk is known"
+
+
+@pytest.mark.parametrize("digests", [b"d" * 15, b"d" * 17, b"d" * 48])
+def test_digests_come_for_all_blocks_or_for_none(digests: bytes) -> None:
+    index = BlockIndex()
+    holding = index.join(Holder("w", "a", "host:1", "f32"))
+    with pytest.raises(InvalidRequest, match="all of them or for none"):
+        index.apply(holding, 1, snapshot=True, removed=b"", stored=BLOCKS[0] + BLOCKS[1], stored_digests=digests)
+    assert index.lookup("f32", BLOCKS[0]) == []

@@ -1,107 +1,14 @@
-"""The cache service over real gRPC: what watchers hold equals what workers reported."""
-
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+"""The index over real gRPC: what watchers hold equals what workers reported."""
 
 import grpc
-import grpc.aio
 import pytest
 from prometheus_client import CollectorRegistry
 
-from headrace.v1 import cache_pb2, cache_pb2_grpc
-from services.cache.index import BlockIndex, BlocksChanged, Holder
+from headrace.v1 import cache_pb2
+from services.cache.index import UNKNOWN_DIGEST, BlocksChanged, Holder
 from services.cache.metrics import CacheMetrics
-from services.cache.servicer import CacheServicer
 from services.cache.watch import WatchHub
-from services.common.channel import Outbox, dial
-from services.common.serve import GrpcServer, Registration
-
-BLOCKS = [bytes([number]) * 16 for number in range(8)]
-
-
-@dataclass
-class Service:
-    stub: "cache_pb2_grpc.CacheAsyncStub"
-    index: BlockIndex
-    metrics: CollectorRegistry
-
-
-@pytest.fixture
-async def service() -> AsyncIterator[Service]:
-    registry = CollectorRegistry()
-    metrics = CacheMetrics(registry)
-    index = BlockIndex()
-    servicer = CacheServicer(index, WatchHub(index, metrics, backlog_limit_bytes=100_000), metrics)
-    server = GrpcServer([Registration(cache_pb2_grpc.add_CacheServicer_to_server, servicer, "headrace.v1.Cache")])
-    port = await server.start("127.0.0.1:0")
-    async with dial(f"127.0.0.1:{port}") as channel:
-        yield Service(cache_pb2_grpc.CacheStub(channel), index, registry)
-    await server.stop(0)
-
-
-class Publisher:
-    """A worker's end of a Publish stream."""
-
-    def __init__(self, service: Service, holder_id: str = "w1", incarnation: str = "a", *, hello: bool = True) -> None:
-        self._reports: Outbox[cache_pb2.BlockReport] = Outbox()
-        self.call = service.stub.Publish(self._reports)
-        if hello:
-            holder = cache_pb2.Holder(id=holder_id, incarnation=incarnation, address="host:1", kv_format="f32")
-            self._reports.put(cache_pb2.BlockReport(hello=cache_pb2.HolderHello(holder=holder)))
-
-    def events(self, sequence: int, stored: bytes = b"", removed: bytes = b"", *, snapshot: bool = False) -> None:
-        events = cache_pb2.BlockEvents(sequence=sequence, snapshot=snapshot, removed=removed, stored=stored)
-        self._reports.put(cache_pb2.BlockReport(events=events))
-
-    async def reply(self) -> cache_pb2.PublishReply:
-        reply = await self.call.read()
-        assert isinstance(reply, cache_pb2.PublishReply)
-        return reply
-
-    async def status(self) -> grpc.StatusCode:
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            await self.call.read()
-        return error.value.code()
-
-
-class Copy:
-    """A scheduler's end of a Watch stream: the index as its updates tell it."""
-
-    def __init__(self, service: Service) -> None:
-        self._call = service.stub.Watch(cache_pb2.WatchRequest(scheduler_id="s1"))
-        self.holders: dict[str, set[bytes]] = {}
-        self.sequence = 0
-        self.epochs: set[str] = set()
-        self.snapshot_blocks: int | None = None
-
-    async def until(self, holders: dict[str, set[bytes]]) -> None:
-        """Follows the stream until the copy equals `holders` (the test's timeout is the limit)."""
-        while self.snapshot_blocks is None or self.holders != holders:
-            update = await self._call.read()
-            assert isinstance(update, cache_pb2.IndexUpdate)
-            self._apply(update)
-
-    def _apply(self, update: cache_pb2.IndexUpdate) -> None:
-        assert update.sequence == self.sequence + 1
-        self.sequence = update.sequence
-        self.epochs.add(update.epoch)
-        kind = update.WhichOneof("update")
-        if kind == "holder_joined":
-            self.holders[update.holder_joined.id] = set()
-        elif kind == "holder_left_id":
-            del self.holders[update.holder_left_id]
-        elif kind == "snapshot_end":
-            self.snapshot_blocks = update.snapshot_end.blocks
-        else:
-            blocks = self.holders[update.blocks.holder_id]
-            if update.blocks.replace:
-                blocks.clear()
-            blocks.difference_update(split(update.blocks.removed))
-            blocks.update(split(update.blocks.stored))
-
-
-def split(packed: bytes) -> list[bytes]:
-    return [packed[start : start + 16] for start in range(0, len(packed), 16)]
+from tests.services.cache.serving import BLOCKS, Copy, Publisher, Service
 
 
 async def test_watchers_follow_reports_from_a_snapshot_on(service: Service) -> None:
@@ -119,6 +26,18 @@ async def test_watchers_follow_reports_from_a_snapshot_on(service: Service) -> N
     publisher.call.cancel()
     for copy in (early, late):
         await copy.until({})
+
+
+async def test_digests_reach_early_and_late_watchers(service: Service) -> None:
+    early, publisher = Copy(service), Publisher(service)
+    publisher.events(1, BLOCKS[0] + BLOCKS[1], digests=b"d" * 32, snapshot=True)
+    publisher.events(2, BLOCKS[0], digests=b"e" * 16)
+    publisher.events(3, BLOCKS[2])
+    await early.until({"w1": set(BLOCKS[:3])})
+    assert early.digests == {BLOCKS[0]: b"e" * 16, BLOCKS[1]: b"d" * 16}
+    late = Copy(service)
+    await late.until({"w1": set(BLOCKS[:3])})
+    assert late.digests == early.digests | {BLOCKS[2]: UNKNOWN_DIGEST}
 
 
 async def test_a_gap_asks_for_a_snapshot_which_replaces_everything(service: Service) -> None:
@@ -167,9 +86,12 @@ async def test_lookup_gives_the_longest_holder_first(service: Service) -> None:
     assert not (await service.stub.Lookup(request)).matches
 
 
-@pytest.mark.parametrize("fault", ["no hello", "two hellos", "empty hello", "cut hash", "digests"])
+@pytest.mark.parametrize(
+    "fault", ["no hello", "two hellos", "empty hello", "cut hash", "digests", "the cache's own id"]
+)
 async def test_malformed_reports_are_refused(service: Service, fault: str) -> None:
-    publisher = Publisher(service, hello=fault not in ("no hello", "empty hello"))
+    holder_id = "c1/f32" if fault == "the cache's own id" else "w1"
+    publisher = Publisher(service, holder_id, hello=fault not in ("no hello", "empty hello"))
     if fault == "two hellos":
         publisher._reports.put(cache_pb2.BlockReport(hello=cache_pb2.HolderHello()))
     elif fault == "empty hello":
@@ -201,13 +123,3 @@ async def test_a_watcher_that_falls_behind_is_cut_and_others_go_on(service: Serv
     late_updates = late.updates("epoch")
     assert (await anext(late_updates)).holder_joined.id == "w1"
     assert len((await anext(late_updates)).blocks.stored) == 300 * 16
-
-
-async def test_keeping_bytes_is_unimplemented(service: Service) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await service.stub.Store(iter([cache_pb2.KvChunk()]))
-    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await service.stub.FetchBlocks(cache_pb2.FetchBlocksRequest()).read()
-    assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert "fetch from a holder" in (error.value.details() or "")
