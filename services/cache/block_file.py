@@ -19,7 +19,8 @@ from typing import BinaryIO
 import xxhash
 
 from services.cache.block_key import BlockKey
-from services.common.kv_blocks import BlockBytes, digest
+from services.common.block_digest import digest
+from services.common.kv_blocks import BlockBytes
 
 MAGIC = b"HRKVBLK\n"
 VERSION = 1

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from services.common.block_digest import DIGEST_BYTES
 from services.common.block_hash import HASH_BYTES
 from services.common.errors import InvalidRequest
-from services.common.kv_blocks import DIGEST_BYTES
 
 CHUNK_BLOCKS = 64 * 1024
 """The most blocks that one change of a snapshot carries: 1 MiB of hashes, and as much of digests."""

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from services.cache import block_file
 from services.cache.block_file import BadFile, Found
 from services.cache.block_key import BlockKey
-from services.common.kv_blocks import BlockBytes, digest
+from services.common.block_digest import digest
+from services.common.kv_blocks import BlockBytes
 
 NAME = b"n" * 16
 KEY = BlockKey("f32", NAME)

@@ -14,7 +14,8 @@ from services.cache import block_file
 from services.cache.block_key import BlockKey
 from services.cache.disk_tier import DiskTier
 from services.cache.metrics import CacheMetrics
-from services.common.kv_blocks import BlockBytes, digest
+from services.common.block_digest import digest
+from services.common.kv_blocks import BlockBytes
 
 SIZE = 4000
 FILE = 4096  # what a block of SIZE takes up with its header

@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from headrace.v1 import cache_pb2, cache_pb2_grpc
+from services.common.block_digest import digest
 from services.common.channel import dial
-from services.common.kv_blocks import BlockBytes, chunks, digest
+from services.common.kv_blocks import BlockBytes, chunks
 
 
 @asynccontextmanager

@@ -6,7 +6,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from services.cache.block_key import BlockKey
 from services.cache.ram_tier import BLOCK_OVERHEAD_BYTES, RamTier
-from services.common.kv_blocks import BlockBytes, digest
+from services.common.block_digest import digest
+from services.common.kv_blocks import BlockBytes
 
 SIZE = 100
 COST = SIZE + BLOCK_OVERHEAD_BYTES

@@ -10,8 +10,9 @@ import pytest
 from headrace.v1 import cache_pb2, cache_pb2_grpc
 from services.cache import block_file
 from services.cache.block_key import BlockKey
+from services.common.block_digest import digest
 from services.common.channel import dial
-from services.common.kv_blocks import CHUNK_BYTES, BlockAssembler, BlockBytes, chunks, digest
+from services.common.kv_blocks import CHUNK_BYTES, BlockAssembler, BlockBytes, chunks
 from tests.services.cache.serving import BLOCKS, MIB, Copy, Publisher, Service, serving
 
 

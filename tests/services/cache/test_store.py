@@ -15,7 +15,8 @@ from services.cache.disk_tier import DiskTier
 from services.cache.metrics import CacheMetrics
 from services.cache.ram_tier import BLOCK_OVERHEAD_BYTES, RamTier
 from services.cache.store import Chain, HeldChange, Store
-from services.common.kv_blocks import BlockBytes, digest
+from services.common.block_digest import digest
+from services.common.kv_blocks import BlockBytes
 
 SIZE = 3000
 COST = SIZE + BLOCK_OVERHEAD_BYTES
