@@ -24,6 +24,7 @@ from toolkit.ports import PortTaken, choose_public_port, free_ports
 from toolkit.process import ProcessFailed
 from toolkit.process_tree import NotStopped
 from toolkit.ps import show_stacks
+from toolkit.role import RoleNotSet, set_role
 from toolkit.run_directory import RunDirectory, running_stacks
 from toolkit.stack import INTERNAL_HOST, StackOptions, plan_stack
 from toolkit.up import run_stack
@@ -46,12 +47,23 @@ class Batching(StrEnum):
     STATIC = "static"
 
 
+class Role(StrEnum):
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 @app.command()
 def up(
     model: Annotated[
         str | None, typer.Option(help="Local folder, hub id or store name. Default: a small model that comes along.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Worker processes, which share the cores.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Worker processes, which share the cores. Default: 1, or 0 beside those with a role."),
+    ] = None,
+    prefill_workers: Annotated[int, typer.Option(min=0, help="Workers that compute long prompts for others.")] = 0,
+    decode_workers: Annotated[int, typer.Option(min=0, help="Workers that leave long prompts to those.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Of weights and KV: float32, bfloat16, float16 or auto.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Weights on a CPU in fewer bits: int8, int4 or none.")] = None,
     kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks per worker. Default: by free memory.")] = None,
@@ -76,6 +88,10 @@ def up(
     console = Console(highlight=False)
     chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks}
     chosen |= {"max_sequences": max_sequences, "batching": batching, "threads": threads}
+    if workers is None:
+        workers = 0 if prefill_workers or decode_workers else 1
+    if not workers + prefill_workers + decode_workers:
+        raise typer.BadParameter("0 leaves nobody to run the model.", param_hint="--workers")
     try:
         http_port = choose_public_port(host, http_port, "--http-port")
         grpc_port = choose_public_port(host, grpc_port, "--grpc-port", avoid={http_port})
@@ -84,6 +100,8 @@ def up(
             http_port=http_port,
             grpc_port=grpc_port,
             workers=workers,
+            prefill_workers=prefill_workers,
+            decode_workers=decode_workers,
             redis_url=redis_url,
             worker_settings={setting: value for setting, value in chosen.items() if value is not None},
         )
@@ -106,6 +124,18 @@ def ps() -> None:
         typer.echo("No stack runs here. Start one with: headrace up")
         return
     asyncio.run(show_stacks(stacks, Console(highlight=False)))
+
+
+@app.command()
+def role(
+    worker: Annotated[str, typer.Argument(help="Id of a worker, as `headrace ps` shows it.")],
+    role: Annotated[Role, typer.Argument(help="What it is preferred for from now on.")],
+) -> None:
+    """Changes what a running worker is preferred for."""
+    try:
+        asyncio.run(set_role(running_stacks(_runs()), worker, role.value))
+    except RoleNotSet as error:
+        _fail(str(error))
 
 
 @app.command()

@@ -21,10 +21,17 @@ class StackOptions:
     http_port: int
     grpc_port: int
     workers: int = 1
+    # Workers that are preferred for prompts, and for output, beside those that do both alike.
+    prefill_workers: int = 0
+    decode_workers: int = 0
     # An existing Redis; None: a private one.
     redis_url: str | None = None
     # Settings of every worker that were given; the others keep the worker's own defaults.
     worker_settings: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def all_workers(self) -> int:
+        return self.workers + self.prefill_workers + self.decode_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +80,10 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
             "worker",
             name,
             free_ports,
-            {**finding, **_worker_settings(options, cores)},
-            _worker_environment(options.workers),
+            {**finding, "role": role, **_worker_settings(options, cores)},
+            _worker_environment(options.all_workers),
         )
-        for name in _worker_names(options.workers)
+        for role, name in _workers(options)
     )
     gateway = _gateway(options, finding)
     redis = Member("redis", "redis", redis_address, metrics_url=None, ready_url=None, settings={})
@@ -89,13 +96,19 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
     )
 
 
-def _worker_names(count: int) -> tuple[str, ...]:
-    return ("worker",) if count == 1 else tuple(f"worker-{number}" for number in range(1, count + 1))
+def _workers(options: StackOptions) -> Iterator[tuple[str, str]]:
+    """Role and name of each worker."""
+    counts = {"both": options.workers, "prefill": options.prefill_workers, "decode": options.decode_workers}
+    for role, count in counts.items():
+        stem = "worker" if role == "both" else role
+        names = (stem,) if count == 1 else tuple(f"{stem}-{number}" for number in range(1, count + 1))
+        yield from ((role, name) for name in names)
 
 
 def _worker_settings(options: StackOptions, cores: int) -> dict[str, object]:
     # Workers that each use every core would slow one another down far more than by their share.
-    shared = {"threads": max(1, cores // options.workers)} if options.workers > 1 else {}
+    workers = options.all_workers
+    shared = {"threads": max(1, cores // workers)} if workers > 1 else {}
     return {**shared, **options.worker_settings}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from headrace.v1 import cache_pb2
 from services.common.block_digest import DIGEST_BYTES
 from services.common.block_hash import HASH_BYTES
 from services.common.errors import InvalidRequest
@@ -33,6 +34,7 @@ class Holder:
     incarnation: str
     address: str
     kv_format: str
+    kind: "cache_pb2.Holder.Kind.ValueType" = cache_pb2.Holder.KIND_WORKER
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import itertools
 import secrets
 from collections.abc import Iterable, Mapping
 
+from headrace.v1 import cache_pb2
 from services.cache.index import (
     CHUNK_BLOCKS,
     BlockIndex,
@@ -66,7 +67,9 @@ class OwnBlocks:
 
     def _join(self, kv_format: str) -> Holding:
         assert self._address is not None, "a holder has an address"
-        holder = Holder(f"{self._prefix}{kv_format}", self._incarnation, self._address, kv_format)
+        holder = Holder(
+            f"{self._prefix}{kv_format}", self._incarnation, self._address, kv_format, cache_pb2.Holder.KIND_CACHE
+        )
         holding = self._holdings[kv_format] = self._index.join(holder)
         self._hub.publish(HolderJoined(holder))
         return holding

@@ -139,7 +139,7 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
             raise InvalidRequest("A holder needs an id, an incarnation and a kv_format.", field="holder")
         if self._own.owns(sent.id):
             raise InvalidRequest(f"The holder id {sent.id} is one of this cache service's own.", field="holder")
-        holder = Holder(sent.id, sent.incarnation, sent.address, sent.kv_format)
+        holder = Holder(sent.id, sent.incarnation, sent.address, sent.kv_format, sent.kind)
         holding = self._index.join(holder)
         self._hub.publish(HolderJoined(holder))
         self._metrics.show(self._index)

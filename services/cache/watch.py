@@ -94,7 +94,11 @@ class WatchHub:
 
 def holder_to_proto(holder: Holder) -> cache_pb2.Holder:
     return cache_pb2.Holder(
-        id=holder.id, incarnation=holder.incarnation, address=holder.address, kv_format=holder.kv_format
+        id=holder.id,
+        incarnation=holder.incarnation,
+        address=holder.address,
+        kv_format=holder.kv_format,
+        kind=holder.kind,
     )
 
 

@@ -36,7 +36,9 @@ async def serve_scheduler(settings: SchedulerSettings, metrics: SchedulerMetrics
     timing = Timing(lease_s=settings.lease_s, patience_s=settings.replacement_patience_s)
 
     def make_dispatcher(model: str) -> Dispatcher:
-        return Dispatcher(model, settings.id, fleet, gateways, lambda: cache_watch.index, metrics, timing)
+        return Dispatcher(
+            model, settings.id, fleet, gateways, lambda: cache_watch.index, metrics, timing, settings.policy
+        )
 
     def make_intake(model: str, dispatcher: Dispatcher) -> Intake:
         return Intake(model, queue, dispatcher, metrics, interval_s=settings.reclaim_interval_s)

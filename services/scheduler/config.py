@@ -5,6 +5,7 @@ import secrets
 from pydantic import Field
 
 from services.common.config import CommonSettings, Port
+from services.scheduler.placement import Policy
 
 
 class SchedulerSettings(CommonSettings):
@@ -17,6 +18,9 @@ class SchedulerSettings(CommonSettings):
     metrics_port: Port = 9101
     # Names this replica's grants towards workers and its entries in Redis.
     id: str = Field(default_factory=lambda: f"scheduler-{secrets.token_hex(3)}")
+    # How jobs are given to workers. kv_aware weighs prefix hits, moving KV and load; least_loaded and round_robin know
+    # no KV and are for comparison.
+    policy: Policy = "kv_aware"
     # Seconds without a report after which a worker gets no work. Workers report every second: two may be lost.
     worker_silence_s: float = Field(default=3.0, gt=0)
     # Seconds a gateway has to answer an offer, and those an owner of a queue entry may stay silent before the entry is

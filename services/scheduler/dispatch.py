@@ -19,8 +19,11 @@ from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
 from services.scheduler.fleet import Clock, Fleet
 from services.scheduler.gateways import GatewayKey, Gateways, GatewaySession
 from services.scheduler.held import HeldJob, HeldJobs, Where
+from services.scheduler.index import BlockIndex
+from services.scheduler.kv_plans import Candidate
+from services.scheduler.kv_sources import kv_sources
 from services.scheduler.metrics import SchedulerMetrics
-from services.scheduler.placement import Candidate, Choice, IndexView, impossible, place
+from services.scheduler.placement import Choice, Policy, impossible, place
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +50,10 @@ class Dispatcher:
         scheduler_id: str,
         fleet: Fleet,
         gateways: Gateways,
-        index: Callable[[], IndexView],
+        index: Callable[[], BlockIndex],
         metrics: SchedulerMetrics,
         timing: Timing,
+        policy: Policy = "kv_aware",
         clock: Clock = time.monotonic,
     ) -> None:
         self._model = model
@@ -59,6 +63,8 @@ class Dispatcher:
         self._index = index
         self._metrics = metrics
         self._timing = timing
+        self._policy: Policy = policy
+        self._placed = 0
         self._clock = clock
         self._held = HeldJobs()
         self._wake = asyncio.Event()
@@ -202,6 +208,8 @@ class Dispatcher:
             self._index(),
             avoid=held.tried_worker_id,
             beyond_share=self._clock() - held.since >= self._timing.share_s,
+            policy=self._policy,
+            turn=self._placed,
         )
         if choice is None:
             return False
@@ -216,15 +224,19 @@ class Dispatcher:
 
     def _offer(self, held: HeldJob, choice: Choice, session: GatewaySession) -> None:
         worker = choice.worker
-        self._fleet.reserve(worker.id, held.key, choice.cost)
-        self._held.offer(held, worker.id, self._clock())
+        self._placed += 1
+        costs = choice.costs()
+        for worker_id, cost in costs.items():
+            self._fleet.reserve(worker_id, held.key, cost)
+        self._held.offer(held, tuple(costs), self._clock())
         self.all_answered.clear()
         placement = scheduler_pb2.Placement(
             worker_id=worker.id,
             worker_incarnation=worker.incarnation,
             worker_address=self._fleet.address(worker.id),
-            expected_hit_tokens=choice.expected_hit_tokens,
+            expected_hit_tokens=choice.plan.hit_tokens,
             scheduler_id=self._scheduler_id,
+            kv_sources=kv_sources(choice.plan, held.shape, self._index(), self._fleet),
         )
         offer = scheduler_pb2.Offer(
             request_id=held.key[0],
@@ -243,7 +255,7 @@ class Dispatcher:
         if status == Answer.STATUS_ACCEPTED:
             self._accepted(held)
             return
-        self._fleet.settle(held.worker_id, held.key)
+        self._settle(held)
         if status == Answer.STATUS_RUNNING:
             self._metrics.offers.labels("running").inc()
             self._drop(held)
@@ -263,8 +275,13 @@ class Dispatcher:
         self._metrics.offers.labels("none").inc()
         if session := self._gateways.find(held.gateway):
             session.withdraw(*held.key)
-        self._fleet.settle(held.worker_id, held.key)
+        self._settle(held)
         self._give_up(held)
+
+    def _settle(self, held: HeldJob) -> None:
+        """The offer comes to nothing: no worker will hear of it."""
+        for worker_id in held.worker_ids:
+            self._fleet.settle(worker_id, held.key)
 
     # --- letting go
 

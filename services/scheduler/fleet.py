@@ -11,10 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from headrace.v1 import scheduler_pb2
-from services.common.errors import InvalidRequest
-from services.scheduler.placement import Candidate, Credits
+from services.common.channel import Outbox
+from services.common.errors import InvalidRequest, NotFound
+from services.scheduler.kv_plans import Candidate, Credits, Role
 
 log = logging.getLogger(__name__)
+
+_ROLES: dict[int, Role] = {
+    scheduler_pb2.WORKER_ROLE_PREFILL: "prefill",
+    scheduler_pb2.WORKER_ROLE_DECODE: "decode",
+}
+_ASSUMED_TOKENS_PER_S = 500.0  # of a worker that does not say
 
 Clock = Callable[[], float]
 PlacementKey = tuple[str, int]
@@ -37,6 +44,7 @@ class Worker:
     reports: int = 0
     """Counts its states, so that "has reported since" can be asked."""
     outstanding: dict[PlacementKey, _Outstanding] = field(default_factory=dict)
+    outbox: Outbox[scheduler_pb2.WorkerDirective] = field(default_factory=Outbox)
 
     @property
     def id(self) -> str:
@@ -96,6 +104,13 @@ class Fleet:
         log.info("worker %s left", worker.id)
         self._on_catalog()
         self._on_report(worker.model)
+
+    def set_role(self, worker_id: str, role: scheduler_pb2.WorkerRole.ValueType) -> None:
+        """Tells a worker what it is preferred for from now on. Raises NotFound if it is not connected."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            raise NotFound(f"No worker {worker_id} is connected to this scheduler.")
+        worker.outbox.put(scheduler_pb2.WorkerDirective(set_role=role))
 
     # --- placement's side
 
@@ -199,12 +214,14 @@ def _candidate(worker: Worker, state: scheduler_pb2.WorkerState, healthy: bool, 
         incarnation=registration.incarnation,
         kv_format=registration.kv_format,
         block_size=registration.model.block_size,
+        block_bytes=registration.block_bytes,
         max_sequences=registration.max_sequences,
         total_blocks=registration.total_blocks,
         healthy=healthy,
-        prefill_only=registration.role == scheduler_pb2.WORKER_ROLE_PREFILL,
+        role=_ROLES.get(state.role or registration.role, "both"),
         credits=granted - spoken_for,
         free_blocks=state.free_blocks - sequences - spoken_for.blocks,
         sequences=sequences + spoken_for.sequences,
         pending_prefill_tokens=state.pending_prefill_tokens + spoken_for.prefill_tokens,
+        prefill_tokens_per_s=state.prefill_tokens_per_s or _ASSUMED_TOKENS_PER_S,
     )

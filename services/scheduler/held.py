@@ -18,7 +18,7 @@ from services.common.block_hash import HASH_BYTES
 from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
 from services.scheduler.fleet import PlacementKey
 from services.scheduler.gateways import GatewayKey
-from services.scheduler.placement import JobShape
+from services.scheduler.kv_plans import JobShape
 
 
 class Where(Enum):
@@ -42,8 +42,8 @@ class HeldJob:
     since: float = 0.0
     """When it came to be where it is, on the dispatcher's clock."""
     where: Where = Where.WAITING
-    worker_id: str = ""
-    """The worker it is offered."""
+    worker_ids: tuple[str, ...] = ()
+    """The workers on which its offer has reserved something."""
     tried_worker_id: str = ""
     tried_reports: int | None = None
     """How often that worker had reported when the job failed on it."""
@@ -119,8 +119,8 @@ class HeldJobs:
     def park(self, held: HeldJob, now: float) -> None:
         held.where, held.since = Where.PARKED, now
 
-    def offer(self, held: HeldJob, worker_id: str, now: float) -> None:
-        held.where, held.worker_id, held.since = Where.OFFERED, worker_id, now
+    def offer(self, held: HeldJob, worker_ids: tuple[str, ...], now: float) -> None:
+        held.where, held.worker_ids, held.since = Where.OFFERED, worker_ids, now
         self._offered += 1
 
     def drop(self, held: HeldJob) -> None:

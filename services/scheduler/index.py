@@ -1,4 +1,4 @@
-"""This scheduler's copy of the block index: which worker holds which blocks, and how much of a prompt each would hit.
+"""This scheduler's copy of the block index: who holds which blocks, and how much of a prompt each would hit.
 
 Pure: it is fed the messages of one `Cache/Watch` stream and knows no connection. Every holder has one bit of an
 integer, and every block the bits of its holders, so that a prompt is matched against all workers at once with one
@@ -9,10 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from headrace.v1 import cache_pb2
+from services.common.block_digest import DIGEST_BYTES
 from services.common.block_hash import HASH_BYTES
 
 HolderKey = tuple[str, str]
 """A holder's id and incarnation: what an earlier incarnation held says nothing of the present one."""
+
+
+_UNKNOWN = bytes(DIGEST_BYTES)
 
 
 class IndexGap(Exception):
@@ -21,10 +25,13 @@ class IndexGap(Exception):
 
 @dataclass(slots=True)
 class _Holder:
-    key: HolderKey
-    kv_format: str
+    joined: cache_pb2.Holder
     bit: int
-    blocks: set[bytes] = field(default_factory=set)
+    blocks: dict[bytes, bytes] = field(default_factory=dict)  # chain hash -> digest; zeros where it is not known
+
+    @property
+    def key(self) -> HolderKey:
+        return self.joined.id, self.joined.incarnation
 
 
 class BlockIndex:
@@ -72,6 +79,19 @@ class BlockIndex:
             matched[holder.key] = len(hashes)
         return matched
 
+    def holder(self, key: HolderKey) -> cache_pb2.Holder | None:
+        """Who that is, if it is still known."""
+        holder = self._holders.get(key[0])
+        return holder.joined if holder is not None and holder.key == key else None
+
+    def digests(self, key: HolderKey, hashes: Sequence[bytes]) -> bytes:
+        """The digests that a holder published of these blocks, packed; empty unless it published all of them."""
+        holder = self._holders.get(key[0])
+        if holder is None or holder.key != key:
+            return b""
+        digests = [holder.blocks.get(block, _UNKNOWN) for block in hashes]
+        return b"" if _UNKNOWN in digests else b"".join(digests)
+
     def _follow(self, update: cache_pb2.IndexUpdate) -> None:
         if self._sequence is None:
             self._epoch = update.epoch
@@ -86,7 +106,7 @@ class BlockIndex:
         bit = 1
         while bit in self._by_bit:
             bit <<= 1
-        holder = _Holder((joined.id, joined.incarnation), joined.kv_format, bit)
+        holder = _Holder(joined, bit)
         self._holders[joined.id] = self._by_bit[bit] = holder
 
     def _leave(self, holder_id: str) -> None:
@@ -99,24 +119,25 @@ class BlockIndex:
         if holder is None:
             raise IndexGap(f"blocks of an unknown holder {change.holder_id}")
         self._forget(holder, list(holder.blocks) if change.replace else _split(change.removed))
-        holder_bits = self._holder_bits.setdefault(holder.kv_format, {})
-        for block in _split(change.stored):
-            holder.blocks.add(block)
+        holder_bits = self._holder_bits.setdefault(holder.joined.kv_format, {})
+        blocks = _split(change.stored)
+        digests = _split(change.stored_digests) or [_UNKNOWN] * len(blocks)
+        for block, digest in zip(blocks, digests, strict=True):
+            holder.blocks[block] = digest
             holder_bits[block] = holder_bits.get(block, 0) | holder.bit
 
     def _forget(self, holder: _Holder, blocks: list[bytes]) -> None:
-        holder_bits = self._holder_bits.get(holder.kv_format, {})
+        holder_bits = self._holder_bits.get(holder.joined.kv_format, {})
         for block in blocks:
-            if block not in holder.blocks:
+            if holder.blocks.pop(block, None) is None:
                 continue
-            holder.blocks.discard(block)
             left = holder_bits[block] & ~holder.bit
             if left:
                 holder_bits[block] = left
             else:
                 del holder_bits[block]
         if not holder_bits:
-            self._holder_bits.pop(holder.kv_format, None)
+            self._holder_bits.pop(holder.joined.kv_format, None)
 
     def _of_bits(self, bits: int) -> Iterator[_Holder]:
         while bits:

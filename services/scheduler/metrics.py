@@ -24,7 +24,8 @@ class SchedulerMetrics:
         )
         self.placements = Counter(
             "headrace_placements",
-            "Placements offered, by reason: prefix_hit, least_loaded, or replaced (a running request placed again).",
+            "Placements offered, by reason: prefix_hit, fetch or prefill (KV from another process), least_loaded, or "
+            "replaced (a running request placed again).",
             ["model", "reason"],
             registry=registry,
         )

@@ -49,17 +49,28 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         finally:
             self._gateways.leave(session)
 
-    async def Register(  # type: ignore[override]  # a coroutine, since nothing is sent down; the stubs know generators
+    async def Register(
         self, request_iterator: AsyncIterator[scheduler_pb2.WorkerReport], context: Context
-    ) -> None:
+    ) -> AsyncIterator[scheduler_pb2.WorkerDirective]:
         first = await anext(request_iterator, None)
         if first is None or not first.HasField("registration"):
             raise InvalidRequest("A Register stream begins with a registration.")
         worker = self._fleet.register(first.registration)
         try:
-            await self._read_worker(request_iterator, worker)
+            async for directive in _while_read(worker.outbox, self._read_worker(request_iterator, worker)):
+                yield directive
         finally:
             self._fleet.leave(worker)
+
+    async def SetRole(self, request: scheduler_pb2.SetRoleRequest, context: Context) -> scheduler_pb2.SetRoleResponse:
+        if request.role not in (
+            scheduler_pb2.WORKER_ROLE_BOTH,
+            scheduler_pb2.WORKER_ROLE_PREFILL,
+            scheduler_pb2.WORKER_ROLE_DECODE,
+        ):
+            raise InvalidRequest("A worker's role is both, prefill or decode.", field="role")
+        self._fleet.set_role(request.worker_id, request.role)
+        return scheduler_pb2.SetRoleResponse()
 
     async def DescribeFleet(
         self, request: scheduler_pb2.DescribeFleetRequest, context: Context

@@ -48,7 +48,7 @@ class Capacity:
         """`free_blocks` gives those of the block pool at this moment."""
         self.max_sequences = max_sequences
         self.total_blocks = total_blocks
-        self._max_pending_prefill_tokens = max_pending_prefill_tokens
+        self.max_pending_prefill_tokens = max_pending_prefill_tokens
         self.idle = asyncio.Event()
         """Set while nothing is live."""
         self.idle.set()
@@ -70,7 +70,7 @@ class Capacity:
         return Room(
             sequences=self.max_sequences - self._live,
             blocks=max(0, self._free_blocks() - self._waiting_blocks - unseen_blocks - self._live),
-            prefill_tokens=max(0, self._max_pending_prefill_tokens - self.pending_prefill_tokens),
+            prefill_tokens=max(0, self.max_pending_prefill_tokens - self.pending_prefill_tokens),
         )
 
     @property

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from services.common.config import CommonSettings, Port
 
+Role = Literal["both", "prefill", "decode"]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -25,7 +26,7 @@ class WorkerSettings(CommonSettings):
     # Name among the workers, unique; it survives a restart if set, and the incarnation tells the restarts apart.
     id: str = Field(default_factory=lambda: f"worker-{secrets.token_hex(3)}")
     # What this worker is preferred for. Every worker can do both.
-    role: Literal["both", "prefill", "decode"] = "both"
+    role: Role = "both"
 
     # A local folder, a .gguf file, a Hugging Face hub id (org/name or org/name@revision), or the default.
     model: str = "SmolLM2-135M-Instruct"
@@ -78,6 +79,10 @@ class WorkerSettings(CommonSettings):
     kv_fetch_stall_s: float = Field(default=1.0, gt=0)
     # The same of a prefill worker, which may be in a long step.
     kv_prefill_stall_s: float = Field(default=5.0, gt=0)
+
+    # Prompts of at least so many tokens are given to the cache service once they have run and the engine is idle, so
+    # that they need not be computed again after an eviction or a restart. Shorter ones are computed in about a second.
+    kv_offload_least_tokens: PositiveInt = 512
 
     # After SIGTERM, how long running sequences may go on here before they are handed to other workers, in seconds.
     # Whoever stops the process must grant some seconds more before it kills.

@@ -48,9 +48,10 @@ class KvExporter:
         async for chunk in self.send(run):
             yield chunk
 
-    async def send(self, run: "Run") -> AsyncIterator[KvChunk]:
-        """What of a run is here now and was not sent, up to the first block that is missing."""
-        while held := self._exchange.hold(run.names[run.sent : run.sent + _HELD_AT_ONCE]):
+    async def send(self, run: "Run", most: int | None = None) -> AsyncIterator[KvChunk]:
+        """What of a run is here now and was not sent, up to the first block that is missing; `most` blocks of it."""
+        end = len(run.names) if most is None else min(run.sent + most, len(run.names))
+        while held := self._exchange.hold(run.names[run.sent : min(run.sent + _HELD_AT_ONCE, end)]):
             try:
                 for block in held:
                     data = self._exchange.read(block.block)
@@ -65,9 +66,9 @@ class KvExporter:
 class Run:
     """Consecutive blocks of a chain on their way to somebody."""
 
-    def __init__(self, names: Sequence[bytes]) -> None:
+    def __init__(self, names: Sequence[bytes], sent: int = 0) -> None:
         self.names = names
-        self.sent = 0
+        self.sent = sent
 
     @property
     def complete(self) -> bool:

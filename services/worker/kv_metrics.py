@@ -31,6 +31,14 @@ class KvMetrics:
             buckets=_SECOND_BUCKETS,
         )
 
+        self._offloaded_blocks = Counter(
+            "headrace_kv_offloaded_blocks", "Blocks given to a cache service to keep.", registry=registry
+        )
+        self._offloaded_bytes = Counter("headrace_kv_offloaded_bytes", "Bytes of these blocks.", registry=registry)
+        self._offload_failures = Counter(
+            "headrace_kv_offload_failures", "Times that a cache service kept nothing.", ["reason"], registry=registry
+        )
+
     def exported(self, size: int) -> None:
         self._exported_blocks.inc()
         self._exported_bytes.inc(size)
@@ -39,6 +47,13 @@ class KvMetrics:
         self._imported_blocks.labels(source).inc(blocks)
         self._imported_bytes.labels(source).inc(size)
         self._seconds.labels(source).observe(seconds)
+
+    def offloaded(self, blocks: int, size: int) -> None:
+        self._offloaded_blocks.inc(blocks)
+        self._offloaded_bytes.inc(size)
+
+    def offload_failed(self, reason: str) -> None:
+        self._offload_failures.labels(reason).inc()
 
     def failed(self, source: str, reason: str) -> None:
         self._failures.labels(source, reason).inc()

@@ -33,11 +33,12 @@ class WorkerLoad:
     free: Room
     draining: bool
     prefill_tokens_per_s: float
+    role: scheduler_pb2.WorkerRole.ValueType
 
     @property
     def without_step(self) -> tuple[object, ...]:
         """What a state is worth sending for; the step alone can wait for the heartbeat."""
-        return (self.running, self.waiting, self.pending_prefill_tokens, self.free, self.draining)
+        return (self.running, self.waiting, self.pending_prefill_tokens, self.free, self.draining, self.role)
 
 
 class _Link:
@@ -65,14 +66,19 @@ class _Link:
 
 
 class SchedulerLinks:
-    """Keeps every scheduler informed. `load` gives the state of the moment."""
+    """Keeps every scheduler informed, and hears what they want. `load` gives the state of the moment."""
 
     def __init__(
-        self, registration: scheduler_pb2.Registration, schedulers: Iterable[str], load: Callable[[], WorkerLoad]
+        self,
+        registration: scheduler_pb2.Registration,
+        schedulers: Iterable[str],
+        load: Callable[[], WorkerLoad],
+        on_directive: Callable[[scheduler_pb2.WorkerDirective], None],
     ) -> None:
         self._registration = registration
         self._sessions = ReplicaSessions("scheduler", schedulers, self._session)
         self._load = load
+        self._on_directive = on_directive
         self._links: list[_Link] = []
         # A placement is made by one scheduler, and the others do not know it; so all may be told of it.
         self._settled: list[scheduler_pb2.PlacementKey] = []
@@ -129,8 +135,8 @@ class SchedulerLinks:
         self._last_sent = ()  # the shares are others now
         self.notify()
         try:
-            async for _directive in call:
-                log.warning("scheduler %s sent a directive, and this worker follows none", address)
+            async for directive in call:
+                self._on_directive(directive)
         finally:
             self._links.remove(link)
             self._last_sent = ()
@@ -149,4 +155,5 @@ def _to_state(load: WorkerLoad, share: Room) -> scheduler_pb2.WorkerState:
         credits=scheduler_pb2.Credits(sequences=free.sequences, blocks=free.blocks, prefill_tokens=free.prefill_tokens),
         draining=load.draining,
         prefill_tokens_per_s=load.prefill_tokens_per_s,
+        role=load.role,
     )

@@ -1,6 +1,7 @@
 """Puts the parts of a running worker together: engine thread, executions, server, links to schedulers and caches."""
 
 import asyncio
+import logging
 import secrets
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -11,20 +12,23 @@ from services.common.serve import GrpcServer, Registration, Stop, stopped
 from services.worker.build import LoadedModel
 from services.worker.cache_link import CacheLink
 from services.worker.capacity import Capacity
-from services.worker.config import WorkerSettings
+from services.worker.config import Role, WorkerSettings
 from services.worker.engine_loop import EngineLoop, EngineStatus, Turn
 from services.worker.executions import Executions
 from services.worker.kv_export import KvExporter, Prefills
 from services.worker.kv_import import KvImporter, Patience
 from services.worker.kv_metrics import KvMetrics
+from services.worker.kv_offload import KvOffloader
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefill_rate import PrefillRate
 from services.worker.scheduler_links import SchedulerLinks, WorkerLoad
 from services.worker.servicer import WorkerServicer
 
+log = logging.getLogger(__name__)
+
 _SIGN_OF_LIFE_S = 1.0
 _STOP_GRACE_S = 2.0  # for the last messages of streams that have ended
-_ROLES = {
+_ROLES: dict[Role, scheduler_pb2.WorkerRole.ValueType] = {
     "both": scheduler_pb2.WORKER_ROLE_BOTH,
     "prefill": scheduler_pb2.WORKER_ROLE_PREFILL,
     "decode": scheduler_pb2.WORKER_ROLE_DECODE,
@@ -37,6 +41,7 @@ class WorkerService:
     def __init__(self, settings: WorkerSettings, model: LoadedModel, registry: CollectorRegistry = REGISTRY) -> None:
         self.summary = model.summary
         self._settings = settings
+        self._role: Role = settings.role
         self._model = model
         self._incarnation = secrets.token_hex(8)
         self._engine = EngineLoop(model.engine, model.limits.block_size)
@@ -45,17 +50,25 @@ class WorkerService:
         self._capacity = Capacity(
             max_sequences=settings.max_sequences,
             total_blocks=model.num_blocks,
-            max_pending_prefill_tokens=settings.max_pending_prefill_tokens,
+            max_pending_prefill_tokens=self._most_pending_prefill_tokens(),
             free_blocks=lambda: exchange.free_blocks,
         )
         self._prefill_rate = PrefillRate()
         kv_metrics = KvMetrics(registry)
         patience = Patience(settings.kv_fetch_stall_s, settings.kv_prefill_stall_s)
         self._importer = KvImporter(exchange, model.kv_format, model.block_bytes, patience, kv_metrics)
+        exporter = KvExporter(exchange, model.kv_format, kv_metrics)
+        self._offloader = KvOffloader(
+            exporter,
+            settings.caches,
+            model.kv_format,
+            model.limits.block_size,
+            settings.kv_offload_least_tokens,
+            kv_metrics,
+        )
         self._executions = Executions(
             self._engine, self._capacity, model.limits, self._importer, self._prefill_rate, self._on_settled
         )
-        exporter = KvExporter(exchange, model.kv_format, kv_metrics)
         self._prefills = Prefills(
             self._engine,
             exporter,
@@ -80,11 +93,19 @@ class WorkerService:
         settings = self._settings
         port = await self._server.start(f"{settings.host}:{settings.port}")
         address = settings.advertise_address or await reachable(settings.host, port)
-        self._schedulers = SchedulerLinks(self._registration(address), settings.schedulers, self._load)
+        self._schedulers = SchedulerLinks(
+            self._registration(address), settings.schedulers, self._load, self._on_directive
+        )
         self._cache = CacheLink(self._holder(address), settings.caches, self._engine.request_snapshot)
         self._engine.start(self._on_turn)
         await self._server.set_serving(True)
-        coroutines = (self._engine.ended(), self._schedulers.run(), self._cache.run(), self._send_signs_of_life())
+        coroutines = (
+            self._engine.ended(),
+            self._schedulers.run(),
+            self._cache.run(),
+            self._offloader.run(),
+            self._send_signs_of_life(),
+        )
         self._tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
         return f"{settings.host}:{port}"
 
@@ -125,6 +146,7 @@ class WorkerService:
         self._capacity.observe(turn.status)
         self._executions.deliver(turn)
         self._prefills.observe(turn)
+        self._offloader.observe(turn)
         self._prefill_rate.observe(turn)
         if turn.held_blocks is not None:
             self._cache.publish_snapshot(turn.held_blocks)
@@ -135,6 +157,21 @@ class WorkerService:
 
     def _on_settled(self, request_id: str, attempt: int) -> None:
         self._schedulers.settle(request_id, attempt)
+
+    def _on_directive(self, directive: scheduler_pb2.WorkerDirective) -> None:
+        """A scheduler wants something of this worker."""
+        roles = dict(zip(_ROLES.values(), _ROLES, strict=True))
+        if (role := roles.get(directive.set_role)) is not None:
+            log.info("role %s, and %s before", role, self._role)
+            self._role = role
+            self._capacity.max_pending_prefill_tokens = self._most_pending_prefill_tokens()
+            self._schedulers.notify()
+
+    def _most_pending_prefill_tokens(self) -> int:
+        """A decode worker takes on one step's worth of prompts: what is more is for prefill workers."""
+        settings = self._settings
+        limit = settings.max_pending_prefill_tokens
+        return min(limit, settings.max_batch_tokens) if self._role == "decode" else limit
 
     def _load(self) -> WorkerLoad:
         status = self._status
@@ -147,6 +184,7 @@ class WorkerService:
             free=self._capacity.free,
             draining=self._executions.draining,
             prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
+            role=_ROLES[self._role],
         )
 
     def _registration(self, address: str) -> scheduler_pb2.Registration:
@@ -163,7 +201,7 @@ class WorkerService:
                 tokenizer_hash=self._model.tokenizer_hash,
             ),
             kv_format=self._model.kv_format,
-            role=_ROLES[self._settings.role],
+            role=_ROLES[self._role],
             max_sequences=self._settings.max_sequences,
             total_blocks=self._model.num_blocks,
             block_bytes=self._model.block_bytes,
@@ -175,6 +213,7 @@ class WorkerService:
             incarnation=self._incarnation,
             address=address,
             kv_format=self._model.kv_format,
+            kind=cache_pb2.Holder.KIND_WORKER,
         )
 
     async def _send_signs_of_life(self) -> None:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from headrace.v1.scheduler_pb2 import FleetWorker, ModelInfo, Registration, WorkerState
+from headrace.v1.scheduler_pb2 import WORKER_ROLE_DECODE, FleetWorker, ModelInfo, Registration, WorkerState
 from toolkit.ps import format_duration, format_memory, worker_cells
 
 
@@ -23,6 +23,7 @@ def test_memory_of_a_process_that_is_there_and_of_one_that_is_not() -> None:
 
 def test_a_worker_shows_its_model_and_load() -> None:
     registration = Registration(model=ModelInfo(name="m"), total_blocks=200)
-    worker = FleetWorker(registration=registration, state=WorkerState(running_sequences=3, free_blocks=150))
-    assert worker_cells(worker) == ("m", "3", "25%")
-    assert worker_cells(None) == ("", "", "")
+    state = WorkerState(running_sequences=3, free_blocks=150, role=WORKER_ROLE_DECODE)
+    worker = FleetWorker(registration=registration, state=state)
+    assert worker_cells(worker) == ("m", "decode", "3", "25%")
+    assert worker_cells(None) == ("", "", "", "")

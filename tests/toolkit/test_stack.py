@@ -1,5 +1,6 @@
 """The layout of a stack: who runs, where, with which settings."""
 
+from dataclasses import replace
 from itertools import count
 
 from toolkit.stack import Stack, StackOptions, plan_stack
@@ -79,3 +80,9 @@ def test_workers_of_one_machine_share_its_memory_and_cores() -> None:
     workers = [member for member in several.members if member.service == "worker"]
     assert sum(float(worker.environment[variable]) for worker in workers) <= 0.6
     assert sum(int(str(worker.settings["threads"])) for worker in workers) == 8
+
+
+def test_workers_with_roles_are_named_after_them() -> None:
+    stack = plan(replace(OPTIONS, workers=0, prefill_workers=1, decode_workers=2))
+    workers = {member.name: member.settings["role"] for member in stack.members if member.service == "worker"}
+    assert workers == {"prefill": "prefill", "decode-1": "decode", "decode-2": "decode"}

@@ -15,6 +15,7 @@ from headrace.v1 import cache_pb2, cache_pb2_grpc
 from headrace.v1.cache_pb2 import Holder, HolderBlocks, IndexUpdate, SnapshotEnd
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import (
+    WORKER_ROLE_BOTH,
     Catalog,
     Credits,
     GatewayHello,
@@ -28,6 +29,7 @@ from headrace.v1.scheduler_pb2 import (
     Registration,
     SchedulerMessage,
     WorkerReport,
+    WorkerRole,
     WorkerState,
 )
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
@@ -106,12 +108,21 @@ class FakeCache(cache_pb2_grpc.CacheServicer):
         while (update := await self.updates.get()) is not None:
             yield update
 
-    def snapshot(self, epoch: str, *blocks: bytes, holder: str = "a") -> None:
-        joined = Holder(id=holder, incarnation="1", kv_format="f")
+    def snapshot(
+        self,
+        epoch: str,
+        *blocks: bytes,
+        holder: str = "a",
+        address: str = "",
+        kind: "Holder.Kind.ValueType" = Holder.KIND_WORKER,
+    ) -> None:
+        """A block's digest is its name."""
+        joined = Holder(id=holder, incarnation="1", kv_format="f", address=address, kind=kind)
+        stored = b"".join(blocks)
         for sequence, update in enumerate(
             (
                 IndexUpdate(holder_joined=joined),
-                IndexUpdate(blocks=HolderBlocks(holder_id=holder, replace=True, stored=b"".join(blocks))),
+                IndexUpdate(blocks=HolderBlocks(holder_id=holder, replace=True, stored=stored, stored_digests=stored)),
                 IndexUpdate(snapshot_end=SnapshotEnd(blocks=len(blocks))),
             ),
             start=1,
@@ -139,7 +150,12 @@ class FakeWorker:
     """Registers and reports what it is told to."""
 
     def __init__(
-        self, scheduler: RunningScheduler, id: str = "w", incarnation: str = "1", max_sequences: int = 8
+        self,
+        scheduler: RunningScheduler,
+        id: str = "w",
+        incarnation: str = "1",
+        max_sequences: int = 8,
+        role: "WorkerRole.ValueType" = WORKER_ROLE_BOTH,
     ) -> None:
         self.id = id
         self._outbox: Outbox[WorkerReport] = Outbox()
@@ -152,6 +168,8 @@ class FakeWorker:
             kv_format="f",
             max_sequences=max_sequences,
             total_blocks=1000,
+            block_bytes=1000,
+            role=role,
         )
         self._outbox.put(WorkerReport(registration=registration))
         self._task = asyncio.create_task(self._talk(scheduler.address))

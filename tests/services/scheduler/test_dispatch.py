@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from headrace.v1.cache_pb2 import Holder
 from headrace.v1.job_pb2 import Job
 from headrace.v1.sampling_pb2 import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL
-from headrace.v1.scheduler_pb2 import DescribeFleetRequest, OfferAnswer, PlacementRequest
+from headrace.v1.scheduler_pb2 import (
+    WORKER_ROLE_DECODE,
+    WORKER_ROLE_PREFILL,
+    DescribeFleetRequest,
+    KvSource,
+    OfferAnswer,
+    PlacementRequest,
+)
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
 from services.common.channel import dial
 from services.common.redis.client import RedisClient
@@ -305,6 +313,46 @@ async def test_a_prefix_hit_decides_between_workers(redis_url: str) -> None:
         for worker in workers:
             await worker.leave()
         await gateway.close()
+
+
+async def test_an_offer_names_where_the_prompts_kv_can_come_from(redis_url: str) -> None:
+    blocks = [bytes([number]) * 16 for number in range(1, 5)]
+    cache = FakeCache()
+    cache.snapshot("e", *blocks, holder="cache/f", address="cache:1", kind=Holder.KIND_CACHE)
+    async with serving_cache(cache) as address, running_scheduler(redis_url, caches=(address,)) as scheduler:
+        gateway = FakeGateway(redis_url)
+        await gateway.connect(scheduler)
+        worker = FakeWorker(scheduler)
+        worker.grant(8)
+        await scheduler.until_metric(4, "headrace_index_blocks")
+        await gateway.submit(prompt_tokens=80, block_hashes=b"".join(blocks))
+        [source] = (await gateway.offers.get()).placement.kv_sources
+        assert (source.kind, source.address, source.blocks) == (KvSource.KIND_CACHE, "cache:1", 4)
+        assert source.digests == b"".join(blocks), "this cache gives each block's name as its digest"
+        await worker.leave()
+        await gateway.close()
+
+
+async def test_a_long_prompt_is_charged_to_the_prefill_worker_until_it_says_so(
+    scheduler: RunningScheduler, gateway: FakeGateway
+) -> None:
+    decode = FakeWorker(scheduler, "d", role=WORKER_ROLE_DECODE)
+    prefill = FakeWorker(scheduler, "p", role=WORKER_ROLE_PREFILL)
+    decode.grant(8)
+    prefill.grant(1)
+    await scheduler.until_metric(2, "headrace_workers", model=MODEL, state="healthy")
+    sources = []
+    for _ in range(2):
+        job, _ = await gateway.submit(prompt_tokens=800)
+        offer = await gateway.offers.get()
+        assert offer.placement.worker_id == "d"
+        sources.append([(source.kind, source.address, source.blocks) for source in offer.placement.kv_sources])
+        await gateway.accept(offer, job)
+    assert sources == [[(KvSource.KIND_PREFILL, "p:1", 49)], []], "it has credit for one"
+    prefill.grant(1, "r0")
+    decode.grant(8, "r0", "r1")
+    await decode.leave()
+    await prefill.leave()
 
 
 async def test_redis_may_crash_and_come_back(tmp_path: Path) -> None:

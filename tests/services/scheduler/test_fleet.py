@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.v1.scheduler_pb2 import (
+    WORKER_ROLE_DECODE,
     WORKER_ROLE_PREFILL,
     ModelInfo,
     PlacementKey,
@@ -10,9 +11,9 @@ from headrace.v1.scheduler_pb2 import (
     WorkerState,
 )
 from headrace.v1.scheduler_pb2 import Credits as CreditsProto
-from services.common.errors import InvalidRequest
+from services.common.errors import InvalidRequest, NotFound
 from services.scheduler.fleet import Fleet
-from services.scheduler.placement import Credits
+from services.scheduler.kv_plans import Credits
 
 
 class Clock:
@@ -213,4 +214,14 @@ def test_workers_of_a_model_tokenize_and_hash_alike(fleet: Fleet) -> None:
 def test_roles_are_known(fleet: Fleet) -> None:
     worker = fleet.register(registration(role=WORKER_ROLE_PREFILL))
     fleet.report(worker, state())
-    assert fleet.candidates("m")[0].prefill_only
+    assert fleet.candidates("m")[0].role == "prefill"
+    fleet.report(worker, state(role=WORKER_ROLE_DECODE))
+    assert fleet.candidates("m")[0].role == "decode"
+
+
+async def test_a_worker_is_told_its_new_role(fleet: Fleet) -> None:
+    worker = fleet.register(registration("a"))
+    fleet.set_role("a", WORKER_ROLE_DECODE)
+    assert (await anext(worker.outbox)).set_role == WORKER_ROLE_DECODE
+    with pytest.raises(NotFound, match="No worker b is connected"):
+        fleet.set_role("b", WORKER_ROLE_DECODE)

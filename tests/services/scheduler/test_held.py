@@ -46,7 +46,7 @@ def test_only_waiting_jobs_are_first() -> None:
     a, b, c = (queued(name, f"{number}-0") for number, name in enumerate("abc"))
     for job in (a, b, c):
         held.add(job, 0)
-    held.offer(a, "w", 1)
+    held.offer(a, ("w",), 1)
     held.park(b, 1)
     assert held.first() is c
     assert (held.offered, held.waiting_choices, len(held)) == (1, 2, 3)
@@ -60,7 +60,7 @@ def test_a_newer_word_on_an_attempt_replaces_the_older() -> None:
     held = HeldJobs()
     old = asked("r", "1-0", PlacementRequest.REASON_BUSY)
     held.add(old, 0)
-    held.offer(old, "w", 1)
+    held.offer(old, ("w",), 1)
     new = asked("r", "1-0", PlacementRequest.REASON_BUSY)
     held.add(new, 2)
     assert not held.has(old, Where.OFFERED)

@@ -31,8 +31,18 @@ class Feed:
     def join(self, id: str, kv_format: str = "f", incarnation: str = "1") -> None:
         self(IndexUpdate(holder_joined=Holder(id=id, incarnation=incarnation, kv_format=kv_format)))
 
-    def change(self, id: str, stored: bytes = b"", removed: bytes = b"", replace: bool = False) -> None:
-        self(IndexUpdate(blocks=HolderBlocks(holder_id=id, stored=stored, removed=removed, replace=replace)))
+    def change(
+        self,
+        id: str,
+        stored: bytes = b"",
+        removed: bytes = b"",
+        replace: bool = False,
+        stored_digests: bytes = b"",
+    ) -> None:
+        change = HolderBlocks(
+            holder_id=id, stored=stored, removed=removed, replace=replace, stored_digests=stored_digests
+        )
+        self(IndexUpdate(blocks=change))
 
 
 @pytest.fixture
@@ -65,6 +75,28 @@ def test_formats_are_apart(feed: Feed) -> None:
     assert feed.index.match("f", chain(1)) == {("a", "1"): 1}
     assert feed.index.match("g", chain(1)) == {("b", "1"): 1}
     assert feed.index.blocks == 2
+
+
+def test_digests_are_those_that_the_holder_published(feed: Feed) -> None:
+    feed.join("a")
+    feed.join("b")
+    feed.change("a", stored=blocks(1, 2), stored_digests=blocks(101, 102))
+    feed.change("b", stored=blocks(1, 2), stored_digests=block(201) + bytes(16))
+    assert feed.index.digests(("a", "1"), chain(1, 2)) == blocks(101, 102)
+    assert feed.index.digests(("b", "1"), chain(1)) == block(201)
+    assert feed.index.digests(("b", "1"), chain(1, 2)) == b"", "one of them is not known"
+    assert feed.index.digests(("a", "0"), chain(1)) == feed.index.digests(("c", "1"), chain(1)) == b""
+    feed.change("a", stored=block(1), stored_digests=block(111))
+    assert feed.index.digests(("a", "1"), chain(1)) == block(111), "its bytes are others now"
+
+
+def test_holders_are_known_while_they_are_there(feed: Feed) -> None:
+    feed.join("a", incarnation="2")
+    holder = feed.index.holder(("a", "2"))
+    assert holder is not None and holder.kv_format == "f"
+    assert feed.index.holder(("a", "1")) is None
+    feed(IndexUpdate(holder_left_id="a"))
+    assert feed.index.holder(("a", "2")) is None
 
 
 def test_removals_come_before_additions(feed: Feed) -> None:

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.scheduler.index import HolderKey
-from services.scheduler.placement import Candidate, Credits, JobShape, impossible, place
+from services.scheduler.kv_plans import Candidate, Credits, JobShape
+from services.scheduler.placement import Choice, impossible, place
 
 BLOCK = 16
 
@@ -30,14 +31,16 @@ def worker(id: str = "a", **changes: object) -> Candidate:
         incarnation="1",
         kv_format="f",
         block_size=BLOCK,
+        block_bytes=400_000,  # a millisecond
         max_sequences=8,
         total_blocks=1000,
         healthy=True,
         free_blocks=0,
-        prefill_only=False,
+        role="both",
         credits=FULL,
         sequences=0,
         pending_prefill_tokens=0,
+        prefill_tokens_per_s=1000.0,
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -65,26 +68,103 @@ def test_the_least_loaded_of_equals() -> None:
     assert chosen(job(), worker("a", pending_prefill_tokens=500), worker("b", pending_prefill_tokens=100)) == "b"
 
 
-def test_a_prefix_hit_draws_until_the_queue_is_longer_than_what_it_saves() -> None:
-    hits = Hits({"a": 40})  # 640 tokens
-    assert chosen(job(1000), worker("a", pending_prefill_tokens=600), worker("b"), hits=hits) == "a"
-    assert chosen(job(1000), worker("a", pending_prefill_tokens=700), worker("b"), hits=hits) == "b"
-    assert chosen(job(1000), worker("a", sequences=7), worker("b"), hits=hits) == "a"
+def test_a_prefix_hit_draws_until_the_queue_takes_longer_than_moving_the_prefix() -> None:
+    hits = Hits({"a": 40})  # 640 tokens, which travel in 40 ms
+    assert chosen(job(1000), worker("a", pending_prefill_tokens=49), worker("b"), hits=hits) == "a"
+    assert chosen(job(1000), worker("a", pending_prefill_tokens=51), worker("b"), hits=hits) == "b"
+    slow = {"block_bytes": 400_000_000}
+    assert chosen(job(1000), worker("a", pending_prefill_tokens=600, **slow), worker("b", **slow), hits=hits) == "a"
+    assert chosen(job(1000), worker("a", pending_prefill_tokens=700, **slow), worker("b", **slow), hits=hits) == "b"
+    assert chosen(job(1000), worker("a", sequences=7, **slow), worker("b", **slow), hits=hits) == "a"
+
+
+def plan(shape: JobShape, *workers: Candidate, hits: Hits = NO_HITS) -> Choice:
+    choice = place(shape, workers, hits)
+    assert choice is not None
+    return choice
+
+
+def test_a_prefix_is_fetched_from_who_has_most_of_it_and_one_more_is_named() -> None:
+    hits = Hits({"b": 20, "cache": 40, "c": 30, "a": 5})
+    choice = plan(job(1000), worker("a"), hits=hits)
+    assert (choice.reason, choice.plan.hit_tokens, choice.cost.prefill_tokens) == ("fetch", 640, 360)
+    assert choice.plan.holders == ((("cache", "1"), 40), (("c", "1"), 30))
+
+
+def test_what_is_here_is_not_fetched_nor_what_is_computed_sooner_than_moved() -> None:
+    assert plan(job(1000), worker("a"), hits=Hits({"a": 40, "b": 40})).reason == "prefix_hit"
+    slow = worker("a", block_bytes=400_000 * 20)
+    assert plan(job(1000), slow, hits=Hits({"b": 40})).reason == "least_loaded"
+    assert plan(job(1000), worker("a"), hits=Hits({"a": 39, "b": 40})).reason == "fetch"
+    assert plan(job(1000), worker("a", prefill_tokens_per_s=1e6), hits=Hits({"a": 39, "b": 40})).reason == "prefix_hit"
+
+
+def test_long_cold_prompts_of_a_decode_worker_are_computed_by_a_prefill_worker() -> None:
+    decode, prefill = worker("d", role="decode"), worker("p", role="prefill")
+    choice = plan(job(1000), decode, prefill)
+    assert (choice.worker.id, choice.reason) == ("d", "prefill")
+    assert choice.plan.prefill is not None
+    assert (choice.plan.prefill.worker.id, choice.plan.prefill.blocks) == ("p", 62)
+    assert choice.plan.prefill.cost == Credits(sequences=1, blocks=63, prefill_tokens=1000)
+    assert choice.cost == Credits(sequences=1, blocks=64, prefill_tokens=8)
+
+
+def test_short_prompts_and_cached_ones_are_computed_where_they_are_decoded() -> None:
+    decode, prefill = worker("d", role="decode"), worker("p", role="prefill")
+    assert plan(job(20), decode, prefill).reason == "least_loaded"
+    assert plan(job(1000), decode, prefill, hits=Hits({"d": 62})).reason == "prefix_hit"
+    assert plan(job(1000), decode, prefill, hits=Hits({"c": 62})).reason == "fetch"
+
+
+def test_a_prefill_worker_that_is_full_or_swamped_is_left_alone() -> None:
+    decode = worker("d", role="decode")
+    full = worker("p", role="prefill", credits=Credits(8, 1000, 100), pending_prefill_tokens=5000)
+    assert plan(job(1000), decode, full).reason == "least_loaded"
+    swamped = worker("p", role="prefill", pending_prefill_tokens=3500)
+    assert plan(job(1000), decode, swamped).reason == "least_loaded"
+    away = worker("p", role="prefill", healthy=False)
+    assert plan(job(1000), decode, away).reason == "least_loaded"
+    other_format = worker("p", role="prefill", kv_format="g")
+    assert plan(job(1000), decode, other_format).reason == "least_loaded"
+
+
+def test_the_sooner_of_two_prefill_workers_computes() -> None:
+    decode, busy, idle = (
+        worker("d", role="decode"),
+        worker("p", role="prefill", sequences=4),
+        worker("q", role="prefill"),
+    )
+    prefill = plan(job(1000), decode, busy, idle).plan.prefill
+    assert prefill is not None and prefill.worker.id == "q"
+    prefill = plan(job(1000), decode, busy, idle, hits=Hits({"p": 30})).plan.prefill
+    assert prefill is not None and prefill.worker.id == "p", "it has half of the prompt"
+
+
+def test_least_loaded_knows_no_kv_and_round_robin_goes_round() -> None:
+    workers = [worker("a", sequences=2), worker("b"), worker("c", sequences=1)]
+    hits = Hits({"a": 60})
+    choice = place(job(1000), workers, hits, policy="least_loaded")
+    assert choice is not None and (choice.worker.id, choice.reason) == ("b", "least_loaded")
+    turns = [place(job(1000), workers, hits, policy="round_robin", turn=turn) for turn in range(6)]
+    assert "".join(choice.worker.id for choice in turns if choice) == "abcabc"
+    workers[1] = worker("b", credits=Credits())
+    choice = place(job(1000), workers, hits, policy="round_robin", turn=1)
+    assert choice is not None and choice.worker.id == "c"
 
 
 def test_the_last_prompt_token_is_never_a_hit() -> None:
     choice = place(job(64), [worker()], Hits({"a": 4}))
     assert choice is not None
-    assert (choice.expected_hit_tokens, choice.cost.prefill_tokens) == (48, 16)
+    assert (choice.plan.hit_tokens, choice.cost.prefill_tokens) == (48, 16)
     choice = place(job(65), [worker()], Hits({"a": 4}))
     assert choice is not None
-    assert (choice.expected_hit_tokens, choice.reason) == (64, "prefix_hit")
+    assert (choice.plan.hit_tokens, choice.reason) == (64, "prefix_hit")
 
 
 def test_blocks_of_an_earlier_incarnation_are_no_hit() -> None:
     choice = place(job(), [worker(incarnation="2")], Hits({"a": 6}))
     assert choice is not None
-    assert (choice.expected_hit_tokens, choice.reason) == (0, "least_loaded")
+    assert (choice.plan.hit_tokens, choice.reason) == (0, "least_loaded")
 
 
 def test_choices_share_the_prompts_blocks() -> None:
@@ -108,8 +188,8 @@ def test_the_worker_that_failed_is_taken_only_if_no_other_can() -> None:
 
 
 def test_a_prefill_worker_decodes_only_if_no_other_can() -> None:
-    assert chosen(job(), worker("a", prefill_only=True), worker("b", sequences=7)) == "b"
-    assert chosen(job(), worker("a", prefill_only=True)) == "a"
+    assert chosen(job(), worker("a", role="prefill"), worker("b", sequences=7)) == "b"
+    assert chosen(job(), worker("a", role="prefill")) == "a"
 
 
 def test_a_prompt_beyond_every_grant_goes_where_no_prefill_waits() -> None:
@@ -156,7 +236,7 @@ workers_strategy = st.lists(
         worker,
         id=st.sampled_from("abcdefgh"),
         healthy=st.booleans(),
-        prefill_only=st.booleans(),
+        role=st.sampled_from(["both", "prefill", "decode"]),
         max_sequences=st.integers(1, 16),
         total_blocks=st.integers(1, 200),
         credits=st.builds(Credits, st.integers(-2, 16), st.integers(-10, 200), st.integers(-100, 4096)),
@@ -189,7 +269,11 @@ def test_credits_are_never_overdrawn_but_on_what_is_idle(
     taker, cost = choice.worker, choice.cost
     assert taker.healthy
     assert taker.credits.sequences > 0
-    assert 0 < cost.prefill_tokens == shape.prompt_tokens - choice.expected_hit_tokens
+    assert 0 < cost.prefill_tokens == choice.plan.compute_tokens
+    if choice.plan.prefill is None:
+        assert choice.plan.compute_tokens == shape.prompt_tokens - choice.plan.hit_tokens
+    else:
+        assert choice.plan.compute_tokens <= BLOCK
     left = taker.credits - cost
     idle = not taker.sequences and not taker.pending_prefill_tokens
     fits_idle = cost.sequences <= taker.max_sequences and cost.blocks - cost.sequences <= taker.total_blocks

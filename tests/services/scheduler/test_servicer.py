@@ -9,12 +9,14 @@ import pytest
 
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import (
+    WORKER_ROLE_PREFILL,
     GatewayHello,
     GatewayMessage,
     ModelInfo,
     OfferAnswer,
     PlacementRequest,
     Registration,
+    SetRoleRequest,
     WorkerReport,
     WorkerState,
 )
@@ -85,3 +87,32 @@ async def test_a_stream_ends_well_when_its_other_side_is_done(stub: SchedulerStu
     late_answer = GatewayMessage(answer=OfferAnswer(request_id="unknown", status=OfferAnswer.STATUS_ACCEPTED))
     assert await status_of(stub.Place(), HELLO, late_answer) == grpc.StatusCode.OK
     assert await status_of(stub.Register(), REGISTRATION) == grpc.StatusCode.OK
+
+
+async def test_a_role_is_passed_on_to_its_worker(stub: SchedulerStub) -> None:
+    call = stub.Register()
+    await call.write(REGISTRATION)
+    request = SetRoleRequest(worker_id="w", role=WORKER_ROLE_PREFILL)
+    while True:
+        try:
+            await stub.SetRole(request)
+            break
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.NOT_FOUND  # its registration is on the way
+    assert (await call.read()).set_role == WORKER_ROLE_PREFILL
+    await call.done_writing()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (SetRoleRequest(worker_id="nobody", role=WORKER_ROLE_PREFILL), grpc.StatusCode.NOT_FOUND),
+        (SetRoleRequest(worker_id="w"), grpc.StatusCode.INVALID_ARGUMENT),
+    ],
+)
+async def test_a_role_that_cannot_be_set(
+    stub: SchedulerStub, request_: SetRoleRequest, status: grpc.StatusCode
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await stub.SetRole(request_)
+    assert error.value.code() is status

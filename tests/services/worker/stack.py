@@ -67,10 +67,19 @@ class RecordingScheduler(scheduler_pb2_grpc.SchedulerServicer):
     def __init__(self) -> None:
         self.registrations: list[scheduler_pb2.Registration] = []
         self.states: list[scheduler_pb2.WorkerState] = []
+        self.directives: Outbox[scheduler_pb2.WorkerDirective] = Outbox()
         self._news = asyncio.Event()
 
-    async def Register(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
-        async for report in request_iterator:
+    async def Register(self, request_iterator: Any, context: Any) -> AsyncIterator[scheduler_pb2.WorkerDirective]:
+        reader = asyncio.create_task(self._read(request_iterator))
+        try:
+            async for directive in self.directives:
+                yield directive
+        finally:
+            reader.cancel()
+
+    async def _read(self, reports: AsyncIterator[scheduler_pb2.WorkerReport]) -> None:
+        async for report in reports:
             if report.HasField("registration"):
                 self.registrations.append(report.registration)
             else:
@@ -212,8 +221,8 @@ class Gateway:
 class Stack:
     """A worker with its scheduler and its cache service."""
 
-    def __init__(self, **settings: Any) -> None:
-        self.scheduler, self.cache = RecordingScheduler(), RecordingCache()
+    def __init__(self, cache: RecordingCache | None = None, **settings: Any) -> None:
+        self.scheduler, self.cache = RecordingScheduler(), cache or RecordingCache()
         self.registry = CollectorRegistry()
         self.runner = GatedRunner()
         self._settings = settings
@@ -252,6 +261,10 @@ class Stack:
     def metric(self, name: str, **labels: str) -> float:
         """A sample of this worker's metrics; 0 if there is none."""
         return self.registry.get_sample_value(name, labels) or 0.0
+
+    async def until_metric(self, expected: float, name: str, **labels: str) -> None:
+        while self.metric(name, **labels) != expected:  # noqa: ASYNC110 - counters tell nobody
+            await asyncio.sleep(0.005)
 
     async def idle(self) -> None:
         """Returns when a state says that nothing runs and every block is free."""

@@ -186,9 +186,10 @@ class Holder(worker_pb2_grpc.WorkerServicer):
     def __init__(self, good: list[cache_pb2.KvChunk], spoil: Callable[[list[cache_pb2.KvChunk]], AsyncIterator[Any]]):
         self._good = good
         self._spoil = spoil
-        self.ended = asyncio.Event()
+        self.asked, self.ended = asyncio.Event(), asyncio.Event()
 
     async def FetchBlocks(self, request: Any, context: Any) -> AsyncIterator[cache_pb2.KvChunk]:
+        self.asked.set()
         try:
             async for chunk in self._spoil(self._good):
                 yield chunk
@@ -298,7 +299,7 @@ async def test_a_request_cancelled_while_its_kv_comes_leaves_nothing_behind(two:
     )
     gateway = Gateway(worker.channel)
     gateway.start("r", [1, 2], PROMPT, sources=[source])
-    await worker.scheduler.until(lambda state: state.waiting_sequences == 2)
+    await holder.asked.wait()
     gateway.cancel(1)
     gateway.cancel(2)
     await gateway.finish(1, 2)

@@ -303,3 +303,15 @@ async def test_a_dead_engine_ends_the_worker() -> None:
     with pytest.raises(grpc.aio.AioRpcError):
         await gateway.until(lambda: False)
     await stack.close()
+
+
+async def test_a_directive_changes_the_role_and_what_is_taken_on(stack: Stack) -> None:
+    await stack.scheduler.until(lambda state: state.role == scheduler_pb2.WORKER_ROLE_BOTH)
+    directive = scheduler_pb2.WorkerDirective(set_role=scheduler_pb2.WORKER_ROLE_DECODE)
+    stack.scheduler.directives.put(directive)
+    state = await stack.scheduler.until(lambda state: state.role == scheduler_pb2.WORKER_ROLE_DECODE)
+    assert state.credits.prefill_tokens == 16, "one step's worth"
+    stack.scheduler.directives.put(scheduler_pb2.WorkerDirective())
+    stack.scheduler.directives.put(scheduler_pb2.WorkerDirective(set_role=scheduler_pb2.WORKER_ROLE_PREFILL))
+    state = await stack.scheduler.until(lambda state: state.role == scheduler_pb2.WORKER_ROLE_PREFILL)
+    assert state.credits.prefill_tokens == 64

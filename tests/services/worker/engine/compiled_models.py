@@ -96,7 +96,9 @@ def _as_kept(name: str, weight: Tensor, precision: Precision) -> Tensor:
     if name == "model.embed_tokens.weight":
         return weight.to(precision.dtype).float()
     bits = max(precision.bits, 8) if name == "lm_head.weight" else precision.bits
-    isa = Isa("avx512", lanes=16, accumulators=24, vnni=True, bfloat16_dots=False)  # any, since none changes the values
+    isa = Isa(
+        "avx512", lanes=16, accumulators=24, vnni=True, byte_pairs=False, bfloat16_dots=False
+    )  # any, since none changes the values
     return unpack(pack(weight, bits, isa, Arena(packed_bytes(*weight.shape, bits, isa))), *weight.shape).clone()
 
 

@@ -12,6 +12,8 @@ from services.worker.engine.kernels.compiled.tiles import FLOAT32, GROUP, FloatT
 from services.worker.engine.kernels.compiled.vectors import (
     F16,
     F32,
+    I1,
+    I8,
     I16,
     I32,
     I64,
@@ -117,7 +119,7 @@ class _IntegerTile:
         rows, lanes = self.rows, self.isa.lanes
         nothing = constant(I32, lanes, 0)
         products = [[nothing] * self.vectors for _ in range(rows)]
-        if self.bits == 8:
+        if self.bits == 8 and not self.isa.byte_pairs:
             for row in range(rows):
                 sum_ = load_splat(builder, at(builder, sums, builder.add(of_group, I64(4 * row))), I32, lanes)
                 less = builder.sub(nothing, builder.shl(sum_, constant(I32, lanes, 7)))  # -128 * sum
@@ -139,6 +141,8 @@ class _IntegerTile:
                         self._multiply_bytes(builder, product, unpacked[part], xs)
                         for product, unpacked in zip(products[row], parts, strict=True)
                     ]
+        if self.bits == 4 and self.isa.byte_pairs:
+            return [[self._add_pairs(builder, nothing, product) for product in row] for row in products]
         return products
 
     def _unpack(self, builder: Builder, words: Value) -> list[Value]:
@@ -150,10 +154,16 @@ class _IntegerTile:
         return [builder.and_(words, mask), builder.and_(high, mask)]
 
     def _multiply_bytes(self, builder: Builder, total: Value, unsigned: Value, signed: Value) -> Value:
-        """total + the sum of the 4 products of unsigned and signed bytes, in each 32-bit lane."""
+        """total + the sum of the 4 products of unsigned and signed bytes, in each 32-bit lane.
+
+        With `byte_pairs` each lane of 4-bit weights is two 16-bit sums: those of a group stay below
+        8 * 2 * 15 * 127 < 2**15. Products with 8-bit weights are then those with u - 128.
+        """
         lanes = self.isa.lanes
         if self.isa.vnni:
             return call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * lanes}", total.type, [total, unsigned, signed])
+        if self.isa.byte_pairs:
+            return self._multiply_byte_pairs(builder, total, unsigned, signed)
         wide = vector(I16, 2 * lanes)
         eight = constant(I16, 2 * lanes, 8)
         u, s = builder.bitcast(unsigned, wide), builder.bitcast(signed, wide)
@@ -162,6 +172,26 @@ class _IntegerTile:
         )
         odd = self._multiply_pairs(builder, builder.lshr(u, eight), builder.ashr(s, eight))
         return builder.add(total, builder.add(even, odd))
+
+    def _multiply_byte_pairs(self, builder: Builder, total: Value, unsigned: Value, signed: Value) -> Value:
+        lanes = self.isa.lanes
+        bytes_, words = vector(I8, 4 * lanes), vector(I16, 2 * lanes)
+        u, s = builder.bitcast(unsigned, bytes_), builder.bitcast(signed, bytes_)
+        if self.bits == 4:
+            pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [u, s])
+            return builder.bitcast(builder.add(builder.bitcast(total, words), pairs), total.type)
+        # One side has to be unsigned: |s| * (sign of s * weight), as in ggml's dot products. Pairs fit: 2 * 127 * 127.
+        weight = builder.xor(u, constant(I8, 4 * lanes, 128))
+        turned = call(builder, "llvm.x86.avx2.psign.b", bytes_, [weight, s])
+        size = call(builder, f"llvm.abs.v{4 * lanes}i8", bytes_, [s, I1(0)])
+        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [size, turned])
+        return self._add_pairs(builder, total, builder.bitcast(pairs, total.type))
+
+    def _add_pairs(self, builder: Builder, total: Value, pairs: Value) -> Value:
+        """total + the sum of the two 16-bit numbers in each lane."""
+        words = vector(I16, 2 * self.isa.lanes)
+        ones = constant(I16, 2 * self.isa.lanes, 1)
+        return builder.add(total, self._multiply_pairs(builder, builder.bitcast(pairs, words), ones))
 
     def _multiply_pairs(self, builder: Builder, a: Value, b: Value) -> Value:
         """The sums of the products of adjoining signed 16-bit numbers, in 32 bits."""

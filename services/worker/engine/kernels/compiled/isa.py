@@ -24,6 +24,7 @@ class Isa:
     lanes: int  # float32 in a vector
     accumulators: int  # vectors that a tile may keep in registers, beside its operands
     vnni: bool  # whether one instruction multiplies 4 bytes per lane and adds them up
+    byte_pairs: bool  # whether, without that, one multiplies 4 unsigned by 4 signed bytes and adds them up in pairs
     bfloat16_dots: bool  # whether one instruction multiplies 2 bfloat16 per lane and adds them up
 
     @property
@@ -55,10 +56,10 @@ def choose_isa(name: Literal["auto"] | IsaName = "auto") -> Isa:
         raise ValueError(f"this processor ({llvm.get_host_cpu_name()}) has no {name}")
     if name in ("avx512_bf16", "avx512"):
         vnni = bool(features.get("avx512vnni"))
-        return Isa(name, lanes=16, accumulators=24, vnni=vnni, bfloat16_dots=name == "avx512_bf16")
+        return Isa(name, lanes=16, accumulators=24, vnni=vnni, byte_pairs=False, bfloat16_dots=name == "avx512_bf16")
     if "avx512" in present or name == "baseline":
         # Without this, code for the lesser level would still use what the better one has.
         numba.config.CPU_NAME, numba.config.CPU_FEATURES = ("haswell" if name == "avx2" else "x86-64"), ""
     if name == "avx2":
-        return Isa("avx2", lanes=8, accumulators=12, vnni=False, bfloat16_dots=False)
-    return Isa("baseline", lanes=4, accumulators=12, vnni=False, bfloat16_dots=False)
+        return Isa("avx2", lanes=8, accumulators=12, vnni=False, byte_pairs=True, bfloat16_dots=False)
+    return Isa("baseline", lanes=4, accumulators=12, vnni=False, byte_pairs=False, bfloat16_dots=False)

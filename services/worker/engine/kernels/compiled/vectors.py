@@ -8,7 +8,7 @@ import llvmlite.ir as ir
 Builder = Any  # llvmlite is untyped
 Value = Any
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 

@@ -22,9 +22,9 @@ from tests.services.worker.engine.tiny_models import make_sequence, own_logits, 
 
 COMPILABLE: dict[str, Any] = {**SIZES, "intermediate_size": 64, "head_dim": 16}
 ISAS = (
-    Isa("avx512", lanes=16, accumulators=24, vnni=True, bfloat16_dots=False),
-    Isa("avx2", lanes=8, accumulators=12, vnni=False, bfloat16_dots=False),
-    Isa("baseline", lanes=4, accumulators=12, vnni=False, bfloat16_dots=False),
+    Isa("avx512", lanes=16, accumulators=24, vnni=True, byte_pairs=False, bfloat16_dots=False),
+    Isa("avx2", lanes=8, accumulators=12, vnni=False, byte_pairs=True, bfloat16_dots=False),
+    Isa("baseline", lanes=4, accumulators=12, vnni=False, byte_pairs=False, bfloat16_dots=False),
 )
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 64}
 

@@ -20,9 +20,9 @@ from services.worker.engine.kernels.compiled.packing import (
 from services.worker.engine.kernels.compiled.tiles import GROUP
 
 ISAS = (
-    Isa("avx512", lanes=16, accumulators=24, vnni=True, bfloat16_dots=False),
-    Isa("avx2", lanes=8, accumulators=12, vnni=False, bfloat16_dots=False),
-    Isa("baseline", lanes=4, accumulators=12, vnni=False, bfloat16_dots=False),
+    Isa("avx512", lanes=16, accumulators=24, vnni=True, byte_pairs=False, bfloat16_dots=False),
+    Isa("avx2", lanes=8, accumulators=12, vnni=False, byte_pairs=True, bfloat16_dots=False),
+    Isa("baseline", lanes=4, accumulators=12, vnni=False, byte_pairs=False, bfloat16_dots=False),
 )
 HALF_ROUNDING = 2.0**-11  # of a float16, relative
 SMALLEST_HALF = 2.0**-24

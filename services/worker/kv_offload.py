@@ -1,0 +1,158 @@
+"""Sends blocks worth keeping to the cache service, where they outlive this worker's pool and its process.
+
+Worth keeping, and when they are sent:
+- blocks that a second request has used already: soon, whatever the engine does;
+- all blocks of a long prompt, and of what was produced after it: while the engine has nothing to do. On a small machine
+  every byte sent takes time from the model, and most long prompts never come again.
+
+One chain is sent at a time, a few blocks of it held at once, at the pace at which the cache service reads. What waits
+is bounded; the oldest is dropped first. Serving never depends on any of this.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc.aio
+
+from headrace.v1.cache_pb2 import Holder, KvChunk, LookupRequest
+from headrace.v1.cache_pb2_grpc import CacheStub
+from services.common.channel import Channels
+from services.worker.engine.engine import StepResult
+from services.worker.engine_loop import Turn
+from services.worker.kv_export import KvExporter, Run
+from services.worker.kv_metrics import KvMetrics
+
+if TYPE_CHECKING:
+    from headrace.v1.cache_pb2_grpc import CacheAsyncStub
+
+log = logging.getLogger(__name__)
+
+_MOST_WAITING = 64
+_BLOCKS_AT_ONCE = 4
+_TIMEOUT_S = 30.0  # of one chain
+_RETRY_S = 5.0  # after the cache service did not answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    names: Sequence[bytes]
+    hot: bool  # used twice: not to wait until the engine is idle
+
+
+class KvOffloader:
+    """What of this worker's blocks is to be kept, and the task that sends it."""
+
+    def __init__(
+        self,
+        exporter: KvExporter,
+        caches: Sequence[str],
+        kv_format: str,
+        block_size: int,
+        least_tokens: int,
+        metrics: KvMetrics,
+    ) -> None:
+        """`least_tokens`: of a prompt that is kept though nobody has used it twice."""
+        self._exporter = exporter
+        self._caches = caches
+        self._kv_format = kv_format
+        self._block_size = block_size
+        self._least_tokens = least_tokens
+        self._metrics = metrics
+        self._channels = Channels()
+        self._hot: deque[_Chain] = deque(maxlen=_MOST_WAITING)
+        self._cold: deque[_Chain] = deque(maxlen=_MOST_WAITING)
+        self._news = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def observe(self, turn: Turn) -> None:
+        """Called on the event loop after each turn of the engine."""
+        if turn.status.running or turn.status.waiting:
+            self._idle.clear()
+        else:
+            self._idle.set()
+        if turn.result is not None and self._caches:
+            self._consider(turn.result)
+
+    async def run(self) -> None:
+        """Sends what is worth it, until cancelled."""
+        try:
+            while True:
+                chain = await self._next()
+                try:
+                    await self._offload(chain)
+                except grpc.aio.AioRpcError as error:
+                    log.info("blocks are not kept for now: %s %s", error.code().name, error.details())
+                    self._metrics.offload_failed(error.code().name.lower())
+                    await asyncio.sleep(_RETRY_S)
+                except Exception:
+                    log.exception("offloading failed")
+                    await asyncio.sleep(_RETRY_S)
+        finally:
+            await self._channels.close()
+
+    def _consider(self, result: StepResult) -> None:
+        for sequence in result.started:
+            if used := sequence.cached_tokens // self._block_size:
+                self._hot.append(_Chain(sequence.hashes[:used], hot=True))
+                self._news.set()
+        for sequence in result.finished:
+            if sequence.prompt_length >= self._least_tokens:
+                full = (len(sequence.tokens) - 1) // self._block_size  # the last token's KV was never computed
+                self._cold.append(_Chain(sequence.hashes[:full], hot=False))
+                self._news.set()
+
+    async def _next(self) -> _Chain:
+        """The newest chain to send: of those in use twice at any time, of the others while the engine is idle."""
+        while True:
+            if self._hot:
+                return self._hot.pop()
+            if self._cold and self._idle.is_set():
+                return self._cold.pop()
+            if self._cold:
+                await _first_of(self._news, self._idle)
+            else:
+                await self._news.wait()
+            self._news.clear()
+
+    async def _offload(self, chain: _Chain) -> None:
+        # One cache service for one chain, so that it has all of it.
+        address = self._caches[chain.names[0][0] % len(self._caches)]
+        stub: CacheAsyncStub = CacheStub(self._channels.get(address))
+        kept = await self._kept(stub, chain.names)
+        if kept < len(chain.names):
+            answer = await stub.Store(self._chunks(chain, kept), timeout=_TIMEOUT_S)
+            self._metrics.offloaded(answer.stored_blocks, answer.stored_bytes)
+
+    async def _kept(self, stub: "CacheAsyncStub", names: Sequence[bytes]) -> int:
+        """How many leading blocks of a chain the cache service has."""
+        request = LookupRequest(kv_format=self._kv_format, block_hashes=b"".join(names))
+        answer = await stub.Lookup(request, timeout=_TIMEOUT_S)
+        kept = (match.blocks for match in answer.matches if match.holder.kind == Holder.KIND_CACHE)
+        return max(kept, default=0)
+
+    async def _chunks(self, chain: _Chain, kept: int) -> AsyncIterator[KvChunk]:
+        """A few blocks at a time, and then none while the engine is at work, unless the chain is in use twice."""
+        run = Run(chain.names, sent=kept)
+        while not run.complete:
+            if not chain.hot:
+                await self._idle.wait()
+            before = run.sent
+            async for chunk in self._exporter.send(run, most=_BLOCKS_AT_ONCE):
+                yield chunk
+            if run.sent == before:
+                return  # evicted meanwhile
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Returns when one of the events is set."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

@@ -1,0 +1,121 @@
+"""What a worker gives to a cache service to keep: what is used twice at once, long prompts when it is idle."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from headrace.v1 import cache_pb2
+from services.common.block_hash import chain_hashes, chain_root
+from services.common.kv_blocks import BlockAssembler
+from tests.services.worker.stack import BLOCK_SIZE, Gateway, RecordingCache, Stack
+
+PROMPT = [(7 * position) % 31 for position in range(30)]
+NAMES = chain_hashes(chain_root("tiny", BLOCK_SIZE, ""), PROMPT, BLOCK_SIZE)
+
+
+class KeepingCache(RecordingCache):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[bytes, bytes] = {}
+        self.stores = 0
+        self.refuses = False
+
+    async def Lookup(self, request: Any, context: Any) -> cache_pb2.LookupResponse:
+        names = [request.block_hashes[at : at + 16] for at in range(0, len(request.block_hashes), 16)]
+        kept = next((count for count, name in enumerate(names) if name not in self.kept), len(names))
+        holder = cache_pb2.Holder(id="cache", kind=cache_pb2.Holder.KIND_CACHE)
+        peer = cache_pb2.Holder(id="peer", kind=cache_pb2.Holder.KIND_WORKER)
+        match = cache_pb2.LookupResponse.Match
+        return cache_pb2.LookupResponse(
+            matches=[match(holder=peer, blocks=len(names)), match(holder=holder, blocks=kept)]
+        )
+
+    async def Store(self, request_iterator: Any, context: Any) -> cache_pb2.StoreResponse:
+        self.stores += 1
+        if self.refuses:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
+        assembler = BlockAssembler(1 << 20, "format")
+        answer = cache_pb2.StoreResponse()
+        async for chunk in request_iterator:
+            if (block := assembler.take(chunk)) is not None:
+                self.kept[block.name] = bytes(block.data)
+                answer.stored_blocks += 1
+                answer.stored_bytes += len(block.data)
+                self._news.set()
+        return answer
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[Stack]:
+    stack = Stack(KeepingCache(), kv_offload_least_tokens=20)
+    await stack.start()
+    yield stack
+    await stack.stop()
+    await stack.close()
+
+
+def cache_of(stack: Stack) -> KeepingCache:
+    assert isinstance(stack.cache, KeepingCache)
+    return stack.cache
+
+
+async def run(stack: Stack, prompt: list[int], max_tokens: int = 8, request: str = "r") -> None:
+    gateway = Gateway(stack.channel)
+    gateway.start(request, [1], prompt, max_tokens)
+    await gateway.finish(1)
+
+
+async def test_a_long_prompt_and_its_answer_are_kept_once_the_engine_is_idle(stack: Stack) -> None:
+    cache = cache_of(stack)
+    await run(stack, PROMPT)
+    whole = PROMPT + stack.expected(PROMPT)
+    names = chain_hashes(chain_root("tiny", BLOCK_SIZE, ""), whole[:-1], BLOCK_SIZE)
+    await cache.until(lambda: cache.kept.keys() >= set(names))
+    assert list(cache.kept) == names, "nothing else, head first"
+    held = stack.service._engine.exchange.hold(names)
+    assert [bytes(stack.service._engine.exchange.read(block.block)) for block in held] == list(cache.kept.values())
+
+
+async def test_what_is_kept_is_not_sent_again(stack: Stack) -> None:
+    cache = cache_of(stack)
+    await run(stack, PROMPT, max_tokens=1)
+    await stack.until_metric(7, "headrace_kv_offloaded_blocks_total")
+    await run(stack, [*PROMPT, 3, 3, 3, 3], max_tokens=1, request="second")
+    await stack.until_metric(8, "headrace_kv_offloaded_blocks_total")
+    assert cache.stores == 2
+
+
+async def test_a_short_prompt_is_kept_when_it_is_used_twice(stack: Stack) -> None:
+    cache = cache_of(stack)
+    await run(stack, PROMPT[:9], request="first")
+    assert not cache.kept
+    await run(stack, PROMPT[:9], request="second")
+    await cache.until(lambda: list(cache.kept) == NAMES[:2])
+
+
+async def test_a_long_prompt_waits_while_the_engine_works_and_a_shared_one_does_not(stack: Stack) -> None:
+    cache = cache_of(stack)
+    stack.hold(after=30)
+    busy = Gateway(stack.channel)
+    busy.start("busy", [1], [5], max_tokens=190)
+    await busy.until(lambda: 1 in busy.tokens)
+    await run(stack, PROMPT[::-1], max_tokens=1, request="long")
+    await run(stack, PROMPT[:9], max_tokens=1, request="first")
+    await run(stack, PROMPT[:9], max_tokens=1, request="second")
+    await cache.until(lambda: list(cache.kept) == NAMES[:2])
+    stack.release()
+    busy.cancel(1)
+    await cache.until(lambda: len(cache.kept) > 2)
+
+
+async def test_a_cache_service_that_keeps_nothing_costs_nothing(stack: Stack) -> None:
+    cache = cache_of(stack)
+    cache.refuses = True
+    await run(stack, PROMPT)
+    await stack.until_metric(1, "headrace_kv_offload_failures_total", reason="resource_exhausted")
+    await run(stack, PROMPT, request="second")
+    await stack.idle()
