@@ -38,6 +38,9 @@ test: setup ## Run every test
 bench: setup ## Measure a stack of its own, and peers; tables, JSON and a plot (ARGS="--rounds 3 --peer NAME=URL,PID ...")
 	$(BIN)/headrace bench $(ARGS)
 
+bench-kv: setup ## Time the first token of long prompts, computed and with KV from elsewhere (ARGS="--repeats 5 -- ...")
+	$(BIN)/headrace bench-kv $(ARGS)
+
 check: setup ## ruff, mypy, import-linter, buf lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

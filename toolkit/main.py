@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import tempfile
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,8 @@ from rich.console import Console
 
 from services.common.config import home_directory
 from toolkit.bench import BenchOptions, run_bench
+from toolkit.bench_kv import KvBenchFailed, KvBenchOptions, run_kv_bench
+from toolkit.bench_kv_report import show_kv
 from toolkit.bench_peers import BadPeer, is_base_url, parse_peers
 from toolkit.bench_plot import plot
 from toolkit.bench_report import invalid_figures, show
@@ -71,6 +74,9 @@ def up(
     batching: Annotated[
         Batching | None, typer.Option(help="Whether sequences join a running batch (continuous) or wait for its end.")
     ] = None,
+    cache_disk: Annotated[
+        Path | None, typer.Option(help="Folder for KV worth keeping, found again after a restart. Default: RAM alone.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per worker. Default: its share.")] = None,
     host: Annotated[str, typer.Option(help="Interface of the two public ports; 0.0.0.0 opens them to others.")] = (
         "127.0.0.1"
@@ -102,6 +108,7 @@ def up(
             workers=workers,
             prefill_workers=prefill_workers,
             decode_workers=decode_workers,
+            cache_disk=str(cache_disk.absolute()) if cache_disk else None,
             redis_url=redis_url,
             worker_settings={setting: value for setting, value in chosen.items() if value is not None},
         )
@@ -195,6 +202,24 @@ def bench(
     typer.echo(f"Every round's figures: {options.out}    picture: {options.out.with_suffix('.png')}")
     if invalid := invalid_figures(record):
         _fail("\n".join(invalid))
+
+
+@app.command()
+def bench_kv(
+    prompt_tokens: Annotated[int, typer.Option(min=64, help="Length of each prompt.")] = 1536,
+    repeats: Annotated[int, typer.Option(min=1, help="Prompts per row; medians are shown.")] = 5,
+    up_arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- UP_OPTIONS]", help="Options of `headrace up` for the stack.")
+    ] = None,
+) -> None:
+    """Times the first token of long prompts whose KV is computed, or comes from another process of the stack."""
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-kv-") as folder:
+        options = KvBenchOptions(prompt_tokens, repeats, tuple(up_arguments or []), Path(folder))
+        try:
+            record = asyncio.run(run_kv_bench(options, _runs()))
+        except (KvBenchFailed, StackEnded) as error:
+            _fail(str(error))
+    show_kv(record, Console(highlight=False))
 
 
 def _chosen_rows(names: str) -> tuple[Row, ...]:

@@ -17,7 +17,7 @@ from toolkit.run_directory import RunningProcess, RunningStack
 
 _FLEET_TIMEOUT_S = 2.0
 # What the table needs: a narrower terminal wraps its lines, which hides less than cutting ids and addresses would.
-_LEAST_WIDTH = 130
+_LEAST_WIDTH = 150
 _COLUMNS = ("service", "id", "pid", "address", "health", "uptime", "memory", "model", "role", "running", "KV use")
 
 

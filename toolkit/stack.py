@@ -24,6 +24,8 @@ class StackOptions:
     # Workers that are preferred for prompts, and for output, beside those that do both alike.
     prefill_workers: int = 0
     decode_workers: int = 0
+    # Folder in which the cache service keeps blocks over a restart; None: it keeps them in RAM alone.
+    cache_disk: str | None = None
     # An existing Redis; None: a private one.
     redis_url: str | None = None
     # Settings of every worker that were given; the others keep the worker's own defaults.
@@ -71,7 +73,8 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
     """Lays out a stack; internal ports are drawn from `free_ports`, `cores` are shared by the workers."""
     redis_address = f"{INTERNAL_HOST}:{next(free_ports)}"
     redis_url = options.redis_url or f"redis://{redis_address}/0"
-    cache = _internal_member("cache", "cache", free_ports, {"redis_url": redis_url})
+    keeping = {"disk_path": options.cache_disk} if options.cache_disk else {}
+    cache = _internal_member("cache", "cache", free_ports, {"redis_url": redis_url, **keeping})
     finding = {"redis_url": redis_url, "caches": cache.address}
     scheduler = _internal_member("scheduler", "scheduler", free_ports, finding)
     finding = {**finding, "schedulers": scheduler.address}

@@ -110,9 +110,10 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
                 if chunk.kv_format != chain.kv_format:
                     self._store.end_put(chain)
                     chain = Chain(chunk.kv_format)
-                self._metrics.received_bytes.inc(len(chunk.data))
-                block = assembler.take(chunk)
-                if block is not None and self._store.put(chain, block):
+                if (block := assembler.take(chunk)) is None:
+                    continue
+                self._metrics.received_bytes.inc(len(block.data))
+                if self._store.put(chain, block):
                     answer.stored_blocks += 1
                     answer.stored_bytes += len(block.data)
         except BadBlock as error:

@@ -56,10 +56,11 @@ class BlockAssembler:
 
     def take(self, chunk: KvChunk) -> BlockBytes | None:
         """The block that this chunk completes, if it does. Raises BadBlock, after which the stream is of no use."""
-        self._check(chunk)
+        piece = chunk.data  # once: each look at it makes a copy
+        self._check(chunk, len(piece))
         self._open = (chunk.kv_format, chunk.block_hash)
-        self._pieces.append(chunk.data)
-        self._size += len(chunk.data)
+        self._pieces.append(piece)
+        self._size += len(piece)
         if not chunk.last:
             return None
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
@@ -68,13 +69,13 @@ class BlockAssembler:
             raise BadBlock("digest", f"The bytes of block {chunk.block_hash.hex()} are not those of its digest.")
         return BlockBytes(chunk.block_hash, data, chunk.digest)
 
-    def _check(self, chunk: KvChunk) -> None:
+    def _check(self, chunk: KvChunk, size: int) -> None:
         if self._kv_format is not None and chunk.kv_format != self._kv_format:
             raise BadBlock(
                 "format", f"A block of KV format {chunk.kv_format} arrived where {self._kv_format} was asked for."
             )
-        if not 0 < len(chunk.data) <= CHUNK_BYTES or self._size + len(chunk.data) > self._max_block_bytes:
-            raise BadBlock("size", f"A chunk of {len(chunk.data)} bytes at {self._size} is too small or too large.")
+        if not 0 < size <= CHUNK_BYTES or self._size + size > self._max_block_bytes:
+            raise BadBlock("size", f"A chunk of {size} bytes at {self._size} is too small or too large.")
         begun = (chunk.kv_format, chunk.block_hash)
         if chunk.offset_bytes != self._size or (self._size and begun != self._open):
             raise BadBlock("order", f"A chunk of block {chunk.block_hash.hex()} arrived out of order.")

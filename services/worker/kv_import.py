@@ -180,7 +180,7 @@ class KvImporter:
             async with asyncio.timeout_at(min(end, loop.time() + stall_s)) as timeout:
                 async for chunk in call:
                     timeout.reschedule(min(end, loop.time() + stall_s))
-                    if chunk.data and (whole := assembler.take(chunk)) is not None:
+                    if chunk.block_hash and (whole := assembler.take(chunk)) is not None:
                         self._fill(fetch, whole)
                     if fetch.done == len(fetch.names):
                         return

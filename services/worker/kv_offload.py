@@ -131,7 +131,7 @@ class KvOffloader:
     async def _kept(self, stub: "CacheAsyncStub", names: Sequence[bytes]) -> int:
         """How many leading blocks of a chain the cache service has."""
         request = LookupRequest(kv_format=self._kv_format, block_hashes=b"".join(names))
-        answer = await stub.Lookup(request, timeout=_TIMEOUT_S)
+        answer = await stub.Lookup(request, timeout=_TIMEOUT_S, wait_for_ready=True)  # it may be starting again
         kept = (match.blocks for match in answer.matches if match.holder.kind == Holder.KIND_CACHE)
         return max(kept, default=0)
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.v1.scheduler_pb2 import DescribeFleetRequest, DescribeFleetResponse
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
@@ -78,6 +80,20 @@ class HeadraceUp:
         pid = self.member(name).pid
         assert pid is not None, f"{name} does not run"
         return pid
+
+    def metric(self, member: str, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels, as a process of the stack tells it now."""
+        url = self.member(member).metrics_url
+        assert url is not None, f"{member} has no metrics"
+        families = text_string_to_metric_families(httpx.get(url, timeout=10).text)
+        samples = (sample for family in families for sample in family.samples if sample.name == name)
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+    def run(self, *command: str) -> str:
+        """What another `headrace` command, typed on the same machine, prints."""
+        done = subprocess.run((*HEADRACE, *command), env=self.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def fleet(self) -> DescribeFleetResponse:
         """The workers as the scheduler sees them."""

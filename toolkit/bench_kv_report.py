@@ -1,0 +1,27 @@
+"""Prints what `headrace bench-kv` measured."""
+
+from rich.console import Console
+from rich.table import Table
+
+from toolkit.bench_kv import KvRecord
+
+
+def show_kv(record: KvRecord, console: Console) -> None:
+    """A table of the ways to a prompt's KV, then the plain rates."""
+    computed = record.rows[0].first_token_ms
+    table = Table("KV of the prompt", "TTFT p50 ms", "x computed", "MB/s", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in record.rows:
+        rate = "" if row.mb_per_s is None else f"{row.mb_per_s:.0f}"
+        table.add_row(row.name, f"{row.first_token_ms:.0f}", f"{row.first_token_ms / computed:.2f}", rate)
+    console.print(
+        f"A prompt of {record.prompt_tokens} tokens; a block of 16 has {record.block_bytes / 1024:.0f} KiB. "
+        "MB/s: the bytes that moved over the whole time to the first token.",
+        soft_wrap=True,
+    )
+    console.print(table)
+    console.print(
+        f"FetchBlocks from one process to another: {record.fetch_idle:.0f} MB/s with idle engines, "
+        f"{record.fetch_busy:.0f} MB/s from a worker that decodes."
+    )
