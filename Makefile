@@ -40,6 +40,7 @@ bench: setup ## Measure a stack of its own, and peers; tables, JSON and a plot (
 
 bench-kv: setup ## Time the first token of long prompts, computed and with KV from elsewhere (ARGS="--repeats 5 -- ...")
 	$(BIN)/headrace bench-kv $(ARGS)
+	$(BIN)/python -m services.scheduler.simulate
 
 check: setup ## ruff, mypy, import-linter, buf lint
 	$(BIN)/ruff check .

@@ -1,9 +1,12 @@
 """Prints what `headrace bench-kv` measured."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from toolkit.bench_kv import KvRecord
+from toolkit.bench_split import SplitRow
 
 
 def show_kv(record: KvRecord, console: Console) -> None:
@@ -25,3 +28,20 @@ def show_kv(record: KvRecord, console: Console) -> None:
         f"FetchBlocks from one process to another: {record.fetch_idle:.0f} MB/s with idle engines, "
         f"{record.fetch_busy:.0f} MB/s from a worker that decodes."
     )
+
+
+def show_split(rows: Sequence[SplitRow], console: Console) -> None:
+    """What eight decodes saw beside a stream of long prompts."""
+    columns = ("8 decodes beside long prompts", "between tokens p50 ms", "p99 ms", "output tok/s", "prompt tok/s")
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        figures = (
+            row.between_tokens_p50_ms,
+            row.between_tokens_p99_ms,
+            row.output_tokens_per_s,
+            row.prompt_tokens_per_s,
+        )
+        table.add_row(row.way, *(f"{figure:.1f}" for figure in figures))
+    console.print(table)

@@ -79,6 +79,8 @@ class Answer:
     ttft_s: float
     total_s: float
     tokens: int
+    gaps_s: tuple[float, ...] = ()
+    """Times between events with text, in order."""
 
     @property
     def inter_token_s(self) -> float:
@@ -118,12 +120,12 @@ async def run_row(
     """
     warming, *requests = draw_requests(row, seed)
     slots = asyncio.Semaphore(row.concurrency)
-    async with _open_session(url, _REQUEST_TIMEOUT_S) as session:
-        await _complete(session, model, Request(warming.prompt, _WARMING_TOKENS))
+    async with open_session(url, _REQUEST_TIMEOUT_S) as session:
+        await complete(session, model, Request(warming.prompt, _WARMING_TOKENS))
 
         async def answer(request: Request) -> Answer:
             async with slots:
-                result = await _complete(session, model, request)
+                result = await complete(session, model, request)
             on_answer()
             return result
 
@@ -146,7 +148,7 @@ def draw_requests(row: Row, seed: int) -> list[Request]:
 
 async def first_model(url: str) -> str:
     """The first model that the server lists. Raises LoadFailed if what it answers is no list of models."""
-    async with _open_session(url, _FIRST_ANSWER_S) as session, session.get("/v1/models") as reply:
+    async with open_session(url, _FIRST_ANSWER_S) as session, session.get("/v1/models") as reply:
         try:
             return str((await reply.json(content_type=None))["data"][0]["id"])
         except (ValueError, LookupError, TypeError) as error:
@@ -166,14 +168,15 @@ async def completes(url: str, timeout_s: float) -> bool:
     request = draw_requests(Row("ready", 0, 1, 0, _WARMING_PROMPT, _WARMING_TOKENS), seed=0)[0]
     try:
         model = await first_model(url)
-        async with _open_session(url, timeout_s) as session:
-            await _complete(session, model, request)
+        async with open_session(url, timeout_s) as session:
+            await complete(session, model, request)
     except (aiohttp.ClientError, TimeoutError, LoadFailed):
         return False
     return True
 
 
-def _open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
+def open_session(url: str, timeout_s: float) -> aiohttp.ClientSession:
+    """Connections to one server, a new one for each request."""
     return aiohttp.ClientSession(
         base_url=url,
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
@@ -189,7 +192,8 @@ def _token_ids(draw: random.Random, count: int) -> tuple[int, ...]:
     return tuple(draw.randrange(*_TOKEN_RANGE) for _ in range(count))
 
 
-async def _complete(session: aiohttp.ClientSession, model: str, request: Request) -> Answer:
+async def complete(session: aiohttp.ClientSession, model: str, request: Request) -> Answer:
+    """One streamed completion. Raises LoadFailed."""
     try:
         return await _stream(session, model, request)
     except (aiohttp.ClientError, TimeoutError) as error:
@@ -201,6 +205,7 @@ async def _stream(session: aiohttp.ClientSession, model: str, request: Request) 
     body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     sent = time.perf_counter()
     first = last = 0.0
+    gaps: list[float] = []
     tokens = 0
     async with session.post("/v1/completions", json=body) as reply:
         if reply.status != 200:
@@ -212,13 +217,15 @@ async def _stream(session: aiohttp.ClientSession, model: str, request: Request) 
             if "error" in event:
                 raise LoadFailed(f"error event: {event['error']}")
             if any(choice.get("text") for choice in event["choices"]):
-                last = time.perf_counter()
-                first = first or last
+                now = time.perf_counter()
+                if first:
+                    gaps.append(now - last)
+                first, last = first or now, now
             if event.get("usage"):
                 tokens = event["usage"]["completion_tokens"]
     if not first:
         raise LoadFailed("the stream ended without a token")
-    return Answer(ttft_s=first - sent, total_s=last - sent, tokens=tokens)
+    return Answer(ttft_s=first - sent, total_s=last - sent, tokens=tokens, gaps_s=tuple(gaps))
 
 
 def _summarize(row: Row, seed: int, requests: Sequence[Request], answers: Sequence[Answer], wall_s: float) -> RowResult:
@@ -228,14 +235,14 @@ def _summarize(row: Row, seed: int, requests: Sequence[Request], answers: Sequen
         seed=seed,
         output_tokens_per_s=sum(answer.tokens for answer in answers) / wall_s,
         prompt_tokens_per_s=sum(len(request.prompt) for request in requests) / wall_s,
-        ttft_p50_ms=_quantile(ttft, 0.5) * 1e3,
-        ttft_p99_ms=_quantile(ttft, 0.99) * 1e3,
-        inter_token_p50_ms=_quantile([answer.inter_token_s for answer in answers], 0.5) * 1e3,
+        ttft_p50_ms=quantile(ttft, 0.5) * 1e3,
+        ttft_p99_ms=quantile(ttft, 0.99) * 1e3,
+        inter_token_p50_ms=quantile([answer.inter_token_s for answer in answers], 0.5) * 1e3,
         wall_s=wall_s,
         short_answers=sum(answer.tokens != request.output for request, answer in zip(requests, answers, strict=True)),
     )
 
 
-def _quantile(values: Sequence[float], fraction: float) -> float:
+def quantile(values: Sequence[float], fraction: float) -> float:
     """Nearest-rank quantile."""
     return sorted(values)[min(len(values) - 1, int(fraction * len(values)))]

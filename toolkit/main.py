@@ -14,11 +14,12 @@ from rich.console import Console
 from services.common.config import home_directory
 from toolkit.bench import BenchOptions, run_bench
 from toolkit.bench_kv import KvBenchFailed, KvBenchOptions, run_kv_bench
-from toolkit.bench_kv_report import show_kv
+from toolkit.bench_kv_report import show_kv, show_split
 from toolkit.bench_peers import BadPeer, is_base_url, parse_peers
 from toolkit.bench_plot import plot
 from toolkit.bench_report import invalid_figures, show
 from toolkit.bench_servers import NotAnswering
+from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
 from toolkit.loadtest import ROWS, LoadFailed, Row
 from toolkit.log_tail import last_lines
@@ -71,6 +72,10 @@ def up(
     quantize: Annotated[str | None, typer.Option(help="Weights on a CPU in fewer bits: int8, int4 or none.")] = None,
     kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks per worker. Default: by free memory.")] = None,
     max_sequences: Annotated[int | None, typer.Option(min=1, help="Sequences that run together in a worker.")] = None,
+    max_batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens computed in one step, which bounds how long others wait for a prompt."),
+    ] = None,
     batching: Annotated[
         Batching | None, typer.Option(help="Whether sequences join a running batch (continuous) or wait for its end.")
     ] = None,
@@ -94,6 +99,7 @@ def up(
     console = Console(highlight=False)
     chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks}
     chosen |= {"max_sequences": max_sequences, "batching": batching, "threads": threads}
+    chosen |= {"max_batch_tokens": max_batch_tokens}
     if workers is None:
         workers = 0 if prefill_workers or decode_workers else 1
     if not workers + prefill_workers + decode_workers:
@@ -217,9 +223,11 @@ def bench_kv(
         options = KvBenchOptions(prompt_tokens, repeats, tuple(up_arguments or []), Path(folder))
         try:
             record = asyncio.run(run_kv_bench(options, _runs()))
-        except (KvBenchFailed, StackEnded) as error:
+            split = asyncio.run(run_split_bench(prompt_tokens, options.up_arguments, options.folder))
+        except (KvBenchFailed, LoadFailed, StackEnded) as error:
             _fail(str(error))
     show_kv(record, Console(highlight=False))
+    show_split(split, Console(highlight=False))
 
 
 def _chosen_rows(names: str) -> tuple[Row, ...]:

@@ -170,20 +170,20 @@ class BlockIndex:
 
     def lookup(self, kv_format: str, chain: bytes) -> list[tuple[Holder, int]]:
         """Holders of a KV format that hold leading blocks of the chain, and how many each: longest first."""
-        masks = self._masks.get(kv_format, {})
-        matches: list[tuple[Holder, int]] = []
-        remaining = -1  # bits of the holders that hold the chain so far: all of them
         blocks = unpack_hashes(chain)
-        for length, block in enumerate(blocks):
-            still = remaining & masks.get(block, 0)
-            if length:
-                matches += [(holder, length) for holder in self._holders_of(remaining & ~still)]
+        # The look-ups are one loop in C, and most of a chain has the holders of its first block: nothing to do there.
+        masks = list(map(self._masks.get(kv_format, {}).get, blocks))
+        matches: list[tuple[Holder, int]] = []
+        remaining = (masks[0] or 0) if masks else 0  # bits of the holders that hold the chain so far
+        for length, mask in enumerate(masks):
+            if mask == remaining:
+                continue
+            still = remaining & (mask or 0)
+            matches += [(holder, length) for holder in self._holders_of(remaining & ~still)]
             remaining = still
             if not remaining:
                 break
-        else:
-            if blocks:
-                matches += [(holder, len(blocks)) for holder in self._holders_of(remaining)]
+        matches += [(holder, len(blocks)) for holder in self._holders_of(remaining)]
         matches.reverse()
         return matches
 

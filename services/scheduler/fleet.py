@@ -6,6 +6,7 @@ made since that the grant does not reflect yet. Knows no connection: the service
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ class Worker:
     """Counts its states, so that "has reported since" can be asked."""
     outstanding: dict[PlacementKey, _Outstanding] = field(default_factory=dict)
     outbox: Outbox[scheduler_pb2.WorkerDirective] = field(default_factory=Outbox)
+    candidate: Candidate | None = None
+    """As placement sees it, until something changes: a fleet of a thousand is looked at for every job."""
+    candidate_until: float = 0.0
 
     @property
     def id(self) -> str:
@@ -90,6 +94,7 @@ class Fleet:
     def report(self, worker: Worker, state: scheduler_pb2.WorkerState) -> None:
         """Takes in a worker's state."""
         worker.state = state
+        worker.candidate = None
         worker.heard_at = self._clock()
         worker.reports += 1
         for settled in state.settled:
@@ -118,19 +123,24 @@ class Fleet:
         """The model's workers that have reported, with what is left of their credits."""
         now = self._clock()
         return [
-            _candidate(worker, worker.state, self._is_healthy(worker, now), self._spoken_for(worker, now))
+            self._candidate(worker, worker.state, now)
+            if worker.candidate is None or now > worker.candidate_until
+            else worker.candidate
             for worker in self._workers.values()
-            if worker.model == model and worker.state is not None
+            if worker.state is not None and worker.model == model
         ]
 
     def reserve(self, worker_id: str, key: PlacementKey, cost: Credits) -> None:
         """Counts a placement against its worker until the worker reports it, `settle`, or a timeout."""
-        self._workers[worker_id].outstanding[key] = _Outstanding(cost, self._clock())
+        worker = self._workers[worker_id]
+        worker.outstanding[key] = _Outstanding(cost, self._clock())
+        worker.candidate = None
 
     def settle(self, worker_id: str, key: PlacementKey) -> None:
         """Ends a placement that will not reach its worker."""
         worker = self._workers.get(worker_id)
         if worker is not None and worker.outstanding.pop(key, None) is not None:
+            worker.candidate = None
             self._on_report(worker.model)
 
     def address(self, worker_id: str) -> str:
@@ -175,6 +185,14 @@ class Fleet:
                 silent = "draining" if is_draining else "silent"
                 counts["healthy" if self._is_healthy(worker, now) else silent] += 1
         return counts
+
+    def _candidate(self, worker: Worker, state: scheduler_pb2.WorkerState, now: float) -> Candidate:
+        healthy = self._is_healthy(worker, now)
+        worker.candidate = _candidate(worker, state, healthy, self._spoken_for(worker, now))
+        # Time alone changes it when the worker has been silent, or a placement outstanding, for too long.
+        ends = [placement.placed_at + self._placement_timeout_s for placement in worker.outstanding.values()]
+        worker.candidate_until = min([*ends, worker.heard_at + self._silence_s if healthy else math.inf])
+        return worker.candidate
 
     def _is_healthy(self, worker: Worker, now: float) -> bool:
         return worker.state is not None and not worker.state.draining and now - worker.heard_at <= self._silence_s

@@ -64,11 +64,14 @@ class BlockIndex:
         """Leading blocks of the chain that each holder has; holders of none are left out."""
         if not hashes:
             return {}
-        holder_bits = self._holder_bits.get(kv_format, {})
+        # The look-ups are one loop in C, and most of a chain has the holders of its first block: nothing to do there.
+        bits = list(map(self._holder_bits.get(kv_format, {}).get, hashes))
         matched: dict[HolderKey, int] = {}
-        still = holder_bits.get(hashes[0], 0)
-        for position, block in enumerate(hashes):
-            here = still & holder_bits.get(block, 0)
+        still = bits[0] or 0
+        for position, found in enumerate(bits):
+            if found == still:
+                continue
+            here = still & (found or 0)
             if here != still:
                 for holder in self._of_bits(still & ~here):
                     matched[holder.key] = position

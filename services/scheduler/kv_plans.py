@@ -7,6 +7,8 @@ Pure.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
+from itertools import islice
 from typing import Literal
 
 from services.scheduler.index import HolderKey
@@ -20,6 +22,8 @@ FETCH_S = 0.01
 """What asking another process costs beside the bytes."""
 DECODE_ROLE_FACTOR = 4.0
 """By how much a prompt that a decode worker computes itself counts as longer: its running sequences wait meanwhile."""
+LISTED_HOLDERS = 8
+"""Holders of most of a prompt that are weighed, in a fleet of any size."""
 MOST_SOURCES = 2
 """Holders named to the worker: the best, and one more in case it fails."""
 
@@ -111,6 +115,19 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Who holds how many leading blocks of a job's prompt, in one KV format."""
+
+    blocks: Mapping[HolderKey, int]
+    best: tuple[tuple[HolderKey, int], ...]
+    """Those that hold most, in falling order."""
+
+    @classmethod
+    def of(cls, blocks: Mapping[HolderKey, int]) -> "Held":
+        return cls(blocks, tuple(nsmallest(LISTED_HOLDERS, blocks.items(), key=lambda held: (-held[1], held[0]))))
+
+
+@dataclass(frozen=True, slots=True)
 class Prefill:
     """A worker that computes the prompt for another one, and what that takes of it."""
 
@@ -133,23 +150,18 @@ class KvPlan:
     prefill: Prefill | None = None
 
 
-def plans(
-    job: JobShape, worker: Candidate, matches: Mapping[HolderKey, int], prefillers: Iterable[Candidate]
-) -> Iterator[KvPlan]:
-    """All ways worth a thought. `matches`: leading blocks of the prompt that holders of the worker's KV format have."""
+def plans(job: JobShape, worker: Candidate, held: Held, prefillers: Iterable[Candidate]) -> Iterator[KvPlan]:
+    """All ways worth a thought. `held`: of the worker's KV format."""
     full_blocks = max(0, job.prompt_tokens - 1) // worker.block_size  # the last token is always computed
-    own = min(matches.get(worker.key, 0), full_blocks)
+    own = min(held.blocks.get(worker.key, 0), full_blocks)
     yield _computed(job, worker, own)
-    holders = sorted(
-        ((min(blocks, full_blocks), key) for key, blocks in matches.items() if key[0] != worker.id and blocks > own),
-        key=lambda holder: (-holder[0], holder[1]),
-    )
+    others = ((key, min(blocks, full_blocks)) for key, blocks in held.best if key[0] != worker.id)
+    holders = tuple(islice((other for other in others if other[1] > own), MOST_SOURCES))
     if holders:
-        named = tuple((key, blocks) for blocks, key in holders[:MOST_SOURCES])
-        yield _fetched(job, worker, own, named)
+        yield _fetched(job, worker, own, holders)
     for prefiller in prefillers:
         if prefiller.id != worker.id and prefiller.kv_format == worker.kv_format and full_blocks > own:
-            theirs = min(matches.get(prefiller.key, 0), full_blocks)
+            theirs = min(held.blocks.get(prefiller.key, 0), full_blocks)
             if (plan := _prefilled(job, worker, own, prefiller, theirs, full_blocks)) is not None:
                 yield plan
 

@@ -23,13 +23,20 @@ worker with fewer sequences, then by a hash of request and worker, which spreads
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from random import Random
 from typing import Literal, Protocol
 
 from services.scheduler.index import HolderKey
-from services.scheduler.kv_plans import Candidate, Credits, JobShape, KvPlan, plans, takes
+from services.scheduler.kv_plans import Candidate, Credits, Held, JobShape, KvPlan, plans, takes
 
 Policy = Literal["kv_aware", "least_loaded", "round_robin"]
 """`kv_aware` is described above. `least_loaded` knows no KV, `round_robin` nothing at all: both are for comparison."""
+LARGE_FLEET = 32
+"""Workers up to which each is weighed for each job."""
+DRAWN_WORKERS = 8
+
+_NOTHING_HELD = Held({}, ())
+
 Reason = Literal["prefix_hit", "fetch", "prefill", "least_loaded"]
 
 
@@ -77,21 +84,51 @@ def place(
     placements, for `round_robin`.
     """
     roomy = [worker for worker in candidates if worker.healthy and (beyond_share or worker.credits.sequences > 0)]
-    matches: dict[str, Mapping[HolderKey, int]] = {}
-    prefillers: list[Candidate] = []
+    held: dict[str, Held] = {}
+    prefillers: Sequence[Candidate] = ()
     if policy == "kv_aware":
-        matches = {kv_format: index.match(kv_format, job.block_hashes) for kv_format in {w.kv_format for w in roomy}}
-        prefillers = [worker for worker in candidates if worker.role == "prefill"]
-    choices = (
-        Choice(worker, plan, Credits(job.choices, worker.blocks_for(job) + job.choices, plan.compute_tokens))
-        for worker in roomy
-        for plan in plans(job, worker, matches.get(worker.kv_format, {}), prefillers)
-    )
-    takers = [choice for choice in choices if _can_take(choice.worker, job, choice.cost, beyond_share)]
+        formats = {worker.kv_format for worker in roomy}
+        held = {kv_format: Held.of(index.match(kv_format, job.block_hashes)) for kv_format in formats}
+        prefillers = _shortlist(job, [worker for worker in candidates if worker.role == "prefill"], held)
+    takers: list[Choice] = []
+    if policy != "round_robin":
+        takers = _takers(job, _shortlist(job, roomy, held), held, prefillers, beyond_share)
+    if not takers:  # none of a large fleet's shortlist
+        takers = _takers(job, roomy, held, prefillers, beyond_share)
     if policy == "round_robin":
         order = {worker.id: (position - turn) % len(candidates) for position, worker in enumerate(candidates)}
         return min(takers, key=lambda choice: (*_reluctance(choice, avoid), order[choice.worker.id]), default=None)
     return min(takers, key=lambda choice: _preference(job, choice, avoid), default=None)
+
+
+def _takers(
+    job: JobShape,
+    workers: Sequence[Candidate],
+    held: Mapping[str, Held],
+    prefillers: Sequence[Candidate],
+    beyond_share: bool,
+) -> list[Choice]:
+    """Every way in which one of these workers can take the job now."""
+    choices = (
+        Choice(worker, plan, Credits(job.choices, worker.blocks_for(job) + job.choices, plan.compute_tokens))
+        for worker in workers
+        for plan in plans(job, worker, held.get(worker.kv_format, _NOTHING_HELD), prefillers)
+    )
+    return [choice for choice in choices if _can_take(choice.worker, job, choice.cost, beyond_share)]
+
+
+def _shortlist(job: JobShape, workers: Sequence[Candidate], held: Mapping[str, Held]) -> Sequence[Candidate]:
+    """All of a small fleet. Of a large one those that hold most of the prompt, and a few drawn by the request's id.
+
+    Looking at a few at random balances load nearly as well as looking at all (Mitzenmacher, "The Power of Two Choices
+    in Randomized Load Balancing", 2001), at a cost that does not grow with the fleet.
+    """
+    if len(workers) <= LARGE_FLEET:
+        return workers
+    best = {key[0] for each in held.values() for key, _ in each.best}
+    draw = Random(job.request_id)
+    drawn = {draw.randrange(len(workers)) for _ in range(DRAWN_WORKERS)}
+    return [worker for position, worker in enumerate(workers) if position in drawn or worker.id in best]
 
 
 def impossible(job: JobShape, candidates: Sequence[Candidate]) -> str | None:

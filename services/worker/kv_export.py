@@ -131,10 +131,10 @@ class Prefills:
             claim = self._admit(sequence)
         finally:
             self._on_settled(request.request_id, request.attempt)
-        self._capacity.sent(claim, self._engine.add([sequence]))
-        self._running.add(prefill)
         sequence.hash_blocks(self._full_blocks(sequence), self._limits.block_size)
         run = Run(sequence.hashes[request.skip_blocks :])
+        self._capacity.sent(claim, self._engine.add([sequence]))  # from now on it is the engine's
+        self._running.add(prefill)
         try:
             async for chunk in self._follow(prefill, run):
                 yield chunk

@@ -45,10 +45,11 @@ def prompt(seed: int, tokens: int) -> list[int]:
     return [choose.randrange(300, 40_000) for _ in range(tokens)]
 
 
-def ask(stack: HeadraceUp, prompt: list[int], max_tokens: int = 8) -> str:
+def ask(stack: HeadraceUp, prompt: list[int], max_tokens: int = 8, cache_salt: str = "") -> str:
     """The text of a greedy completion."""
     model = stack.fleet().workers[0].registration.model.name
     body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
+    body |= {"cache_salt": cache_salt} if cache_salt else {}
     answer = httpx.post(f"{stack.http_url}/v1/completions", json=body, timeout=120)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["choices"][0]["text"])
@@ -153,6 +154,23 @@ def test_corrupt_bytes_cost_time_and_no_token(split: HeadraceUp, blocks: Path) -
     assert failures(split, "cache") == 1
     assert split.metric("cache", "headrace_cache_dropped_total", reason="digest") >= 1
     assert_nothing_is_held(split)
+
+
+def test_tenants_of_different_salts_share_nothing(split: HeadraceUp) -> None:
+    wait_for_both(split)
+    long = prompt(2010, LONG)
+
+    def computed_by_all() -> float:
+        return computed(split, "decode") + computed(split, "prefill")
+
+    begin = computed_by_all()
+    text = ask(split, long, cache_salt="one")
+    first = computed_by_all() - begin
+    assert ask(split, long, cache_salt="one") == text
+    assert computed_by_all() - begin - first <= 16, "the same tenant finds it again"
+    again = computed_by_all()
+    assert ask(split, long, cache_salt="two") == text
+    assert computed_by_all() - again == first >= LONG
 
 
 def test_a_role_can_change_while_the_stack_runs(split: HeadraceUp) -> None:

@@ -48,6 +48,17 @@ def test_every_variable_is_a_setting_and_peers_are_addressed_by_name(services: d
     assert settings.caches == (f"cache:{CacheSettings().port}",)
 
 
+def test_a_prefill_worker_is_a_worker_but_for_its_role_and_found_as_one(services: dict[str, Any]) -> None:
+    worker, prefill = services["worker"], services["prefill-worker"]
+    assert prefill["environment"] == {**worker["environment"], "HEADRACE_WORKER_ROLE": "prefill"}
+    assert prefill["profiles"] == ["prefill"] and "profiles" not in worker
+    assert prefill["networks"]["default"]["aliases"] == ["worker"]
+    own = {"environment", "profiles", "networks", "deploy"}
+    assert {key: value for key, value in prefill.items() if key not in own} == {
+        key: value for key, value in worker.items() if key not in own
+    }
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_health_is_asked_where_the_service_listens(services: dict[str, Any], name: str) -> None:
     probe = services[name]["healthcheck"]["test"]
