@@ -13,7 +13,7 @@ from pathlib import Path
 from toolkit.bench_stack import stack_of_our_own
 from toolkit.loadtest import Row, complete, draw_requests, first_model, open_session, quantile
 
-_DECODES = Row("decodes", requests=8, concurrency=8, shared_prefix=0, unique_prompt=32, output=256)
+_DECODES = Row("decodes", requests=8, concurrency=8, shared_prefix=0, unique_prompt=32, output=48)
 _TIMEOUT_S = 600.0
 
 WAYS = {

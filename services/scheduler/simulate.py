@@ -39,6 +39,7 @@ MAX_SEQUENCES = 32
 SYSTEM_PROMPTS, SYSTEM_BLOCKS = 32, 32
 TURNS = 6
 QUESTION_BLOCKS, ANSWER_BLOCKS = (2, 12), (4, 16)
+_PATIENCE_S = 1.0  # until a question that found no room is asked again
 LOAD = 0.6  # of what the fleet could compute if nothing were cached twice
 
 
@@ -49,6 +50,7 @@ class Conversation:
     number: int
     chain: list[bytes]
     turn: int = 0
+    asked: bool = False  # its question is part of the chain and waits for a worker
     draws: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,22 +154,28 @@ class Simulation:
         while arrivals:
             now, number, chat = heapq.heappop(arrivals)
             done = self._ask(now, chat)
-            chat.turn += 1
+            if done is None:  # everything is full
+                heapq.heappush(arrivals, (now + _PATIENCE_S, number, chat))
+                continue
+            chat.turn, chat.asked = chat.turn + 1, False
             if chat.turn < TURNS:
                 heapq.heappush(arrivals, (done + chat.draws.expovariate(0.2), number, chat))
         return self.outcome
 
-    def _ask(self, now: float, chat: Conversation) -> float:
-        """One turn of a chat; returns when its answer is complete."""
+    def _ask(self, now: float, chat: Conversation) -> float | None:
+        """One turn of a chat; returns when its answer is complete, or None if no worker can take it now."""
         outcome = self.outcome
-        chat.grow(chat.draws.randint(*QUESTION_BLOCKS))
+        if not chat.asked:
+            chat.grow(chat.draws.randint(*QUESTION_BLOCKS))
+            chat.asked = True
         prompt = list(chat.chain)
         job = JobShape(f"r{chat.number}-{chat.turn}", len(prompt) * BLOCK_SIZE + 1, 1, prompt)
         candidates = [worker.candidate(now) for worker in self._workers.values()]
         began = time.perf_counter()
         choice = place(job, candidates, self._index, policy=self._policy, turn=len(outcome.placements_s))
         outcome.placements_s.append(time.perf_counter() - began)
-        assert choice is not None, "the load leaves room"
+        if choice is None:
+            return None
         worker = self._workers[choice.worker.id]
         have = worker.has(prompt)
         for (holder, _), blocks in choice.plan.holders[:1]:

@@ -21,5 +21,5 @@ def test_chats_find_their_kv_again(workers: int, requests: int) -> None:
 
 def test_every_turn_is_counted_once() -> None:
     result = outcome("least_loaded", 3, 60)
-    assert len(result.waits_s) == 60
+    assert len(result.waits_s) == 60 <= len(result.placements_s)
     assert result.computed_tokens >= result.prompt_tokens - result.best_hit_tokens
