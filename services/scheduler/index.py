@@ -5,8 +5,9 @@ integer, and every block the bits of its holders, so that a prompt is matched ag
 dictionary look-up and one AND per block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from headrace.v1 import cache_pb2
 from services.common.block_digest import DIGEST_BYTES
@@ -60,27 +61,24 @@ class BlockIndex:
         elif kind == "holder_left_id":
             self._leave(update.holder_left_id)
 
-    def match(self, kv_format: str, hashes: Sequence[bytes]) -> dict[HolderKey, int]:
-        """Leading blocks of the chain that each holder has; holders of none are left out."""
-        if not hashes:
-            return {}
+    def match(self, kv_format: str, hashes: Sequence[bytes]) -> "Match":
+        """Leading blocks of the chain that each holder has."""
         # The look-ups are one loop in C, and most of a chain has the holders of its first block: nothing to do there.
         bits = list(map(self._holder_bits.get(kv_format, {}).get, hashes))
-        matched: dict[HolderKey, int] = {}
-        still = bits[0] or 0
+        levels: list[tuple[int, int]] = []
+        still = (bits[0] or 0) if bits else 0
         for position, found in enumerate(bits):
             if found == still:
                 continue
             here = still & (found or 0)
             if here != still:
-                for holder in self._of_bits(still & ~here):
-                    matched[holder.key] = position
+                levels.append((position, still & ~here))
                 still = here
             if not still:
                 break
-        for holder in self._of_bits(still):
-            matched[holder.key] = len(hashes)
-        return matched
+        if still:
+            levels.append((len(bits), still))
+        return Match(levels, self._by_bit, self._holders)
 
     def holder(self, key: HolderKey) -> cache_pb2.Holder | None:
         """Who that is, if it is still known."""
@@ -142,11 +140,42 @@ class BlockIndex:
         if not holder_bits:
             self._holder_bits.pop(holder.joined.kv_format, None)
 
-    def _of_bits(self, bits: int) -> Iterator[_Holder]:
-        while bits:
-            lowest = bits & -bits
-            yield self._by_bit[lowest]
-            bits ^= lowest
+
+class Match:
+    """How much of a chain each holder has. To be read before the index changes.
+
+    Holders are named only as far as they are asked for: of a thousand, placement wants the best and those it weighs.
+    """
+
+    def __init__(
+        self, levels: list[tuple[int, int]], by_bit: Mapping[int, _Holder], holders: Mapping[str, _Holder]
+    ) -> None:
+        """`levels`: (leading blocks, bits of the holders that have exactly so many), in rising order."""
+        self._levels = levels
+        self._by_bit = by_bit
+        self._holders = holders
+
+    def blocks(self, key: HolderKey) -> int:
+        """Leading blocks that this holder has."""
+        holder = self._holders.get(key[0])
+        if holder is None or holder.key != key:
+            return 0
+        return next((blocks for blocks, bits in self._levels if bits & holder.bit), 0)
+
+    def best(self, count: int) -> list[tuple[HolderKey, int]]:
+        """The holders of most blocks, in falling order, and how many each has; `count` of them at most."""
+        return list(islice(self._falling(), count))
+
+    def all(self) -> dict[HolderKey, int]:
+        """Every holder of at least one."""
+        return dict(self._falling())
+
+    def _falling(self) -> Iterator[tuple[HolderKey, int]]:
+        for blocks, bits in reversed(self._levels):
+            while bits:
+                lowest = bits & -bits
+                yield self._by_bit[lowest].key, blocks
+                bits ^= lowest
 
 
 def _split(hashes: bytes) -> list[bytes]:

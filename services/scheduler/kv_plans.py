@@ -5,11 +5,10 @@ in seconds until the prompt is computed, from what workers report of themselves:
 Pure.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from heapq import nsmallest
 from itertools import islice
-from typing import Literal
+from typing import Literal, Protocol
 
 from services.scheduler.index import HolderKey
 
@@ -114,17 +113,21 @@ class Candidate:
         return self.seconds(self.pending_prefill_tokens + SEQUENCE_TOKENS * self.sequences)
 
 
-@dataclass(frozen=True, slots=True)
+class MatchView(Protocol):
+    """How many leading blocks of a prompt each holder of one KV format has."""
+
+    def blocks(self, key: HolderKey) -> int: ...
+
+    def best(self, count: int) -> Sequence[tuple[HolderKey, int]]:
+        """Those that have most, in falling order."""
+
+
 class Held:
-    """Who holds how many leading blocks of a job's prompt, in one KV format."""
+    """A match, and its best holders."""
 
-    blocks: Mapping[HolderKey, int]
-    best: tuple[tuple[HolderKey, int], ...]
-    """Those that hold most, in falling order."""
-
-    @classmethod
-    def of(cls, blocks: Mapping[HolderKey, int]) -> "Held":
-        return cls(blocks, tuple(nsmallest(LISTED_HOLDERS, blocks.items(), key=lambda held: (-held[1], held[0]))))
+    def __init__(self, match: MatchView) -> None:
+        self.blocks = match.blocks
+        self.best = match.best(LISTED_HOLDERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ class KvPlan:
 def plans(job: JobShape, worker: Candidate, held: Held, prefillers: Iterable[Candidate]) -> Iterator[KvPlan]:
     """All ways worth a thought. `held`: of the worker's KV format."""
     full_blocks = max(0, job.prompt_tokens - 1) // worker.block_size  # the last token is always computed
-    own = min(held.blocks.get(worker.key, 0), full_blocks)
+    own = min(held.blocks(worker.key), full_blocks)
     yield _computed(job, worker, own)
     others = ((key, min(blocks, full_blocks)) for key, blocks in held.best if key[0] != worker.id)
     holders = tuple(islice((other for other in others if other[1] > own), MOST_SOURCES))
@@ -161,7 +164,7 @@ def plans(job: JobShape, worker: Candidate, held: Held, prefillers: Iterable[Can
         yield _fetched(job, worker, own, holders)
     for prefiller in prefillers:
         if prefiller.id != worker.id and prefiller.kv_format == worker.kv_format and full_blocks > own:
-            theirs = min(held.blocks.get(prefiller.key, 0), full_blocks)
+            theirs = min(held.blocks(prefiller.key), full_blocks)
             if (plan := _prefilled(job, worker, own, prefiller, theirs, full_blocks)) is not None:
                 yield plan
 

@@ -26,8 +26,8 @@ from hashlib import blake2b
 from random import Random
 from typing import Literal, Protocol
 
-from services.scheduler.index import HolderKey
-from services.scheduler.kv_plans import Candidate, Credits, Held, JobShape, KvPlan, plans, takes
+from services.scheduler.index import Match
+from services.scheduler.kv_plans import Candidate, Credits, Held, JobShape, KvPlan, MatchView, plans, takes
 
 Policy = Literal["kv_aware", "least_loaded", "round_robin"]
 """`kv_aware` is described above. `least_loaded` knows no KV, `round_robin` nothing at all: both are for comparison."""
@@ -35,7 +35,7 @@ LARGE_FLEET = 32
 """Workers up to which each is weighed for each job."""
 DRAWN_WORKERS = 8
 
-_NOTHING_HELD = Held({}, ())
+_NOTHING_HELD = Held(Match([], {}, {}))
 
 Reason = Literal["prefix_hit", "fetch", "prefill", "least_loaded"]
 
@@ -65,7 +65,7 @@ class Choice:
 class IndexView(Protocol):
     """What placement asks of the block index."""
 
-    def match(self, kv_format: str, hashes: Sequence[bytes]) -> Mapping[HolderKey, int]: ...
+    def match(self, kv_format: str, hashes: Sequence[bytes]) -> MatchView: ...
 
 
 def place(
@@ -88,7 +88,7 @@ def place(
     prefillers: Sequence[Candidate] = ()
     if policy == "kv_aware":
         formats = {worker.kv_format for worker in roomy}
-        held = {kv_format: Held.of(index.match(kv_format, job.block_hashes)) for kv_format in formats}
+        held = {kv_format: Held(index.match(kv_format, job.block_hashes)) for kv_format in formats}
         prefillers = _shortlist(job, [worker for worker in candidates if worker.role == "prefill"], held)
     takers: list[Choice] = []
     if policy != "round_robin":

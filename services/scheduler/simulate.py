@@ -225,7 +225,7 @@ def _time_index(blocks: int = 1_000_000, length: int = 100) -> None:
     used = _rss_mib() - before - sum(map(len, chains)) * 57 / 2**20
     began = time.perf_counter()
     for chain in chains:
-        assert index.match("f", chain)
+        assert index.match("f", chain).best(1)
     rate = len(chains) / (time.perf_counter() - began)
     print(f"index: {blocks:,} blocks in {used:.0f} MiB, {rate:,.0f} look-ups a second of chains of {length} blocks")
 

@@ -17,8 +17,21 @@ class Hits:
     def __init__(self, blocks: Mapping[str, int]) -> None:
         self._blocks = blocks
 
-    def match(self, kv_format: str, hashes: Sequence[bytes]) -> dict[HolderKey, int]:
-        return {(worker, "1"): min(count, len(hashes)) for worker, count in self._blocks.items()}
+    def match(self, kv_format: str, hashes: Sequence[bytes]) -> "Found":
+        return Found({(worker, "1"): min(count, len(hashes)) for worker, count in self._blocks.items()})
+
+
+class Found:
+    """What each holder has of a prompt."""
+
+    def __init__(self, blocks: dict[HolderKey, int]) -> None:
+        self._blocks = blocks
+
+    def blocks(self, key: HolderKey) -> int:
+        return self._blocks.get(key, 0)
+
+    def best(self, count: int) -> list[tuple[HolderKey, int]]:
+        return sorted(self._blocks.items(), key=lambda held: (-held[1], held[0]))[:count]
 
 
 NO_HITS = Hits({})
