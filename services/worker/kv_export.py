@@ -1,7 +1,7 @@
 """Hands out the bytes of this worker's blocks, and computes those that a decoding worker wants computed.
 
-Blocks are held a few at a time while they are sent, so that a reader that is slow, or gone without a word, keeps no
-more of the pool than that.
+Blocks are held only while they are copied into messages, a few at a time: a reader that is slow, or gone without a
+word, keeps nothing of the pool.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from services.worker.engine_loop import EngineLoop, Turn
 from services.worker.kv_metrics import KvMetrics
 from services.worker.start_request import ModelLimits, build_sequences, demand_of
 
-_HELD_AT_ONCE = 16
+_COPIED_AT_ONCE = 4
 _SIGN_OF_LIFE_S = 0.5
 
 
@@ -51,16 +51,20 @@ class KvExporter:
     async def send(self, run: "Run", most: int | None = None) -> AsyncIterator[KvChunk]:
         """What of a run is here now and was not sent, up to the first block that is missing; `most` blocks of it."""
         end = len(run.names) if most is None else min(run.sent + most, len(run.names))
-        while held := self._exchange.hold(run.names[run.sent : min(run.sent + _HELD_AT_ONCE, end)]):
-            try:
-                for block in held:
-                    data = self._exchange.read(block.block)
-                    for chunk in chunks(self._kv_format, BlockBytes(block.name, data, block.digest)):
-                        yield chunk
-                    run.sent += 1
-                    self._metrics.exported(len(data))
-            finally:
-                self._exchange.release(block.block for block in held)
+        while messages := self._copy(run.names[run.sent : min(run.sent + _COPIED_AT_ONCE, end)]):
+            for message in messages:
+                yield message
+                run.sent += message.last
+
+    def _copy(self, names: Sequence[bytes]) -> list[KvChunk]:
+        """The messages of the leading blocks that are here."""
+        held = self._exchange.hold(names)
+        try:
+            blocks = [BlockBytes(one.name, self._exchange.read(one.block), one.digest) for one in held]
+            self._metrics.exported(sum(len(block.data) for block in blocks), len(blocks))
+            return [chunk for block in blocks for chunk in chunks(self._kv_format, block)]
+        finally:
+            self._exchange.release(one.block for one in held)
 
 
 class Run:

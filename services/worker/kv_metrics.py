@@ -39,8 +39,8 @@ class KvMetrics:
             "headrace_kv_offload_failures", "Times that a cache service kept nothing.", ["reason"], registry=registry
         )
 
-    def exported(self, size: int) -> None:
-        self._exported_blocks.inc()
+    def exported(self, size: int, blocks: int) -> None:
+        self._exported_blocks.inc(blocks)
         self._exported_bytes.inc(size)
 
     def imported(self, source: str, blocks: int, size: int, seconds: float) -> None:

@@ -5,8 +5,8 @@ Worth keeping, and when they are sent:
 - all blocks of a long prompt, and of what was produced after it: while the engine has nothing to do. On a small machine
   every byte sent takes time from the model, and most long prompts never come again.
 
-One chain is sent at a time, a few blocks of it held at once, at the pace at which the cache service reads. What waits
-is bounded; the oldest is dropped first. Serving never depends on any of this.
+One chain is sent at a time, at the pace at which the cache service reads. What waits is bounded; the oldest is dropped
+first. Serving never depends on any of this.
 """
 
 import asyncio

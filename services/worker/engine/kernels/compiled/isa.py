@@ -39,6 +39,13 @@ class Isa:
         return 16 if weight_bits == 16 and self.bfloat16_dots else 32
 
 
+def has_bfloat16() -> bool:
+    """Whether this processor rounds to bfloat16 by an instruction."""
+    import llvmlite.binding as llvm
+
+    return bool(llvm.get_host_cpu_features().get("avx512bf16"))
+
+
 def choose_isa(name: Literal["auto"] | IsaName = "auto") -> Isa:
     """The best that this machine has, or a lesser one. ValueError if it has not the one named.
 

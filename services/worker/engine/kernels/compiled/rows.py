@@ -11,6 +11,7 @@ from llvmlite import ir
 from numba import float32, int32, njit, types
 from numba.extending import intrinsic
 
+from services.worker.engine.kernels.compiled.isa import has_bfloat16
 from services.worker.engine.kernels.compiled.machine import (
     float_bits,
     float_of_bits,
@@ -23,6 +24,7 @@ from services.worker.engine.kernels.compiled.vectors import (
     BF16,
     F32,
     I8,
+    I16,
     I32,
     I64,
     Builder,
@@ -30,6 +32,7 @@ from services.worker.engine.kernels.compiled.vectors import (
     absolute,
     at,
     call,
+    constant,
     largest_lane,
     load,
     pointer,
@@ -143,7 +146,15 @@ def quantize_group(_: Any, values: Any, out: Any, word_stride: Any) -> Any:
 def _pairs(builder: Builder, values: Value) -> Value:
     """_RUN float32 at an address as words of two bfloat16, the first in the low half; nearest, ties to even."""
     x = load(builder, pointer(builder, values), F32, _RUN)
-    return builder.bitcast(builder.fptrunc(x, vector(BF16, _RUN)), vector(I32, _RUN // 2))
+    if has_bfloat16():
+        return builder.bitcast(builder.fptrunc(x, vector(BF16, _RUN)), vector(I32, _RUN // 2))
+    # Without the instruction LLVM would call a function that is nowhere. As `bfloat16_bits`.
+    bits = builder.bitcast(x, vector(I32, _RUN))
+    odd = builder.and_(builder.lshr(bits, constant(I32, _RUN, 16)), constant(I32, _RUN, 1))
+    rounded = builder.add(builder.add(bits, constant(I32, _RUN, 0x7FFF)), odd)
+    high = builder.lshr(rounded, constant(I32, _RUN, 16))
+    number = builder.select(builder.fcmp_unordered("uno", x, x), constant(I32, _RUN, 0x7FC0), high)
+    return builder.bitcast(builder.trunc(number, vector(I16, _RUN)), vector(I32, _RUN // 2))
 
 
 @intrinsic
