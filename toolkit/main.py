@@ -4,6 +4,7 @@ import asyncio
 import os
 import tempfile
 import time
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -96,32 +97,35 @@ def up(
 
     Every other setting of a service can be given as a HEADRACE_SERVICE_SETTING variable.
     """
-    console = Console(highlight=False)
-    chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks}
-    chosen |= {"max_sequences": max_sequences, "batching": batching, "threads": threads}
-    chosen |= {"max_batch_tokens": max_batch_tokens}
+    chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks, "batching": batching}
+    chosen |= {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "threads": threads}
     if workers is None:
         workers = 0 if prefill_workers or decode_workers else 1
     if not workers + prefill_workers + decode_workers:
         raise typer.BadParameter("0 leaves nobody to run the model.", param_hint="--workers")
+    wanted = StackOptions(
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        workers=workers,
+        prefill_workers=prefill_workers,
+        decode_workers=decode_workers,
+        cache_disk=str(cache_disk.absolute()) if cache_disk else None,
+        redis_url=redis_url,
+        worker_settings={setting: value for setting, value in chosen.items() if value is not None},
+    )
+    _run_stack(wanted)
+
+
+def _run_stack(wanted: StackOptions) -> None:
+    """Settles the public ports, where 0 means a free one, and runs the stack to its end."""
     try:
-        http_port = choose_public_port(host, http_port, "--http-port")
-        grpc_port = choose_public_port(host, grpc_port, "--grpc-port", avoid={http_port})
-        options = StackOptions(
-            host=host,
-            http_port=http_port,
-            grpc_port=grpc_port,
-            workers=workers,
-            prefill_workers=prefill_workers,
-            decode_workers=decode_workers,
-            cache_disk=str(cache_disk.absolute()) if cache_disk else None,
-            redis_url=redis_url,
-            worker_settings={setting: value for setting, value in chosen.items() if value is not None},
-        )
-        stack = plan_stack(
-            options, free_ports(INTERNAL_HOST, {http_port, grpc_port}), cores=len(os.sched_getaffinity(0))
-        )
-        asyncio.run(run_stack(stack, RunDirectory(_runs()), console))
+        http_port = choose_public_port(wanted.host, wanted.http_port, "--http-port")
+        grpc_port = choose_public_port(wanted.host, wanted.grpc_port, "--grpc-port", avoid={http_port})
+        options = replace(wanted, http_port=http_port, grpc_port=grpc_port)
+        internal = free_ports(INTERNAL_HOST, {http_port, grpc_port})
+        stack = plan_stack(options, internal, cores=len(os.sched_getaffinity(0)))
+        asyncio.run(run_stack(stack, RunDirectory(_runs()), Console(highlight=False)))
     except PortTaken as error:
         _fail(str(error))
     except ProcessFailed as error:

@@ -16,7 +16,7 @@ from enum import Enum
 
 from headrace.v1 import cache_pb2
 from services.common.block_digest import DIGEST_BYTES
-from services.common.block_hash import HASH_BYTES
+from services.common.block_hash import HASH_BYTES, split_hashes
 from services.common.errors import InvalidRequest
 
 CHUNK_BLOCKS = 64 * 1024
@@ -231,7 +231,7 @@ def unpack_hashes(packed: bytes) -> list[bytes]:
     """Chain hashes from their packed form. Raises InvalidRequest if the last one is cut off."""
     if len(packed) % HASH_BYTES:
         raise InvalidRequest(f"Chain hashes are {HASH_BYTES} bytes each, and {len(packed)} bytes are no whole number.")
-    return [block for (block,) in struct.iter_unpack(f"{HASH_BYTES}s", packed)]
+    return split_hashes(packed)
 
 
 def unpack_digests(hashes: bytes, digests: bytes) -> dict[bytes, bytes]:

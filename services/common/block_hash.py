@@ -21,6 +21,11 @@ def chain_root(model: str, block_size: int, cache_salt: str) -> bytes:
     return digest.digest()[:HASH_BYTES]
 
 
+def split_hashes(packed: bytes) -> list[bytes]:
+    """Chain hashes, or other names of as many bytes, out of their packed form."""
+    return [packed[start : start + HASH_BYTES] for start in range(0, len(packed), HASH_BYTES)]
+
+
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """Chain hash of one full block, 16 bytes."""
     return sha256(parent + struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()[:HASH_BYTES]

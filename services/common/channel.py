@@ -28,7 +28,7 @@ CLIENT_OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A block of KV in one or two frames instead of dozens: a third more bytes a second.
+    # A block of KV in one or two frames instead of dozens.
     ("grpc.http2.max_frame_size", 1024 * 1024),
     ("grpc.http2.write_buffer_size", 4 * 1024 * 1024),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -43,7 +43,7 @@ SERVER_OPTIONS = (
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A block of KV in one or two frames instead of dozens: a third more bytes a second.
+    # A block of KV in one or two frames instead of dozens.
     ("grpc.http2.max_frame_size", 1024 * 1024),
     ("grpc.http2.write_buffer_size", 4 * 1024 * 1024),
     ("grpc.so_reuseport", 0),

@@ -7,7 +7,6 @@ HeadraceError                    code                  HTTP  whose mistake
 ├── Overloaded                   RESOURCE_EXHAUSTED    429   nobody's: try again after `retry_after_s`
 ├── Unavailable                  UNAVAILABLE           503   ours, passing
 ├── DeadlineExceeded             DEADLINE_EXCEEDED     503   the deadline passed before the answer began
-├── Unimplemented                UNIMPLEMENTED         501   nobody's: this server does not offer the call
 └── RequestFailed                INTERNAL              500   ours: the request failed on the way
 
 The message of each is one sentence that says what and why. Everything else that escapes a servicer is a bug: it is
@@ -88,13 +87,6 @@ class DeadlineExceeded(HeadraceError):
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     http_status = 503
-
-
-class Unimplemented(HeadraceError):
-    """The call is in the protocol and this server does not offer it."""
-
-    code = grpc.StatusCode.UNIMPLEMENTED
-    http_status = 501
 
 
 class RequestFailed(HeadraceError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from headrace.v1 import scheduler_pb2
-from services.common.block_hash import HASH_BYTES
+from services.common.block_hash import split_hashes
 from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
 from services.scheduler.fleet import PlacementKey
 from services.scheduler.gateways import GatewayKey
@@ -131,6 +131,4 @@ class HeldJobs:
 
 def _shape(queued: QueuedJob) -> JobShape:
     job = queued.job
-    hashes = job.block_hashes
-    blocks = [hashes[begin : begin + HASH_BYTES] for begin in range(0, len(hashes), HASH_BYTES)]
-    return JobShape(job.request_id, job.prompt_tokens, max(1, job.choices), blocks)
+    return JobShape(job.request_id, job.prompt_tokens, max(1, job.choices), split_hashes(job.block_hashes))

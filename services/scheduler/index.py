@@ -11,7 +11,7 @@ from itertools import islice
 
 from headrace.v1 import cache_pb2
 from services.common.block_digest import DIGEST_BYTES
-from services.common.block_hash import HASH_BYTES
+from services.common.block_hash import split_hashes
 
 HolderKey = tuple[str, str]
 """A holder's id and incarnation: what an earlier incarnation held says nothing of the present one."""
@@ -119,10 +119,10 @@ class BlockIndex:
         holder = self._holders.get(change.holder_id)
         if holder is None:
             raise IndexGap(f"blocks of an unknown holder {change.holder_id}")
-        self._forget(holder, list(holder.blocks) if change.replace else _split(change.removed))
+        self._forget(holder, list(holder.blocks) if change.replace else split_hashes(change.removed))
         holder_bits = self._holder_bits.setdefault(holder.joined.kv_format, {})
-        blocks = _split(change.stored)
-        digests = _split(change.stored_digests) or [_UNKNOWN] * len(blocks)
+        blocks = split_hashes(change.stored)
+        digests = split_hashes(change.stored_digests) or [_UNKNOWN] * len(blocks)
         for block, digest in zip(blocks, digests, strict=True):
             holder.blocks[block] = digest
             holder_bits[block] = holder_bits.get(block, 0) | holder.bit
@@ -166,17 +166,9 @@ class Match:
         """The holders of most blocks, in falling order, and how many each has; `count` of them at most."""
         return list(islice(self._falling(), count))
 
-    def all(self) -> dict[HolderKey, int]:
-        """Every holder of at least one."""
-        return dict(self._falling())
-
     def _falling(self) -> Iterator[tuple[HolderKey, int]]:
         for blocks, bits in reversed(self._levels):
             while bits:
                 lowest = bits & -bits
                 yield self._by_bit[lowest].key, blocks
                 bits ^= lowest
-
-
-def _split(hashes: bytes) -> list[bytes]:
-    return [hashes[begin : begin + HASH_BYTES] for begin in range(0, len(hashes), HASH_BYTES)]

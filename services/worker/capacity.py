@@ -41,13 +41,11 @@ class Capacity:
         self,
         *,
         max_sequences: int,
-        total_blocks: int,
         max_pending_prefill_tokens: int,
         free_blocks: Callable[[], int],
     ) -> None:
         """`free_blocks` gives those of the block pool at this moment."""
         self.max_sequences = max_sequences
-        self.total_blocks = total_blocks
         self.max_pending_prefill_tokens = max_pending_prefill_tokens
         self.idle = asyncio.Event()
         """Set while nothing is live."""

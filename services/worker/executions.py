@@ -231,7 +231,7 @@ class Executions:
             ticket.gathering = gathering
         gathering.task = asyncio.create_task(self._gather_and_run(start, gathering), name=f"gather {start.request_id}")
         self._gathering.add(gathering.task)
-        gathering.task.add_done_callback(self._gathering.discard)
+        gathering.task.add_done_callback(self._gathered)
 
     async def _gather_and_run(self, start: worker_pb2.Start, gathering: _Gathering) -> None:
         """Brings the KV of the request's prompt, then sends its sequences to the engine, with whatever has come."""
@@ -245,20 +245,26 @@ class Executions:
                 keep_free=self._capacity.live_sequences,
                 compute_s=block_size / self._prefill_rate.tokens_per_s,
             )
-        except Exception:
-            log.exception("request %s: gathering its KV failed, all of it is computed", start.request_id)
-        finally:
-            for ticket in gathering.tickets:
-                ticket.gathering = None
-            live = [sequence for sequence in gathering.sequences if not cast(Ticket, sequence.key).ended]
-            if not live:
-                self._engine.exchange.release(gathered.blocks)
-                self._capacity.withdraw(gathering.claim)
-        if live:
-            live[0].held = gathered.blocks
-            for sequence in live:
-                cast(Ticket, sequence.key).computed_elsewhere = gathered.computed_blocks * block_size
-            self._capacity.sent(gathering.claim, self._engine.add(live))
+        finally:  # whatever went wrong, the request runs
+            self._run_gathered(gathering, gathered)
+
+    def _run_gathered(self, gathering: _Gathering, gathered: Gathered) -> None:
+        for ticket in gathering.tickets:
+            ticket.gathering = None
+        live = [sequence for sequence in gathering.sequences if not cast(Ticket, sequence.key).ended]
+        if not live:
+            self._engine.exchange.release(gathered.blocks)
+            self._capacity.withdraw(gathering.claim)
+            return
+        live[0].held = gathered.blocks
+        for sequence in live:
+            cast(Ticket, sequence.key).computed_elsewhere = gathered.computed_blocks * self._limits.block_size
+        self._capacity.sent(gathering.claim, self._engine.add(live))
+
+    def _gathered(self, task: "asyncio.Task[None]") -> None:
+        self._gathering.discard(task)
+        if not task.cancelled() and (bug := task.exception()) is not None:
+            log.error("%s failed, all of its KV is computed", task.get_name(), exc_info=bug)
 
     def _refuse(
         self,

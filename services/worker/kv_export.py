@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from headrace.v1.cache_pb2 import FetchBlocksRequest, KvChunk
 from headrace.v1.sampling_pb2 import Sampling, Stopping
 from headrace.v1.worker_pb2 import PrefillRequest, Start, StartChoice
-from services.common.block_hash import HASH_BYTES
+from services.common.block_hash import HASH_BYTES, split_hashes
 from services.common.errors import InvalidRequest, Mismatch, Overloaded, RequestFailed, Unavailable
 from services.common.kv_blocks import BlockBytes, chunks
 from services.worker.capacity import Capacity, Claim
@@ -42,10 +42,7 @@ class KvExporter:
         self.check(request.kv_format)
         if len(request.block_hashes) % HASH_BYTES:
             raise InvalidRequest(f"Chain hashes are {HASH_BYTES} bytes each.", field="block_hashes")
-        packed = request.block_hashes
-        names = [packed[start : start + HASH_BYTES] for start in range(0, len(packed), HASH_BYTES)]
-        run = Run(names)
-        async for chunk in self.send(run):
+        async for chunk in self.send(Run(split_hashes(request.block_hashes))):
             yield chunk
 
     async def send(self, run: "Run", most: int | None = None) -> AsyncIterator[KvChunk]:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,13 +94,12 @@ class KvImporter:
         one block takes to compute here.
         """
         gathered = Gathered()
-        try:
+        with ExitStack() as undo:
+            undo.callback(lambda: self._exchange.release(gathered.blocks))
             for source in start.kv_sources:
                 await self._from(source, names[: source.blocks], start, gathered, keep_free, compute_s)
             self._take_own(names, gathered)
-        except BaseException:
-            self._exchange.release(gathered.blocks)
-            raise
+            undo.pop_all()
         return gathered
 
     async def close(self) -> None:

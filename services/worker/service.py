@@ -49,7 +49,6 @@ class WorkerService:
         self._metrics = WorkerMetrics(model.limits.name, lambda: 1 - exchange.free_blocks / model.num_blocks, registry)
         self._capacity = Capacity(
             max_sequences=settings.max_sequences,
-            total_blocks=model.num_blocks,
             max_pending_prefill_tokens=self._most_pending_prefill_tokens(),
             free_blocks=lambda: exchange.free_blocks,
         )

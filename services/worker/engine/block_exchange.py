@@ -51,10 +51,6 @@ class BlockExchange:
         self._memory = memory
 
     @property
-    def block_size(self) -> int:
-        return self._pool.block_size
-
-    @property
     def free_blocks(self) -> int:
         """Blocks that can be taken now."""
         return self._pool.free_blocks

@@ -78,10 +78,6 @@ class Engine:
     def pending_prefill_tokens(self) -> int:
         return self._batcher.pending_prefill_tokens
 
-    @property
-    def free_blocks(self) -> int:
-        return self._pool.free_blocks
-
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence. ValueError if it could outgrow the context or its key is taken."""
         if sequence.max_length > self._max_context:

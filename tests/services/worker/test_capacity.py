@@ -19,13 +19,12 @@ class Pool:
     """How many of its blocks are free."""
 
     def __init__(self, free: int) -> None:
-        self.total = self.free = free
+        self.free = free
 
 
 def make_capacity(pool: Pool, max_sequences: int = 8) -> Capacity:
     return Capacity(
         max_sequences=max_sequences,
-        total_blocks=pool.total,
         max_pending_prefill_tokens=64,
         free_blocks=lambda: pool.free,
     )

@@ -101,7 +101,7 @@ def test_one_sequence_from_first_to_last_token() -> None:
     assert [result.computed_tokens for result in results] == [6, 1, 1]
     assert sequence.finish is Finish.LENGTH
     assert not setup.engine.has_work
-    assert setup.engine.free_blocks == 64
+    assert setup.pool.free_blocks == 64
     assert setup.engine.counters.steps == 3
     setup.assert_exact()
 
@@ -165,7 +165,7 @@ def test_choices_share_their_prompt() -> None:
     assert (setup.engine.num_running, setup.engine.num_waiting) == (1, 2)
     setup.step()
     assert setup.engine.num_running == 3
-    assert setup.pool.num_blocks - setup.engine.free_blocks == 4 + 3  # four of the prompt, one of each choice's own
+    assert setup.pool.num_blocks - setup.pool.free_blocks == 4 + 3  # four of the prompt, one of each choice's own
     setup.run()
     assert len({tuple(sequence.tokens) for sequence in setup.finished}) == 3
     setup.assert_exact()
@@ -195,7 +195,7 @@ def test_cancel_frees_in_every_phase() -> None:
     for key in ("waiting", "prefilling", "decoding"):
         assert setup.engine.cancel(key)
     assert not setup.engine.cancel("decoding")
-    assert setup.engine.free_blocks == 64
+    assert setup.pool.free_blocks == 64
     assert not setup.engine.has_work
 
 
@@ -212,7 +212,7 @@ def test_a_failed_forward_moves_nobody() -> None:
     assert setup.engine.cancel(0)
     setup.run()
     assert len(setup.finished) == 2
-    assert setup.engine.free_blocks == 64
+    assert setup.pool.free_blocks == 64
     setup.assert_exact()
 
 
@@ -334,5 +334,5 @@ def test_any_schedule_as_alone(setup: Setup, schedule: list[Arrival], failing: s
             assert str(error) == "as planned"
     setup.assert_exact()
     assert set(setup.finished) | cancelled == set(setup.expected)
-    assert setup.engine.free_blocks == setup.num_blocks
+    assert setup.pool.free_blocks == setup.num_blocks
     assert (setup.engine.num_running, setup.engine.num_waiting, setup.engine.pending_prefill_tokens) == (0, 0, 0)
