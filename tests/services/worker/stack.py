@@ -244,6 +244,15 @@ class Stack:
     def release(self) -> None:
         self.runner.allow(None)
 
+    @property
+    def commands(self) -> int:
+        """Given to the engine's thread so far."""
+        return self.service._engine._commands_sent
+
+    async def until_commands(self, expected: int) -> None:
+        while self.commands != expected:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.005)
+
     async def stop(self, drain_grace_s: float = 0.0) -> None:
         await self.service.stop(drain_grace_s)
 

@@ -99,16 +99,23 @@ async def test_a_short_prompt_is_kept_when_it_is_used_twice(stack: Stack) -> Non
 
 async def test_a_long_prompt_waits_while_the_engine_works_and_a_shared_one_does_not(stack: Stack) -> None:
     cache = cache_of(stack)
-    stack.hold(after=30)
-    busy = Gateway(stack.channel)
-    busy.start("busy", [1], [5], max_tokens=190)
-    await busy.until(lambda: 1 in busy.tokens)
-    await run(stack, PROMPT[::-1], max_tokens=1, request="long")
-    await run(stack, PROMPT[:9], max_tokens=1, request="first")
-    await run(stack, PROMPT[:9], max_tokens=1, request="second")
+    stack.hold(after=1)
+    gateway = Gateway(stack.channel)
+    gateway.start("busy", [1], [5], max_tokens=190)
+    await gateway.until(lambda: 1 in gateway.tokens)
+    commands = stack.commands
+    gateway.start("long", [2], PROMPT[::-1], max_tokens=1)
+    gateway.start("first", [3], PROMPT[:9], max_tokens=1)
+    await stack.until_commands(commands + 2)
+    stack.hold(after=20)
+    await gateway.finish(2, 3)
+    gateway.start("second", [4], PROMPT[:9], max_tokens=1)
+    await stack.until_commands(commands + 3)
+    stack.hold(after=20)
+    await gateway.finish(4)
     await cache.until(lambda: list(cache.kept) == NAMES[:2])
     stack.release()
-    busy.cancel(1)
+    gateway.cancel(1)
     await cache.until(lambda: len(cache.kept) > 2)
 
 
