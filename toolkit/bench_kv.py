@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any, cast
 
 import grpc.aio
 
@@ -28,6 +29,7 @@ from headrace.v1.worker_pb2 import ExecuteCommand, ExecuteHello, Start, StartCho
 from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.block_hash import chain_hashes, chain_root
 from services.common.channel import Outbox, dial
+from services.common.kv_wire import ChunkChannel
 from toolkit.bench_stack import stack_of_our_own
 from toolkit.run_directory import RunningStack, running_stacks
 
@@ -80,6 +82,7 @@ class WorkerClient:
     def __init__(self, registration: Registration, channel: grpc.aio.Channel) -> None:
         self.registration = registration
         self._stub = WorkerStub(channel)
+        self._kv_stub = WorkerStub(cast(Any, ChunkChannel(channel)))
         self._numbers = count()
 
     def names(self, prompt: Sequence[int]) -> list[bytes]:
@@ -102,7 +105,7 @@ class WorkerClient:
         """Fetches blocks and throws them away."""
         request = FetchBlocksRequest(kv_format=self.registration.kv_format, block_hashes=b"".join(names))
         started, size = time.perf_counter(), 0
-        async for chunk in self._stub.FetchBlocks(request):
+        async for chunk in self._kv_stub.FetchBlocks(request):
             size += len(chunk.data)
         if size != len(names) * self.registration.block_bytes:
             raise KvBenchFailed(f"The worker gave {size} bytes of {len(names)} blocks.")

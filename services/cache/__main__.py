@@ -14,6 +14,7 @@ from services.cache.store import Store
 from services.cache.watch import WatchHub
 from services.common import config, serve, telemetry
 from services.common.channel import reachable
+from services.common.kv_wire import with_chunks
 
 log = logging.getLogger("services.cache")
 
@@ -31,7 +32,8 @@ async def serve_cache(settings: CacheSettings, stop: serve.Stop) -> None:
     await store.open()
     name = cache_pb2.DESCRIPTOR.services_by_name["Cache"].full_name
     servicer = CacheServicer(index, hub, store, own, metrics, max_block_bytes=settings.max_block_bytes)
-    server = serve.GrpcServer([serve.Registration(cache_pb2_grpc.add_CacheServicer_to_server, servicer, name)])
+    add = with_chunks(cache_pb2_grpc.add_CacheServicer_to_server)
+    server = serve.GrpcServer([serve.Registration(add, servicer, name)])
     port = await server.start(f"{settings.host}:{settings.port}")
     own.announce(settings.advertise_address or await reachable(settings.host, port), store.held)
     metrics_port = telemetry.serve_metrics(settings, settings.metrics_port)

@@ -30,7 +30,8 @@ from services.cache.store import Chain, Store
 from services.cache.watch import WatchHub, holder_to_proto
 from services.common.block_hash import HASH_BYTES
 from services.common.errors import InvalidRequest, Unavailable
-from services.common.kv_blocks import BadBlock, BlockAssembler, chunks
+from services.common.kv_blocks import BadBlock, BlockAssembler, Chunk, chunks
+from services.common.kv_wire import encode
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
             ]
         )
 
-    async def Store(
-        self, request_iterator: AsyncIterator[cache_pb2.KvChunk], context: Context
+    async def Store(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[Chunk], context: Context
     ) -> cache_pb2.StoreResponse:
         answer = cache_pb2.StoreResponse()
         assembler = BlockAssembler(self._max_block_bytes)
@@ -123,15 +124,15 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
             self._store.end_put(chain)
         return answer
 
-    async def FetchBlocks(
+    async def FetchBlocks(  # type: ignore[override]
         self, request: cache_pb2.FetchBlocksRequest, context: Context
-    ) -> AsyncIterator[cache_pb2.KvChunk]:
+    ) -> AsyncIterator[bytes]:
         _check_kv_format(request.kv_format)
         names = unpack_hashes(request.block_hashes)
         async with aclosing(self._store.fetch(request.kv_format, names)) as blocks:
             async for block in blocks:
                 for chunk in chunks(request.kv_format, block):
-                    yield chunk
+                    yield encode(chunk)
                 self._metrics.sent_bytes.inc(len(block.data))
 
     def _join(self, hello: cache_pb2.HolderHello) -> Holding:
@@ -183,7 +184,7 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
         self._metrics.show(self._index)
 
 
-def _check_names(chunk: cache_pb2.KvChunk) -> None:
+def _check_names(chunk: Chunk) -> None:
     _check_kv_format(chunk.kv_format)
     if len(chunk.block_hash) != HASH_BYTES:
         raise InvalidRequest(

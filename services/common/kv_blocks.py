@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from headrace.v1.cache_pb2 import KvChunk
 from services.common.block_digest import digest
 from services.common.errors import InvalidRequest
 
@@ -11,7 +10,8 @@ CHUNK_BYTES = 1024 * 1024
 
 
 class BadBlock(InvalidRequest):
-    """What arrived is not what it says it is. `reason` is one of `format`, `order`, `size` and `digest`."""
+    """What arrived is not what it says it is. `reason` is one of `encoding`, `format`, `order`,
+    `size` and `digest`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -27,20 +27,25 @@ class BlockBytes:
     digest: bytes
 
 
-def chunks(kv_format: str, block: BlockBytes) -> Iterator[KvChunk]:
-    """The messages that carry a block."""
-    size = len(block.data)
-    for start in range(0, size, CHUNK_BYTES):
-        end = min(start + CHUNK_BYTES, size)
-        last = end == size
-        yield KvChunk(
-            kv_format=kv_format,
-            block_hash=block.name,
-            data=bytes(block.data[start:end]),
-            offset_bytes=start,
-            last=last,
-            digest=block.digest if last else b"",
-        )
+@dataclass(slots=True)
+class Chunk:
+    """What a KvChunk says, with the names that it has there."""
+
+    kv_format: str
+    block_hash: bytes
+    data: bytes | memoryview
+    offset_bytes: int
+    last: bool
+    digest: bytes
+
+
+def chunks(kv_format: str, block: BlockBytes) -> Iterator[Chunk]:
+    """The chunks that carry a block; their data are views into the block's."""
+    data = memoryview(block.data)
+    for start in range(0, len(data), CHUNK_BYTES):
+        end = min(start + CHUNK_BYTES, len(data))
+        last = end == len(data)
+        yield Chunk(kv_format, block.name, data[start:end], start, last, block.digest if last else b"")
 
 
 class BlockAssembler:
@@ -50,17 +55,16 @@ class BlockAssembler:
         """`kv_format`: the only one that is taken; None takes any."""
         self._max_block_bytes = max_block_bytes
         self._kv_format = kv_format
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | memoryview] = []
         self._size = 0
         self._open = ("", b"")  # KV format and chain hash of the block under way
 
-    def take(self, chunk: KvChunk) -> BlockBytes | None:
+    def take(self, chunk: Chunk) -> BlockBytes | None:
         """The block that this chunk completes, if it does. Raises BadBlock, after which the stream is of no use."""
-        piece = chunk.data  # once: each look at it makes a copy
-        self._check(chunk, len(piece))
+        self._check(chunk)
         self._open = (chunk.kv_format, chunk.block_hash)
-        self._pieces.append(piece)
-        self._size += len(piece)
+        self._pieces.append(chunk.data)
+        self._size += len(chunk.data)
         if not chunk.last:
             return None
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
@@ -69,7 +73,8 @@ class BlockAssembler:
             raise BadBlock("digest", f"The bytes of block {chunk.block_hash.hex()} are not those of its digest.")
         return BlockBytes(chunk.block_hash, data, chunk.digest)
 
-    def _check(self, chunk: KvChunk, size: int) -> None:
+    def _check(self, chunk: Chunk) -> None:
+        size = len(chunk.data)
         if self._kv_format is not None and chunk.kv_format != self._kv_format:
             raise BadBlock(
                 "format", f"A block of KV format {chunk.kv_format} arrived where {self._kv_format} was asked for."

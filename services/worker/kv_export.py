@@ -7,12 +7,13 @@ word, keeps nothing of the pool.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from headrace.v1.cache_pb2 import FetchBlocksRequest, KvChunk
+from headrace.v1.cache_pb2 import FetchBlocksRequest
 from headrace.v1.sampling_pb2 import Sampling, Stopping
 from headrace.v1.worker_pb2 import PrefillRequest, Start, StartChoice
 from services.common.block_hash import HASH_BYTES, split_hashes
 from services.common.errors import InvalidRequest, Mismatch, Overloaded, RequestFailed, Unavailable
 from services.common.kv_blocks import BlockBytes, chunks
+from services.common.kv_wire import SIGN_OF_LIFE, encode
 from services.worker.capacity import Capacity, Claim
 from services.worker.engine.block_exchange import BlockExchange
 from services.worker.engine.sequence import Sequence as EngineSequence
@@ -25,7 +26,7 @@ _SIGN_OF_LIFE_S = 0.5
 
 
 class KvExporter:
-    """What this worker holds, as chunks."""
+    """What this worker holds, as messages: see `kv_wire`."""
 
     def __init__(self, exchange: BlockExchange, kv_format: str, metrics: KvMetrics) -> None:
         self._exchange = exchange
@@ -37,29 +38,30 @@ class KvExporter:
         if kv_format != self._kv_format:
             raise Mismatch(f"This worker's KV format is {self._kv_format}, not {kv_format or '(empty)'}.")
 
-    async def fetch(self, request: FetchBlocksRequest) -> AsyncIterator[KvChunk]:
+    async def fetch(self, request: FetchBlocksRequest) -> AsyncIterator[bytes]:
         """The leading blocks of a chain that are here."""
         self.check(request.kv_format)
         if len(request.block_hashes) % HASH_BYTES:
             raise InvalidRequest(f"Chain hashes are {HASH_BYTES} bytes each.", field="block_hashes")
-        async for chunk in self.send(Run(split_hashes(request.block_hashes))):
-            yield chunk
+        async for message in self.send(Run(split_hashes(request.block_hashes))):
+            yield message
 
-    async def send(self, run: "Run", most: int | None = None) -> AsyncIterator[KvChunk]:
+    async def send(self, run: "Run", most: int | None = None) -> AsyncIterator[bytes]:
         """What of a run is here now and was not sent, up to the first block that is missing; `most` blocks of it."""
         end = len(run.names) if most is None else min(run.sent + most, len(run.names))
-        while messages := self._copy(run.names[run.sent : min(run.sent + _COPIED_AT_ONCE, end)]):
-            for message in messages:
-                yield message
-                run.sent += message.last
+        while blocks := self._copy(run.names[run.sent : min(run.sent + _COPIED_AT_ONCE, end)]):
+            for messages in blocks:
+                for message in messages:
+                    yield message
+                run.sent += 1
 
-    def _copy(self, names: Sequence[bytes]) -> list[KvChunk]:
-        """The messages of the leading blocks that are here."""
+    def _copy(self, names: Sequence[bytes]) -> list[list[bytes]]:
+        """The messages of each of the leading blocks that are here."""
         held = self._exchange.hold(names)
         try:
             blocks = [BlockBytes(one.name, self._exchange.read(one.block), one.digest) for one in held]
             self._metrics.exported(sum(len(block.data) for block in blocks), len(blocks))
-            return [chunk for block in blocks for chunk in chunks(self._kv_format, block)]
+            return [[encode(chunk) for chunk in chunks(self._kv_format, block)] for block in blocks]
         finally:
             self._exchange.release(one.block for one in held)
 
@@ -120,7 +122,7 @@ class Prefills:
         self._on_left = on_left
         self._running: set[_Prefill] = set()
 
-    async def run(self, request: PrefillRequest) -> AsyncIterator[KvChunk]:
+    async def run(self, request: PrefillRequest) -> AsyncIterator[bytes]:
         """The blocks of a prompt, each as soon as it is computed; in between signs of life, while the engine steps.
 
         Raises Overloaded when this worker has no room for it, and InvalidRequest if it can never run here.
@@ -137,8 +139,8 @@ class Prefills:
         self._capacity.sent(claim, self._engine.add([sequence]))  # from now on it is the engine's
         self._running.add(prefill)
         try:
-            async for chunk in self._follow(prefill, run):
-                yield chunk
+            async for message in self._follow(prefill, run):
+                yield message
             if prefill.error:
                 raise RequestFailed(prefill.error)
         finally:
@@ -157,19 +159,19 @@ class Prefills:
         for prefill in self._running:
             prefill.news.set()
 
-    async def _follow(self, prefill: _Prefill, run: Run) -> AsyncIterator[KvChunk]:
+    async def _follow(self, prefill: _Prefill, run: Run) -> AsyncIterator[bytes]:
         """The run's blocks as the engine's turns complete them, until all are sent or the sequence has ended."""
         loop = asyncio.get_running_loop()
         sent_at = loop.time()
         while True:
             ended = prefill.finished  # asked before what there is, so that nothing comes between
-            async for chunk in self._exporter.send(run):
-                yield chunk
+            async for message in self._exporter.send(run):
+                yield message
                 sent_at = loop.time()
             if ended or run.complete:
                 return
             if loop.time() - sent_at > _SIGN_OF_LIFE_S:
-                yield KvChunk()
+                yield SIGN_OF_LIFE
                 sent_at = loop.time()
             await prefill.news.wait()
             prefill.news.clear()

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc.aio
 
-from headrace.v1.cache_pb2 import FetchBlocksRequest, KvChunk
+from headrace.v1.cache_pb2 import FetchBlocksRequest
 from headrace.v1.cache_pb2_grpc import CacheStub
 from headrace.v1.scheduler_pb2 import KvSource
 from headrace.v1.worker_pb2 import PrefillRequest, Start
@@ -24,6 +24,7 @@ from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.block_digest import DIGEST_BYTES
 from services.common.channel import Channels
 from services.common.kv_blocks import BadBlock, BlockAssembler, BlockBytes
+from services.common.kv_wire import ChunkChannel
 from services.worker.engine.block_exchange import BlockExchange
 from services.worker.kv_metrics import KvMetrics
 
@@ -187,8 +188,9 @@ class KvImporter:
         finally:
             call.cancel()
 
-    def _call(self, fetch: _Fetch, start: Start) -> "grpc.aio.UnaryStreamCall[Any, KvChunk]":
-        channel = self._channels.get(fetch.source.address)
+    def _call(self, fetch: _Fetch, start: Start) -> Any:
+        """The call, whose messages are Chunk."""
+        channel: Any = ChunkChannel(self._channels.get(fetch.source.address))
         if fetch.source.kind == KvSource.KIND_PREFILL:
             return WorkerStub(channel).Prefill(
                 PrefillRequest(

@@ -14,13 +14,14 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
-from headrace.v1.cache_pb2 import Holder, KvChunk, LookupRequest
+from headrace.v1.cache_pb2 import Holder, LookupRequest
 from headrace.v1.cache_pb2_grpc import CacheStub
 from services.common.channel import Channels
+from services.common.kv_wire import ChunkChannel
 from services.worker.engine.engine import StepResult
 from services.worker.engine_loop import Turn
 from services.worker.kv_export import KvExporter, Run
@@ -122,10 +123,11 @@ class KvOffloader:
     async def _offload(self, chain: _Chain) -> None:
         # One cache service for one chain, so that it has all of it.
         address = self._caches[chain.names[0][0] % len(self._caches)]
-        stub: CacheAsyncStub = CacheStub(self._channels.get(address))
+        channel: Any = ChunkChannel(self._channels.get(address))
+        stub = CacheStub(channel)
         kept = await self._kept(stub, chain.names)
         if kept < len(chain.names):
-            answer = await stub.Store(self._chunks(chain, kept), timeout=_TIMEOUT_S)
+            answer = await stub.Store(self._messages(chain, kept), timeout=_TIMEOUT_S)
             self._metrics.offloaded(answer.stored_blocks, answer.stored_bytes)
 
     async def _kept(self, stub: "CacheAsyncStub", names: Sequence[bytes]) -> int:
@@ -135,15 +137,15 @@ class KvOffloader:
         kept = (match.blocks for match in answer.matches if match.holder.kind == Holder.KIND_CACHE)
         return max(kept, default=0)
 
-    async def _chunks(self, chain: _Chain, kept: int) -> AsyncIterator[KvChunk]:
+    async def _messages(self, chain: _Chain, kept: int) -> AsyncIterator[bytes]:
         """A few blocks at a time, and then none while the engine is at work, unless the chain is in use twice."""
         run = Run(chain.names, sent=kept)
         while not run.complete:
             if not chain.hot:
                 await self._idle.wait()
             before = run.sent
-            async for chunk in self._exporter.send(run, most=_BLOCKS_AT_ONCE):
-                yield chunk
+            async for message in self._exporter.send(run, most=_BLOCKS_AT_ONCE):
+                yield message
             if run.sent == before:
                 return  # evicted meanwhile
 

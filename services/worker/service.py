@@ -8,6 +8,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from headrace.v1 import cache_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channel import cancel_and_wait, reachable
+from services.common.kv_wire import with_chunks
 from services.common.serve import GrpcServer, Registration, Stop, stopped
 from services.worker.build import LoadedModel
 from services.worker.cache_link import CacheLink
@@ -81,7 +82,8 @@ class WorkerService:
             self._executions, exporter, self._prefills, model.tokenizer_hash, model.tokenizer_files
         )
         name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
-        self._server = GrpcServer([Registration(worker_pb2_grpc.add_WorkerServicer_to_server, servicer, name)])
+        add = with_chunks(worker_pb2_grpc.add_WorkerServicer_to_server)
+        self._server = GrpcServer([Registration(add, servicer, name)])
         self._status: EngineStatus | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._schedulers: SchedulerLinks

@@ -71,13 +71,17 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             for start in range(0, max(len(data), 1), _CHUNK_BYTES):
                 yield worker_pb2.FileChunk(name=name, data=data[start : start + _CHUNK_BYTES])
 
-    async def Prefill(self, request: worker_pb2.PrefillRequest, context: Context) -> AsyncIterator[cache_pb2.KvChunk]:
+    # Both yield KvChunk as `kv_wire` encodes it.
+
+    async def Prefill(  # type: ignore[override]
+        self, request: worker_pb2.PrefillRequest, context: Context
+    ) -> AsyncIterator[bytes]:
         async for chunk in self._prefills.run(request):
             yield chunk
 
-    async def FetchBlocks(
+    async def FetchBlocks(  # type: ignore[override]
         self, request: cache_pb2.FetchBlocksRequest, context: Context
-    ) -> AsyncIterator[cache_pb2.KvChunk]:
+    ) -> AsyncIterator[bytes]:
         async for chunk in self._exporter.fetch(request):
             yield chunk
 

@@ -20,6 +20,7 @@ from services.cache.servicer import CacheServicer
 from services.cache.store import Store
 from services.cache.watch import WatchHub
 from services.common.channel import Outbox, dial
+from services.common.kv_wire import with_chunks
 from services.common.serve import GrpcServer, Registration
 
 BLOCKS = [bytes([number]) * 16 for number in range(8)]
@@ -45,7 +46,8 @@ async def serving(folder: Path | None = None, *, ram_bytes: int = 100 * MIB) -> 
     store = Store(RamTier(ram_bytes), disk, metrics, own.change)
     await store.open()
     servicer = CacheServicer(index, hub, store, own, metrics, max_block_bytes=4 * MIB)
-    server = GrpcServer([Registration(cache_pb2_grpc.add_CacheServicer_to_server, servicer, "headrace.v1.Cache")])
+    add = with_chunks(cache_pb2_grpc.add_CacheServicer_to_server)
+    server = GrpcServer([Registration(add, servicer, "headrace.v1.Cache")])
     port = await server.start("127.0.0.1:0")
     own.announce(f"127.0.0.1:{port}", store.held)
     async with dial(f"127.0.0.1:{port}") as channel:

@@ -14,6 +14,7 @@ from headrace.v1 import cache_pb2, cache_pb2_grpc
 from services.common.block_digest import digest
 from services.common.channel import dial
 from services.common.kv_blocks import BlockBytes, chunks
+from services.common.kv_wire import ChunkChannel, encode
 
 
 @asynccontextmanager
@@ -51,13 +52,13 @@ async def test_it_serves_and_ends_on_sigterm_with_streams_open() -> None:
 async def test_what_it_was_given_to_keep_is_there_after_a_restart(tmp_path: Path) -> None:
     block = BlockBytes(b"n" * 16, b"kv" * 50_000, digest(b"kv" * 50_000))
     async with running(disk_path=str(tmp_path)) as (process, address), dial(address) as channel:
-        answer = await cache_pb2_grpc.CacheStub(channel).Store(chunks("f32", block))
+        answer = await cache_pb2_grpc.CacheStub(ChunkChannel(channel)).Store(map(encode, chunks("f32", block)))
         assert answer.stored_blocks == 1
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
     settings = {"disk_path": str(tmp_path), "id": "c1", "advertise_address": "cache.example:50071"}
     async with running(**settings) as (_, address), dial(address) as channel:
-        stub = cache_pb2_grpc.CacheStub(channel)
+        stub = cache_pb2_grpc.CacheStub(ChunkChannel(channel))
         (match,) = (await stub.Lookup(cache_pb2.LookupRequest(kv_format="f32", block_hashes=block.name))).matches
         assert (match.holder.id, match.holder.address) == ("c1/f32", "cache.example:50071")
         request = cache_pb2.FetchBlocksRequest(kv_format="f32", block_hashes=block.name)

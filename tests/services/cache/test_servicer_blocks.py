@@ -13,6 +13,7 @@ from services.cache.block_key import BlockKey
 from services.common.block_digest import digest
 from services.common.channel import dial
 from services.common.kv_blocks import CHUNK_BYTES, BlockAssembler, BlockBytes, chunks
+from services.common.kv_wire import decode, encode
 from tests.services.cache.serving import BLOCKS, MIB, Copy, Publisher, Service, serving
 
 
@@ -22,7 +23,7 @@ def block(number: int, size: int = 1000) -> BlockBytes:
 
 
 def messages(*blocks: BlockBytes, kv_format: str = "f32") -> list[cache_pb2.KvChunk]:
-    return [chunk for one in blocks for chunk in chunks(kv_format, one)]
+    return [cache_pb2.KvChunk.FromString(encode(chunk)) for one in blocks for chunk in chunks(kv_format, one)]
 
 
 async def store(service: Service, *blocks: BlockBytes, kv_format: str = "f32") -> cache_pb2.StoreResponse:
@@ -32,7 +33,8 @@ async def store(service: Service, *blocks: BlockBytes, kv_format: str = "f32") -
 async def fetch(service: Service, *names: bytes, kv_format: str = "f32") -> list[BlockBytes]:
     assembler = BlockAssembler(4 * MIB, kv_format)
     request = cache_pb2.FetchBlocksRequest(kv_format=kv_format, block_hashes=b"".join(names))
-    return [whole async for chunk in service.stub.FetchBlocks(request) if (whole := assembler.take(chunk)) is not None]
+    received = [decode(message.SerializeToString()) async for message in service.stub.FetchBlocks(request)]
+    return [whole for chunk in received if (whole := assembler.take(chunk)) is not None]
 
 
 async def refusal(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:

@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.v1.cache_pb2 import KvChunk
 from services.common.block_digest import digest
-from services.common.kv_blocks import CHUNK_BYTES, BadBlock, BlockAssembler, BlockBytes, chunks
+from services.common.kv_blocks import CHUNK_BYTES, BadBlock, BlockAssembler, BlockBytes, Chunk, chunks
 
 NAME = b"n" * 16
 
@@ -15,7 +14,7 @@ def block(data: bytes, name: bytes = NAME) -> BlockBytes:
     return BlockBytes(name, data, digest(data))
 
 
-def assemble(messages: list[KvChunk], assembler: BlockAssembler) -> list[BlockBytes]:
+def assemble(messages: list[Chunk], assembler: BlockAssembler) -> list[BlockBytes]:
     return [whole for message in messages if (whole := assembler.take(message)) is not None]
 
 
@@ -27,33 +26,33 @@ def test_blocks_come_out_as_they_went_in(sizes: list[int]) -> None:
     assert assemble(messages, BlockAssembler(3 * CHUNK_BYTES, "f")) == blocks
 
 
-def corrupt(messages: list[KvChunk]) -> None:
-    messages[1].data = b"x" + messages[1].data[1:]
+def corrupt(messages: list[Chunk]) -> None:
+    messages[1].data = b"x" + bytes(messages[1].data[1:])
 
 
-def cut_out(messages: list[KvChunk]) -> None:
+def cut_out(messages: list[Chunk]) -> None:
     del messages[1]
 
 
-def swap(messages: list[KvChunk]) -> None:
+def swap(messages: list[Chunk]) -> None:
     messages[0], messages[1] = messages[1], messages[0]
 
 
-def another_format(messages: list[KvChunk]) -> None:
+def another_format(messages: list[Chunk]) -> None:
     messages[1].kv_format = "g"
 
 
-def another_block(messages: list[KvChunk]) -> None:
+def another_block(messages: list[Chunk]) -> None:
     messages[1].block_hash = b"m" * 16
 
 
-def empty(messages: list[KvChunk]) -> None:
+def empty(messages: list[Chunk]) -> None:
     messages[1].data = b""
 
 
-def endless(messages: list[KvChunk]) -> None:
+def endless(messages: list[Chunk]) -> None:
     messages[2].last = False
-    messages.append(KvChunk(kv_format="f", block_hash=NAME, data=b"x", offset_bytes=3 * CHUNK_BYTES, last=True))
+    messages.append(Chunk("f", NAME, b"x", 3 * CHUNK_BYTES, last=True, digest=b""))
 
 
 @pytest.mark.parametrize(
