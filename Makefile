@@ -38,7 +38,7 @@ test: setup ## Run every test
 bench: setup ## Measure a stack of its own, and peers; tables, JSON and a plot (ARGS="--rounds 3 --peer NAME=URL,PID ...")
 	$(BIN)/headrace bench $(ARGS)
 
-bench-kv: setup ## Time the first token of long prompts, computed and with KV from elsewhere (ARGS="--repeats 5 -- ...")
+bench-kv: setup ## Measure KV from elsewhere: first tokens, decodes beside prompts, chats, placement (ARGS="--part chats -- ...")
 	$(BIN)/headrace bench-kv $(ARGS)
 	$(BIN)/python -m services.scheduler.simulate
 

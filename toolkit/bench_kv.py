@@ -23,14 +23,13 @@ import grpc.aio
 from headrace.v1.cache_pb2 import FetchBlocksRequest, Holder, LookupRequest
 from headrace.v1.cache_pb2_grpc import CacheStub
 from headrace.v1.sampling_pb2 import Sampling, Stopping
-from headrace.v1.scheduler_pb2 import DescribeFleetRequest, KvSource, Registration
-from headrace.v1.scheduler_pb2_grpc import SchedulerStub
+from headrace.v1.scheduler_pb2 import KvSource, Registration
 from headrace.v1.worker_pb2 import ExecuteCommand, ExecuteHello, Start, StartChoice
 from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.block_hash import chain_hashes, chain_root
 from services.common.channel import Outbox, dial
 from services.common.kv_wire import ChunkChannel
-from toolkit.bench_stack import stack_of_our_own
+from toolkit.bench_stack import all_workers, stack_of_our_own
 from toolkit.run_directory import RunningStack, running_stacks
 
 _TOKENS = (300, 40_000)  # ids that every vocabulary of interest has
@@ -245,9 +244,7 @@ async def run_kv_bench(options: KvBenchOptions, runs: Path) -> KvRecord:
     arguments = ("--workers", "2", "--cache-disk", str(options.folder / "blocks"), *options.up_arguments)
     async with stack_of_our_own("bench-kv", arguments, options.folder / "stack.log") as server:
         stack = next(stack for stack in running_stacks(runs) if stack.http_url == server.url)
-        async with dial(stack.scheduler_address) as scheduler:
-            fleet = await SchedulerStub(scheduler).DescribeFleet(DescribeFleetRequest(), wait_for_ready=True)
-        first, second = (worker.registration for worker in fleet.workers)
+        first, second = await all_workers(stack, 2)
         async with dial(first.address) as one, dial(second.address) as other:
             bench = KvBench(options, stack, WorkerClient(first, one), WorkerClient(second, other))
             await bench.run()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from toolkit.bench_chats import CONVERSATIONS, TURNS, WORKERS, ChatsRow
 from toolkit.bench_kv import KvRecord
 from toolkit.bench_split import SplitRow
 
@@ -44,4 +45,25 @@ def show_split(rows: Sequence[SplitRow], console: Console) -> None:
             row.prompt_tokens_per_s,
         )
         table.add_row(row.way, *(f"{figure:.1f}" for figure in figures))
+    console.print(table)
+
+
+def show_chats(rows: Sequence[ChatsRow], console: Console) -> None:
+    """What each placement policy made of the chats, beside the first one."""
+    title = f"{CONVERSATIONS} chats of {TURNS} turns over {WORKERS} workers"
+    table = Table(
+        title, "prompt tokens", "computed", "x first", "hits of best", "TTFT p50 ms", "s", box=None, pad_edge=False
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(
+            row.policy,
+            f"{row.prompt_tokens:,}",
+            f"{row.computed_tokens:,}",
+            f"{row.computed_tokens / rows[0].computed_tokens:.2f}",
+            f"{row.hit_share:.1%}",
+            f"{row.first_token_p50_ms:.0f}",
+            f"{row.wall_s:.0f}",
+        )
     console.print(table)

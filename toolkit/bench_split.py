@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.common.channel import cancel_and_wait
 from toolkit.bench_stack import stack_of_our_own
-from toolkit.loadtest import Row, complete, draw_requests, first_model, open_session, quantile
+from toolkit.loadtest import Answer, Request, Row, complete, draw_requests, first_model, open_session, quantile
 
 _DECODES = Row("decodes", requests=8, concurrency=8, shared_prefix=0, unique_prompt=32, output=48)
+_WINDOW_S = 60.0  # at least; every decode that began then is finished beside prompts
 _TIMEOUT_S = 600.0
 
 WAYS = {
@@ -48,27 +50,30 @@ async def _measure(way: str, url: str, prompt_tokens: int) -> SplitRow:
     model = await first_model(url)
     _, *decodes = draw_requests(_DECODES, seed=1)
     prompts = draw_requests(Row("prompts", 200, 1, 0, prompt_tokens, 1), seed=2)
-    computed = 0
+    prompt_ends: list[float] = []
+    answers: list[Answer] = []
     async with open_session(url, _TIMEOUT_S) as session:
-        await complete(session, model, prompts.pop())  # warm: connections, rates
 
         async def send_prompts() -> None:
-            nonlocal computed
             for prompt in prompts:
                 await complete(session, model, prompt)
-                computed += prompt_tokens
+                prompt_ends.append(time.perf_counter())
 
+        async def decode(request: Request) -> None:
+            while not prompt_ends or prompt_ends[-1] < started + _WINDOW_S:
+                answers.append(await complete(session, model, request))
+
+        await complete(session, model, prompts.pop())  # warm: connections, rates
         started = time.perf_counter()
         sending = asyncio.create_task(send_prompts())
-        answers = await asyncio.gather(*(complete(session, model, request) for request in decodes))
+        await asyncio.gather(*(decode(request) for request in decodes))
         wall_s = time.perf_counter() - started
-        sending.cancel()
-        await asyncio.gather(sending, return_exceptions=True)
+        await cancel_and_wait([sending])
     gaps = [gap for answer in answers for gap in answer.gaps_s]
     return SplitRow(
         way=way,
         between_tokens_p50_ms=quantile(gaps, 0.5) * 1e3,
         between_tokens_p99_ms=quantile(gaps, 0.99) * 1e3,
         output_tokens_per_s=sum(answer.tokens for answer in answers) / wall_s,
-        prompt_tokens_per_s=computed / wall_s,
+        prompt_tokens_per_s=len(prompt_ends) * prompt_tokens / (prompt_ends[-1] - started),
     )

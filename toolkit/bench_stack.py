@@ -9,18 +9,23 @@ from functools import partial
 from os import getpid
 from pathlib import Path
 
+from headrace.v1.scheduler_pb2 import DescribeFleetRequest, Registration
+from headrace.v1.scheduler_pb2_grpc import SchedulerStub
+from services.common.channel import dial
 from toolkit.bench_servers import Server
 from toolkit.health import http_ready
 from toolkit.loadtest import completes
 from toolkit.log_tail import last_lines
 from toolkit.ports import free_ports
 from toolkit.process_tree import ProcessTree
+from toolkit.run_directory import RunningStack
 from toolkit.stack import INTERNAL_HOST
 
 HEADRACE_UP = (sys.executable, "-P", "-m", "toolkit.main", "up")
 
 _ASK_EVERY_S = 0.2
 _SHOWN_LOG_LINES = 20
+_WORKERS_TIMEOUT_S = 120.0
 # A request that was lost with a connection is given up and sent anew after this time.
 _COMPLETION_TIMEOUT_S = 20.0
 
@@ -59,6 +64,16 @@ def _public_ports(http_port: int, grpc_port: int) -> tuple[str, ...]:
 
 def _end_of(process: asyncio.subprocess.Process) -> str:
     return f"the stack ended with status {process.returncode} before it was ready"
+
+
+async def all_workers(stack: RunningStack, count: int) -> list[Registration]:
+    """The registrations of so many workers, once they are there: a stack is ready when its first one is."""
+    async with dial(stack.scheduler_address) as channel, asyncio.timeout(_WORKERS_TIMEOUT_S):
+        while True:
+            fleet = await SchedulerStub(channel).DescribeFleet(DescribeFleetRequest(), wait_for_ready=True)
+            if len(fleet.workers) == count:
+                return [worker.registration for worker in fleet.workers]
+            await asyncio.sleep(_ASK_EVERY_S)
 
 
 async def _start(command: Sequence[str], log: Path) -> asyncio.subprocess.Process:

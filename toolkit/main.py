@@ -14,8 +14,9 @@ from rich.console import Console
 
 from services.common.config import home_directory
 from toolkit.bench import BenchOptions, run_bench
+from toolkit.bench_chats import run_chats_bench
 from toolkit.bench_kv import KvBenchFailed, KvBenchOptions, run_kv_bench
-from toolkit.bench_kv_report import show_kv, show_split
+from toolkit.bench_kv_report import show_chats, show_kv, show_split
 from toolkit.bench_peers import BadPeer, is_base_url, parse_peers
 from toolkit.bench_plot import plot
 from toolkit.bench_report import invalid_figures, show
@@ -52,6 +53,18 @@ class Batching(StrEnum):
     STATIC = "static"
 
 
+class KvPart(StrEnum):
+    WAYS = "ways"
+    SPLIT = "split"
+    CHATS = "chats"
+
+
+class Placement(StrEnum):
+    KV_AWARE = "kv_aware"
+    LEAST_LOADED = "least_loaded"
+    ROUND_ROBIN = "round_robin"
+
+
 class Role(StrEnum):
     BOTH = "both"
     PREFILL = "prefill"
@@ -79,6 +92,9 @@ def up(
     ] = None,
     batching: Annotated[
         Batching | None, typer.Option(help="Whether sequences join a running batch (continuous) or wait for its end.")
+    ] = None,
+    placement: Annotated[
+        Placement | None, typer.Option(help="How workers are chosen. kv_aware, the default, minds where KV is.")
     ] = None,
     cache_disk: Annotated[
         Path | None, typer.Option(help="Folder for KV worth keeping, found again after a restart. Default: RAM alone.")
@@ -111,6 +127,7 @@ def up(
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
         cache_disk=str(cache_disk.absolute()) if cache_disk else None,
+        placement=placement,
         redis_url=redis_url,
         worker_settings={setting: value for setting, value in chosen.items() if value is not None},
     )
@@ -218,20 +235,28 @@ def bench(
 def bench_kv(
     prompt_tokens: Annotated[int, typer.Option(min=64, help="Length of each prompt.")] = 1536,
     repeats: Annotated[int, typer.Option(min=1, help="Prompts per row; medians are shown.")] = 5,
+    part: Annotated[
+        list[KvPart] | None,
+        typer.Option(help="Ways to a prompt's KV, decodes beside prompts (split), or chats. May be given twice."),
+    ] = None,
     up_arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- UP_OPTIONS]", help="Options of `headrace up` for the stack.")
+        list[str] | None, typer.Argument(metavar="[-- UP_OPTIONS]", help="Options of `headrace up` for the stacks.")
     ] = None,
 ) -> None:
-    """Times the first token of long prompts whose KV is computed, or comes from another process of the stack."""
+    """Measures what KV from other processes of a stack is good for."""
+    chosen = part or list(KvPart)
+    console = Console(highlight=False)
     with tempfile.TemporaryDirectory(prefix="headrace-bench-kv-") as folder:
         options = KvBenchOptions(prompt_tokens, repeats, tuple(up_arguments or []), Path(folder))
         try:
-            record = asyncio.run(run_kv_bench(options, _runs()))
-            split = asyncio.run(run_split_bench(prompt_tokens, options.up_arguments, options.folder))
+            if KvPart.WAYS in chosen:
+                show_kv(asyncio.run(run_kv_bench(options, _runs())), console)
+            if KvPart.SPLIT in chosen:
+                show_split(asyncio.run(run_split_bench(prompt_tokens, options.up_arguments, options.folder)), console)
+            if KvPart.CHATS in chosen:
+                show_chats(asyncio.run(run_chats_bench(options.up_arguments, options.folder, _runs())), console)
         except (KvBenchFailed, LoadFailed, StackEnded) as error:
             _fail(str(error))
-    show_kv(record, Console(highlight=False))
-    show_split(split, Console(highlight=False))
 
 
 def _chosen_rows(names: str) -> tuple[Row, ...]:

@@ -26,6 +26,8 @@ class StackOptions:
     decode_workers: int = 0
     # Folder in which the cache service keeps blocks over a restart; None: it keeps them in RAM alone.
     cache_disk: str | None = None
+    # By which the scheduler chooses workers; None: its default.
+    placement: str | None = None
     # An existing Redis; None: a private one.
     redis_url: str | None = None
     # Settings of every worker that were given; the others keep the worker's own defaults.
@@ -76,7 +78,8 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
     keeping = {"disk_path": options.cache_disk} if options.cache_disk else {}
     cache = _internal_member("cache", "cache", free_ports, {"redis_url": redis_url, **keeping})
     finding = {"redis_url": redis_url, "caches": cache.address}
-    scheduler = _internal_member("scheduler", "scheduler", free_ports, finding)
+    placing = {"policy": options.placement} if options.placement else {}
+    scheduler = _internal_member("scheduler", "scheduler", free_ports, {**finding, **placing})
     finding = {**finding, "schedulers": scheduler.address}
     workers = tuple(
         _internal_member(

@@ -86,3 +86,9 @@ def test_workers_with_roles_are_named_after_them() -> None:
     stack = plan(replace(OPTIONS, workers=0, prefill_workers=1, decode_workers=2))
     workers = {member.name: member.settings["role"] for member in stack.members if member.service == "worker"}
     assert workers == {"prefill": "prefill", "decode-1": "decode", "decode-2": "decode"}
+
+
+def test_a_placement_policy_is_the_schedulers() -> None:
+    stack = plan(replace(OPTIONS, placement="round_robin"))
+    policies = {member.service: member.settings.get("policy") for member in stack.members}
+    assert policies == {"redis": None, "cache": None, "scheduler": "round_robin", "worker": None, "gateway": None}
