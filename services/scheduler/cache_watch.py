@@ -6,24 +6,24 @@ import grpc.aio
 
 from headrace.v1 import cache_pb2, cache_pb2_grpc
 from services.common.channel import ReplicaSessions
-from services.scheduler.index import BlockIndex, IndexGap
+from services.scheduler.index import BlockIndex, IndexGap, IndexUnion
 from services.scheduler.metrics import SchedulerMetrics
 
 log = logging.getLogger(__name__)
 
 
 class CacheWatch:
-    """One watch per cache replica; `index` is the newest whole index there is.
+    """One watch per cache replica; `index` is what those that are there know together.
 
-    A new snapshot is read into an index of its own and takes the place of the old one when it is whole. With several
-    replicas the one in use stays in use until its stream ends; all replicas hold the same.
+    A snapshot is read into an index of its own, which counts when it is whole. While no replica is there, what was
+    known last stays.
     """
 
     def __init__(self, scheduler_id: str, metrics: SchedulerMetrics) -> None:
         self._scheduler_id = scheduler_id
         self._metrics = metrics
         self._live: dict[str, BlockIndex] = {}
-        self.index = BlockIndex()
+        self.index = IndexUnion([])
 
     async def run(self, addresses: tuple[str, ...]) -> None:
         """Runs until cancelled."""
@@ -39,15 +39,15 @@ class CacheWatch:
                 if update.HasField("snapshot_end"):
                     log.info("cache %s: index of %d blocks received", address, index.blocks)
                     self._live[address] = index
-                    self._use_a_live_one()
+                    self._use_live_ones()
                 self._metrics.index_blocks.set(self.index.blocks)
         except IndexGap as gap:
             log.info("cache %s: watching again: %s", address, gap)
         finally:
             updates.cancel()
             self._live.pop(address, None)
-            self._use_a_live_one()
+            self._use_live_ones()
 
-    def _use_a_live_one(self) -> None:
-        if self._live and self.index not in self._live.values():
-            self.index = next(iter(self._live.values()))
+    def _use_live_ones(self) -> None:
+        if self._live:
+            self.index = IndexUnion(list(self._live.values()))

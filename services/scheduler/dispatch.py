@@ -19,7 +19,7 @@ from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
 from services.scheduler.fleet import Clock, Fleet
 from services.scheduler.gateways import GatewayKey, Gateways, GatewaySession
 from services.scheduler.held import HeldJob, HeldJobs, Where
-from services.scheduler.index import BlockIndex
+from services.scheduler.index import IndexUnion
 from services.scheduler.kv_plans import Candidate
 from services.scheduler.kv_sources import kv_sources
 from services.scheduler.metrics import SchedulerMetrics
@@ -50,7 +50,7 @@ class Dispatcher:
         scheduler_id: str,
         fleet: Fleet,
         gateways: Gateways,
-        index: Callable[[], BlockIndex],
+        index: Callable[[], IndexUnion],
         metrics: SchedulerMetrics,
         timing: Timing,
         policy: Policy = "kv_aware",

@@ -172,3 +172,47 @@ class Match:
                 lowest = bits & -bits
                 yield self._by_bit[lowest].key, blocks
                 bits ^= lowest
+
+
+class IndexUnion:
+    """What the replicas of a cache service know together: each of them all workers, and what itself keeps."""
+
+    def __init__(self, indexes: Sequence[BlockIndex]) -> None:
+        self._indexes = indexes
+
+    @property
+    def blocks(self) -> int:
+        """Distinct (KV format, chain hash) pairs of the replica that knows most."""
+        return max((index.blocks for index in self._indexes), default=0)
+
+    def match(self, kv_format: str, hashes: Sequence[bytes]) -> "Match | MatchUnion":
+        """Leading blocks of the chain that each holder has."""
+        matches = [index.match(kv_format, hashes) for index in self._indexes]
+        return matches[0] if len(matches) == 1 else MatchUnion(matches)
+
+    def holder(self, key: HolderKey) -> cache_pb2.Holder | None:
+        """Who that is, if it is still known."""
+        return next((found for index in self._indexes if (found := index.holder(key))), None)
+
+    def digests(self, key: HolderKey, hashes: Sequence[bytes]) -> bytes:
+        """The digests that a holder published of these blocks, packed; empty unless it published all of them."""
+        return next((found for index in self._indexes if (found := index.digests(key, hashes))), b"")
+
+
+class MatchUnion:
+    """The matches of a chain in several indexes."""
+
+    def __init__(self, matches: Sequence[Match]) -> None:
+        self._matches = matches
+
+    def blocks(self, key: HolderKey) -> int:
+        """Leading blocks that this holder has."""
+        return max((match.blocks(key) for match in self._matches), default=0)
+
+    def best(self, count: int) -> list[tuple[HolderKey, int]]:
+        """The holders of most blocks, in falling order, and how many each has; `count` of them at most."""
+        found: dict[HolderKey, int] = {}
+        for match in self._matches:
+            for key, blocks in match.best(count):
+                found[key] = max(blocks, found.get(key, 0))
+        return sorted(found.items(), key=lambda item: -item[1])[:count]

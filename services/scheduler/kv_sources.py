@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from headrace.v1.cache_pb2 import Holder
 from headrace.v1.scheduler_pb2 import KvSource
 from services.scheduler.fleet import Fleet
-from services.scheduler.index import BlockIndex
+from services.scheduler.index import IndexUnion
 from services.scheduler.kv_plans import JobShape, KvPlan
 
 
-def kv_sources(plan: KvPlan, job: JobShape, index: BlockIndex, fleet: Fleet) -> Iterator[KvSource]:
+def kv_sources(plan: KvPlan, job: JobShape, index: IndexUnion, fleet: Fleet) -> Iterator[KvSource]:
     """Holders first, with the digests that they published, then the prefill worker. Who has gone since is left out."""
     for key, blocks in plan.holders:
         holder = index.holder(key)

@@ -24,6 +24,7 @@ async def serve_worker(settings: WorkerSettings, stop: serve.Stop) -> None:
         return
     stopping.cancel()
     service = WorkerService(settings, loading.result())
+    serve.freeze_heap()
     metrics_port = telemetry.serve_metrics(settings, settings.metrics_port)
     address = await service.start()
     log.info("ready on %s: %s, id %s, metrics on port %d", address, service.summary, settings.id, metrics_port)

@@ -61,3 +61,26 @@ async def test_a_gap_means_watching_again(watched: Watched) -> None:
     assert watched.watch.index.match("f", [BLOCK]).best(9), "what came before the gap is kept for now"
     watched.cache.snapshot("e", BLOCK, OTHER)
     await watched.until_held(BLOCK, OTHER)
+
+
+async def test_what_each_replica_keeps_is_known_and_stays_while_all_are_away() -> None:
+    caches = (FakeCache(), FakeCache())
+    watch = CacheWatch("s1", SchedulerMetrics(CollectorRegistry()))
+    async with serving_cache(caches[0]) as one, serving_cache(caches[1]) as other:
+        running = asyncio.create_task(watch.run((one, other)))
+        for number, cache in enumerate(caches):
+            await cache.watchers.get()
+            cache.snapshot("e", BLOCK, holder=f"c{number}")
+
+        async def until(*holders: str) -> None:
+            while {key[0] for key, _ in watch.index.match("f", [BLOCK]).best(9)} != set(holders):  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+        await until("c0", "c1")
+        caches[0].updates.put_nowait(None)
+        await until("c1")
+        caches[1].updates.put_nowait(None)
+        await caches[0].watchers.get()
+        await caches[1].watchers.get()
+        await until("c1")
+        await cancel_and_wait([running])

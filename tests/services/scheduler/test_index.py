@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.v1.cache_pb2 import Holder, HolderBlocks, IndexUpdate, SnapshotEnd
-from services.scheduler.index import BlockIndex, IndexGap
+from services.scheduler.index import BlockIndex, IndexGap, IndexUnion
 
 
 def block(number: int) -> bytes:
@@ -187,3 +187,29 @@ def test_it_agrees_with_a_plain_model(steps: list[tuple[str, ...]], wanted: list
                 expected[id, "1"] = leading
         assert dict(feed.index.match(kv_format, chain(*wanted)).best(9)) == expected
     assert feed.index.blocks == len({(formats[id], number) for id in formats for number in held[id]})
+
+
+def test_replicas_know_the_same_workers_and_each_what_it_keeps() -> None:
+    first, second = Feed(), Feed()
+    for feed in (first, second):
+        feed.join("w")
+        feed.change("w", stored=blocks(1))
+    first.join("c1")
+    first.change("c1", stored=blocks(1, 2), stored_digests=blocks(7, 8))
+    second.join("c2")
+    second.change("c2", stored=blocks(1, 2, 3), stored_digests=blocks(7, 8, 9))
+    union = IndexUnion([first.index, second.index])
+    match = union.match("f", [block(1), block(2), block(3), block(4)])
+    assert match.best(9) == [(("c2", "1"), 3), (("c1", "1"), 2), (("w", "1"), 1)]
+    assert match.best(1) == [(("c2", "1"), 3)]
+    assert [match.blocks((id, "1")) for id in ("w", "c1", "c2", "x")] == [1, 2, 3, 0]
+    assert union.digests(("c2", "1"), [block(3)]) == block(9)
+    assert union.holder(("c1", "1")) == Holder(id="c1", incarnation="1", kv_format="f")
+    assert union.holder(("c1", "2")) is None
+    assert union.blocks == 3
+
+
+def test_nothing_is_known_where_no_replica_is() -> None:
+    union = IndexUnion([])
+    assert not union.match("f", [block(1)]).best(9)
+    assert (union.blocks, union.holder(("w", "1")), union.digests(("w", "1"), [block(1)])) == (0, None, b"")
