@@ -100,6 +100,9 @@ def up(
     cache_disk: Annotated[
         Path | None, typer.Option(help="Folder for KV worth keeping, found again after a restart. Default: RAM alone.")
     ] = None,
+    deterministic: Annotated[
+        bool, typer.Option(help="The same tokens for the same request, whatever else runs. Refused where impossible.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per worker. Default: its share.")] = None,
     host: Annotated[str, typer.Option(help="Interface of the two public ports; 0.0.0.0 opens them to others.")] = (
         "127.0.0.1"
@@ -115,6 +118,7 @@ def up(
     Every other setting of a service can be given as a HEADRACE_SERVICE_SETTING variable.
     """
     chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks, "batching": batching}
+    chosen |= {"deterministic": deterministic or None}
     chosen |= {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "threads": threads}
     if workers is None:
         workers = 0 if prefill_workers or decode_workers else 1

@@ -114,7 +114,10 @@ class ActiveRequest:
         """Answers that the job starts here; later offers hear that it runs."""
         offer.answer(OfferAnswer.STATUS_ACCEPTED)
         self._wants_offer, self._offer = False, None
-        return offer.offer.placement
+        placement = offer.offer.placement
+        if self.job.deterministic:  # it goes on only where its tokens come out alike
+            self.job.kv_format = placement.kv_format
+        return placement
 
     def decline(self) -> None:
         """Answers a waiting offer that the job is gone."""

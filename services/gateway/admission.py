@@ -80,6 +80,7 @@ class Admission:
             enqueued_unix_ms=now_ms,
             deadline_unix_ms=now_ms + int(seconds_left(request) * 1000),
             traceparent=traceparent,
+            deterministic=request.deterministic,
         )
 
 

@@ -104,6 +104,7 @@ class InferenceServicer(InferenceBase):
             choices=choices,
             cache_salt=request.cache_salt,
             priority=_priority(request.priority),
+            deterministic=request.deterministic,
         )
 
 

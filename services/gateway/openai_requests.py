@@ -155,6 +155,7 @@ def _request(body: CommonBody, caller: Caller, model: Model, ids: Sequence[int],
         choices=1 if body.n is None else body.n,
         cache_salt=body.cache_salt or "",
         priority=_priority(body.priority),
+        deterministic=bool(body.deterministic),
     )
 
 

@@ -35,6 +35,7 @@ class CommonBody(msgspec.Struct, kw_only=True):
     stop_token_ids: list[int] | None = None
     cache_salt: str | None = None
     priority: str | int | None = None
+    deterministic: bool | None = None
 
     logprobs: Any = None
     top_logprobs: Any = None

@@ -24,6 +24,7 @@ class GenerationRequest:
     choices: int = 1
     cache_salt: str = ""
     priority: Priority.ValueType = Priority.PRIORITY_NORMAL
+    deterministic: bool = False
 
 
 class Usage(msgspec.Struct, frozen=True):

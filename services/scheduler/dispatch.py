@@ -237,6 +237,7 @@ class Dispatcher:
             expected_hit_tokens=choice.plan.hit_tokens,
             scheduler_id=self._scheduler_id,
             kv_sources=kv_sources(choice.plan, held.shape, self._index(), self._fleet),
+            kv_format=worker.kv_format,
         )
         offer = scheduler_pb2.Offer(
             request_id=held.key[0],

@@ -242,4 +242,5 @@ def _candidate(worker: Worker, state: scheduler_pb2.WorkerState, healthy: bool, 
         sequences=sequences + spoken_for.sequences,
         pending_prefill_tokens=state.pending_prefill_tokens + spoken_for.prefill_tokens,
         prefill_tokens_per_s=state.prefill_tokens_per_s or _ASSUMED_TOKENS_PER_S,
+        deterministic=registration.deterministic,
     )

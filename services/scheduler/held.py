@@ -131,4 +131,11 @@ class HeldJobs:
 
 def _shape(queued: QueuedJob) -> JobShape:
     job = queued.job
-    return JobShape(job.request_id, job.prompt_tokens, max(1, job.choices), split_hashes(job.block_hashes))
+    return JobShape(
+        job.request_id,
+        job.prompt_tokens,
+        max(1, job.choices),
+        split_hashes(job.block_hashes),
+        deterministic=job.deterministic,
+        kv_format=job.kv_format,
+    )

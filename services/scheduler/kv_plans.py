@@ -60,6 +60,14 @@ class JobShape:
     prompt_tokens: int
     choices: int
     block_hashes: Sequence[bytes]
+    deterministic: bool = False
+    """Only deterministic workers may run it."""
+    kv_format: str = ""
+    """If not empty, only workers of this one."""
+
+    def accepts(self, worker: "Candidate") -> bool:
+        """Whether the worker is of the kind that may run it."""
+        return (worker.deterministic or not self.deterministic) and self.kv_format in ("", worker.kv_format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +92,7 @@ class Candidate:
     pending_prefill_tokens: int
     """Prompt tokens to compute of all sequences there and on their way."""
     prefill_tokens_per_s: float
+    deterministic: bool = False
 
     @property
     def key(self) -> HolderKey:

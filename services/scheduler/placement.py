@@ -35,6 +35,8 @@ LARGE_FLEET = 32
 """Workers up to which each is weighed for each job."""
 DRAWN_WORKERS = 8
 
+_NOT_DETERMINISTIC = "No connected worker of the model is deterministic: one is if it was started with --deterministic."
+_WRONG_KIND = "No other connected worker computes exactly as the one that began this deterministic request."
 _NOTHING_HELD = Held(Match([], {}, {}))
 
 Reason = Literal["prefix_hit", "fetch", "prefill", "least_loaded"]
@@ -83,6 +85,7 @@ def place(
     `beyond_share`: what is free on a worker counts even where it is granted to another scheduler. `turn` counts the
     placements, for `round_robin`.
     """
+    candidates = [worker for worker in candidates if job.accepts(worker)]
     roomy = [worker for worker in candidates if worker.healthy and (beyond_share or worker.credits.sequences > 0)]
     held: dict[str, Held] = {}
     prefillers: Sequence[Candidate] = ()
@@ -133,9 +136,12 @@ def _shortlist(job: JobShape, workers: Sequence[Candidate], held: Mapping[str, H
 
 def impossible(job: JobShape, candidates: Sequence[Candidate]) -> str | None:
     """Why none of these workers could run the job even when idle, in one sentence; None if one could."""
-    if not candidates or any(_fits_idle(worker, job) for worker in candidates):
+    accepted = [worker for worker in candidates if job.accepts(worker)]
+    if not candidates or any(_fits_idle(worker, job) for worker in accepted):
         return None
-    largest = max(candidates, key=lambda worker: (worker.max_sequences, worker.total_blocks))
+    if not accepted:
+        return _WRONG_KIND if job.kv_format else _NOT_DETERMINISTIC
+    largest = max(accepted, key=lambda worker: (worker.max_sequences, worker.total_blocks))
     return (
         f"{job.choices} choices of a prompt of {job.prompt_tokens} tokens fit no connected worker: "
         f"the largest runs {largest.max_sequences} sequences in {largest.total_blocks * largest.block_size} tokens."

@@ -24,6 +24,7 @@ from services.worker.engine.batcher import Batcher
 from services.worker.engine.batching_policy import BatchingPolicy, ContinuousBatching, StaticBatching
 from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.engine import Engine
+from services.worker.engine.model.interface import ModelError
 from services.worker.engine.model.loading import load_model
 from services.worker.engine.model_runner import ModelRunner, build_model_runner
 from services.worker.kv_format import kv_format
@@ -85,6 +86,11 @@ def load(settings: WorkerSettings) -> LoadedModel:
     bundle = tokenizer_bundle(folder)
     dtype = str(runner.dtype).removeprefix("torch.")
     facts = runner.facts
+    if settings.deterministic and not facts.numerics:
+        raise ModelError(
+            f"deterministic needs the compiled implementation (Llama-shaped models on a CPU), and {settings.model} is "
+            f"run by the {facts.implementation} one."
+        )
     kind = ", ".join(
         part
         for part in (facts.implementation, facts.instruction_set, dtype, facts.quantization, str(facts.device))
@@ -109,6 +115,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
             quantization=facts.quantization,
             block_size=runner.block_size,
             implementation=facts.implementation,
+            numerics=facts.numerics if settings.deterministic else "",
         ),
         tokenizer_hash=bundle_hash(bundle),
         tokenizer_files=bundle,

@@ -48,6 +48,9 @@ class WorkerSettings(CommonSettings):
     quantize: Literal["none", "int8", "int4"] = "none"
     # What the compiled path is compiled for. auto: the best that the processor has; baseline runs on any x86-64.
     instruction_set: Literal["auto", "avx512_bf16", "avx512", "avx2", "baseline"] = "auto"
+    # Whether the same request, with the same seed, must always give the same tokens: whatever else runs, whatever is
+    # cached, however often it was resumed. Only the compiled path can; the worker does not start otherwise.
+    deterministic: bool = False
     # CPU threads that compute. 0: as many as the machine has cores.
     threads: int = Field(default=0, ge=0)
 

@@ -2,7 +2,8 @@
 
 It covers the model's configuration and weights, the dtype, the quantization, the implementation and the shape of a
 block. It leaves out the numerics (instruction set, library versions), which differ by roundings: in the last bits, or
-where a processor multiplies bfloat16 by itself, in those of bfloat16.
+where a processor multiplies bfloat16 by itself, in those of bfloat16. A deterministic worker, which allows none, puts
+them in: workers of its KV format compute as it does, bit by bit.
 """
 
 from hashlib import sha256
@@ -14,7 +15,9 @@ _STRIDE_BYTES = 1024 * 1024
 _SAMPLE_BYTES = 4096
 
 
-def kv_format(folder: Path, *, dtype: str, quantization: str, block_size: int, implementation: str) -> str:
+def kv_format(
+    folder: Path, *, dtype: str, quantization: str, block_size: int, implementation: str, numerics: str = ""
+) -> str:
     """32 hex digits that name the KV format of the model in `folder`.
 
     The weights enter with 4 KiB of every MiB and the size of each file: reading them whole would delay the start of a
@@ -27,6 +30,7 @@ def kv_format(folder: Path, *, dtype: str, quantization: str, block_size: int, i
         implementation,
         f"quantization {quantization}",
         "layout block,layer: k head,channel,token; v head,token,channel",
+        *([f"numerics {numerics}"] if numerics else []),
     ):
         digest.update(part.encode() + b"\0")
     digest.update(sha256((folder / "config.json").read_bytes()).digest())

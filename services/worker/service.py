@@ -206,6 +206,7 @@ class WorkerService:
             max_sequences=self._settings.max_sequences,
             total_blocks=self._model.num_blocks,
             block_bytes=self._model.block_bytes,
+            deterministic=self._settings.deterministic,
         )
 
     def _holder(self, address: str) -> cache_pb2.Holder:

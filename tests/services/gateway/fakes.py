@@ -271,7 +271,9 @@ class FakeScheduler(SchedulerServicer):
             outbox.put(SchedulerMessage(catalog=self.catalog()))
 
     def offer(self, request_id: str, attempt: int, entry_id: str, worker: FakeWorker) -> None:
-        placement = Placement(worker_id=worker.id, worker_address=worker.address, scheduler_id="s")
+        placement = Placement(
+            worker_id=worker.id, worker_address=worker.address, scheduler_id="s", kv_format=f"format of {worker.id}"
+        )
         offer = Offer(request_id=request_id, attempt=attempt, queue_entry_id=entry_id, placement=placement)
         for outbox in self.outboxes:
             outbox.put(SchedulerMessage(offer=offer))

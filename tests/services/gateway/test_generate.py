@@ -46,6 +46,16 @@ async def test_a_lost_worker_is_invisible_but_for_a_pause(redis_url: str, lost_a
         await stack.settled()
 
 
+async def test_a_deterministic_request_goes_on_where_its_tokens_come_out_alike(redis_url: str) -> None:
+    async with running_stack(redis_url, two_workers(break_after=2)) as stack:
+        await stack.complete(deterministic=True)
+        await stack.complete()
+        assert [job.kv_format for job in stack.scheduler.jobs] == ["", ""], "anywhere at first"
+        (again,) = (request.job for request in stack.scheduler.requests if request.job.deterministic)
+        assert again.kv_format == "format of w0"
+        assert not any(request.job.kv_format for request in stack.scheduler.requests if not request.job.deterministic)
+
+
 async def test_stop_strings_match_across_a_lost_worker(redis_url: str) -> None:
     texts = [byte_level_tokenizer().decode(IDS[:count]) for count in range(len(IDS))]
     break_after = next(count for count, text in enumerate(texts) if text.endswith(("bro", "brow", "brown")))

@@ -128,6 +128,12 @@ async def test_knobs_reach_the_worker_and_the_queue(stack: Stack) -> None:
     assert job.prompt_tokens == 5 and len(job.block_hashes) == 16 * (5 // BLOCK_SIZE)
 
 
+async def test_a_deterministic_request_says_so_in_its_job(stack: Stack) -> None:
+    await stack.complete(deterministic=True)
+    await stack.complete(deterministic=False)
+    assert [job.deterministic for job in stack.scheduler.jobs] == [True, False]
+
+
 async def test_a_seed_is_drawn_when_none_is_given(stack: Stack) -> None:
     await stack.complete()
     assert stack.workers[0].starts[0].sampling.HasField("seed")

@@ -1,12 +1,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.scheduler.index import HolderKey
 from services.scheduler.kv_plans import Candidate, Credits, JobShape
-from services.scheduler.placement import Choice, impossible, place
+from services.scheduler.placement import Choice, Policy, impossible, place
 
 BLOCK = 16
 
@@ -233,6 +234,25 @@ def test_a_prompt_may_fill_the_whole_pool_but_for_its_answer() -> None:
     assert impossible(job(4 * BLOCK - 1), [pool]) is None
     assert chosen(job(4 * BLOCK - 1), pool) == "a"
     assert impossible(job(4 * BLOCK + 1), [pool]) is not None
+
+
+def test_deterministic_jobs_go_to_deterministic_workers_and_stay_among_their_like() -> None:
+    plain, one, other = (
+        worker("a"),
+        worker("b", deterministic=True, kv_format="x", sequences=3),
+        worker("c", deterministic=True, kv_format="y"),
+    )
+    wanted = replace(job(), deterministic=True)
+    for policy in get_args(Policy):
+        chosen_ = [place(wanted, [plain, one, other], NO_HITS, policy=policy, turn=turn) for turn in range(3)]
+        assert {choice.worker.id for choice in chosen_ if choice} <= {"b", "c"}
+    assert chosen(job(), plain, one, other) in "abc"
+    assert chosen(replace(wanted, kv_format="x"), plain, one, other, avoid="b") == "b"
+    assert chosen(wanted, plain) is None
+    assert "--deterministic" in str(impossible(wanted, [plain]))
+    assert "computes exactly as" in str(impossible(replace(wanted, kv_format="z"), [plain, one, other]))
+    assert impossible(wanted, [plain, one]) is None
+    assert "8 sequences" in str(impossible(replace(wanted, choices=9), [worker(max_sequences=16), one]))
 
 
 def test_what_no_worker_could_ever_run_is_named() -> None:

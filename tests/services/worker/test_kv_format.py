@@ -39,7 +39,8 @@ def test_each_part_counts(tmp_path: Path) -> None:
         name_of(model, block_size=32),
         name_of(model, implementation="compiled"),
         name_of(model, implementation="transformers"),
+        name_of(model, numerics="avx2"),
     }
     for number, other in enumerate(({"config": '{"a": 1}'}, {"changed_byte": 0}, {"changed_byte": 2 * 1024 * 1024})):
         names.add(name_of(write_model(tmp_path / str(number), **other)))  # type: ignore[arg-type]
-    assert len(names) == 10
+    assert len(names) == 11

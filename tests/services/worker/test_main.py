@@ -113,6 +113,14 @@ async def test_what_cannot_start_says_why_in_one_sentence(
     assert "Traceback" not in errors.decode()
 
 
+async def test_deterministic_is_refused_where_it_cannot_hold(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path)
+    process = await start_worker(model=tmp_path, implementation="native", deterministic="true")
+    _, errors = await process.communicate()
+    assert process.returncode == 2
+    assert "deterministic needs the compiled implementation" in errors.decode() and "Traceback" not in errors.decode()
+
+
 async def test_a_pool_too_small_for_one_sequence_refuses_to_start(tmp_path: Path) -> None:
     write_tiny_model(tmp_path)
     process = await start_worker(model=tmp_path, kv_blocks=2)

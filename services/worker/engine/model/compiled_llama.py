@@ -9,6 +9,8 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import llvmlite.binding as llvm
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -61,6 +63,7 @@ class CompiledLlama:
             device=torch.device("cpu"),
             quantization=quantize,
             instruction_set=isa.name,
+            numerics=_numerics(isa),
         )
 
     @property
@@ -177,6 +180,13 @@ class _Step:
         angles = torch.arange(context)[:, None].float() * self._frequencies
         self._keep(Frame.COS, angles.cos().numpy())
         self._keep(Frame.SIN, angles.sin().numpy())
+
+
+def _numerics(isa: Isa) -> str:
+    """What decides how sums are rounded: the kernels add each row's products in one order, whatever else is computed
+    with them, but the compiler and the processor choose the instructions, and torch computes the rotary angles.
+    """
+    return f"{isa.name}, {llvm.get_host_cpu_name()}, numba {numba.__version__}, torch {torch.__version__}"
 
 
 def _dismiss(control: npt.NDArray[np.int64], helpers: list[threading.Thread], _: object) -> None:

@@ -38,6 +38,9 @@ class ModelFacts:
     device: torch.device
     quantization: Quantization = "none"
     instruction_set: str = ""  # what compiled code was compiled for
+    # What a row's logits depend on beside its tokens: on nothing else in the step, nor on how its prompt was cut into
+    # steps, nor on whose KV it found, as long as this string is the same. Empty: on all of that.
+    numerics: str = ""
 
 
 class CausalModel(Protocol):

@@ -137,6 +137,49 @@ def test_bfloat16_equals_float32_on_rounded_numbers(case: str, compiled: Compile
     assert 0 < relative_errors(logits, exact).max() < 0.04
 
 
+LENGTH = 70
+CUTS = st.sets(st.integers(1, LENGTH), min_size=1, max_size=6).map(lambda cuts: tuple(sorted(cuts)))
+COMPANIONS = st.lists(
+    st.builds(
+        lambda cuts, begins, seed: Job(random_tokens(LENGTH, seed=seed), cuts, begins),
+        CUTS,
+        st.integers(0, 9),
+        st.integers(0, 99),
+    ),
+    max_size=12,
+)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    cuts=CUTS,
+    begins=st.integers(0, 9),
+    companions=COMPANIONS,
+    place=st.integers(0, 12),
+    threads=st.sampled_from([1, 2]),
+)
+def test_logits_depend_on_the_tokens_alone(
+    precision: str,
+    compiled: Compiled,
+    cuts: tuple[int, ...],
+    begins: int,
+    companions: list[Job],
+    place: int,
+    threads: int,
+) -> None:
+    """To the last bit, whatever else is in the steps, however the prompt is cut, and whether a position's KV was
+    computed as prompt or as output: what deterministic workers promise.
+    """
+    tokens = random_tokens(LENGTH, seed=1)
+    model = compiled("llama", precision)
+    [alone] = serve(model, Pool(model, blocks=512), [Job(tokens, (1,))])  # row n: after n + 1 tokens
+    jobs = [*companions[:place], Job(tokens, cuts, begins), *companions[place:]]
+    other = compiled("llama", precision, threads)
+    logits = serve(other, Pool(other, blocks=512, fill=7.0, seed=2), jobs)[min(place, len(companions))]
+    assert torch.equal(logits, alone[cuts[-1] - 1 :])
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4", "int4 bfloat16"])
 def test_quantized_equals_float32_on_the_values_of_its_weights(
     precision: str, compiled: Compiled, twins: Twins, monkeypatch: pytest.MonkeyPatch
