@@ -81,6 +81,10 @@ def up(
         int | None,
         typer.Option(min=0, help="Worker processes, which share the cores. Default: 1, or 0 beside those with a role."),
     ] = None,
+    schedulers: Annotated[int, typer.Option(min=1, help="Schedulers, which share the queue.")] = 1,
+    gateways: Annotated[
+        int, typer.Option(min=1, max=100, help="Gateways, on the two public ports and those that follow them.")
+    ] = 1,
     prefill_workers: Annotated[int, typer.Option(min=0, help="Workers that compute long prompts for others.")] = 0,
     decode_workers: Annotated[int, typer.Option(min=0, help="Workers that leave long prompts to those.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Of weights and KV: float32, bfloat16, float16 or auto.")] = None,
@@ -126,8 +130,9 @@ def up(
         raise typer.BadParameter("0 leaves nobody to run the model.", param_hint="--workers")
     wanted = StackOptions(
         host=host,
-        http_port=http_port,
-        grpc_port=grpc_port,
+        http_ports=_counted(http_port, gateways),
+        grpc_ports=_counted(grpc_port, gateways),
+        schedulers=schedulers,
         workers=workers,
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
@@ -139,13 +144,21 @@ def up(
     _run_stack(wanted)
 
 
+def _counted(port: int, count: int) -> tuple[int, ...]:
+    """The port and those that follow it; 0, for a free one, stays."""
+    return tuple(port + number if port else 0 for number in range(count))
+
+
 def _run_stack(wanted: StackOptions) -> None:
     """Settles the public ports, where 0 means a free one, and runs the stack to its end."""
     try:
-        http_port = choose_public_port(wanted.host, wanted.http_port, "--http-port")
-        grpc_port = choose_public_port(wanted.host, wanted.grpc_port, "--grpc-port", avoid={http_port})
-        options = replace(wanted, http_port=http_port, grpc_port=grpc_port)
-        internal = free_ports(INTERNAL_HOST, {http_port, grpc_port})
+        public: list[int] = []
+        for flag, ports in (("--http-port", wanted.http_ports), ("--grpc-port", wanted.grpc_ports)):
+            for port in ports:
+                public.append(choose_public_port(wanted.host, port, flag, avoid=public))
+        http_ports, grpc_ports = public[: len(wanted.http_ports)], public[len(wanted.http_ports) :]
+        options = replace(wanted, http_ports=tuple(http_ports), grpc_ports=tuple(grpc_ports))
+        internal = free_ports(INTERNAL_HOST, public)
         stack = plan_stack(options, internal, cores=len(os.sched_getaffinity(0)))
         asyncio.run(run_stack(stack, RunDirectory(_runs()), Console(highlight=False)))
     except PortTaken as error:

@@ -18,8 +18,10 @@ class StackOptions:
     """What the person asked for. Public ports are final here."""
 
     host: str
-    http_port: int
-    grpc_port: int
+    # One of each per gateway.
+    http_ports: tuple[int, ...]
+    grpc_ports: tuple[int, ...]
+    schedulers: int = 1
     workers: int = 1
     # Workers that are preferred for prompts, and for output, beside those that do both alike.
     prefill_workers: int = 0
@@ -61,7 +63,9 @@ class Stack:
     """Members in tiers: a tier is started before the next one, and stopped after it."""
 
     tiers: tuple[tuple[Member, ...], ...]
-    http_url: str
+    # Of each gateway.
+    http_urls: tuple[str, ...]
+    # Of the first gateway and of the first scheduler.
     grpc_address: str
     scheduler_address: str
     redis_url: str
@@ -79,8 +83,11 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
     cache = _internal_member("cache", "cache", free_ports, {"redis_url": redis_url, **keeping})
     finding = {"redis_url": redis_url, "caches": cache.address}
     placing = {"policy": options.placement} if options.placement else {}
-    scheduler = _internal_member("scheduler", "scheduler", free_ports, {**finding, **placing})
-    finding = {**finding, "schedulers": scheduler.address}
+    schedulers = tuple(
+        _internal_member("scheduler", name, free_ports, {**finding, **placing})
+        for name in _names("scheduler", options.schedulers)
+    )
+    finding = {**finding, "schedulers": ",".join(scheduler.address for scheduler in schedulers)}
     workers = tuple(
         _internal_member(
             "worker",
@@ -91,13 +98,13 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
         )
         for role, name in _workers(options)
     )
-    gateway = _gateway(options, finding)
+    gateways = tuple(_gateways(options, finding))
     redis = Member("redis", "redis", redis_address, metrics_url=None, ready_url=None, settings={})
     return Stack(
-        tiers=(*(() if options.redis_url else ((redis,),)), (cache,), (scheduler,), workers, (gateway,)),
-        http_url=_http_url(options),
-        grpc_address=gateway.address,
-        scheduler_address=scheduler.address,
+        tiers=(*(() if options.redis_url else ((redis,),)), (cache,), schedulers, workers, gateways),
+        http_urls=tuple(_http_url(options.host, port) for port in options.http_ports),
+        grpc_address=gateways[0].address,
+        scheduler_address=schedulers[0].address,
         redis_url=redis_url,
     )
 
@@ -106,9 +113,11 @@ def _workers(options: StackOptions) -> Iterator[tuple[str, str]]:
     """Role and name of each worker."""
     counts = {"both": options.workers, "prefill": options.prefill_workers, "decode": options.decode_workers}
     for role, count in counts.items():
-        stem = "worker" if role == "both" else role
-        names = (stem,) if count == 1 else tuple(f"{stem}-{number}" for number in range(1, count + 1))
-        yield from ((role, name) for name in names)
+        yield from ((role, name) for name in _names("worker" if role == "both" else role, count))
+
+
+def _names(stem: str, count: int) -> tuple[str, ...]:
+    return (stem,) if count == 1 else tuple(f"{stem}-{number}" for number in range(1, count + 1))
 
 
 def _worker_settings(options: StackOptions, cores: int) -> dict[str, object]:
@@ -147,20 +156,22 @@ def _internal_member(
     )
 
 
-def _gateway(options: StackOptions, finding: Mapping[str, object]) -> Member:
-    public = {"host": options.host, "http_port": options.http_port, "grpc_port": options.grpc_port}
-    return Member(
-        name="gateway",
-        service="gateway",
-        address=f"{_reachable(options.host)}:{options.grpc_port}",
-        metrics_url=f"{_http_url(options)}/metrics",
-        ready_url=f"{_http_url(options)}/health/ready",
-        settings={"id": "gateway", **public, **finding},
-    )
+def _gateways(options: StackOptions, finding: Mapping[str, object]) -> Iterator[Member]:
+    names = _names("gateway", len(options.http_ports))
+    for name, http_port, grpc_port in zip(names, options.http_ports, options.grpc_ports, strict=True):
+        url = _http_url(options.host, http_port)
+        yield Member(
+            name=name,
+            service="gateway",
+            address=f"{_reachable(options.host)}:{grpc_port}",
+            metrics_url=f"{url}/metrics",
+            ready_url=f"{url}/health/ready",
+            settings={"id": name, "host": options.host, "http_port": http_port, "grpc_port": grpc_port, **finding},
+        )
 
 
-def _http_url(options: StackOptions) -> str:
-    return f"http://{_reachable(options.host)}:{options.http_port}"
+def _http_url(host: str, port: int) -> str:
+    return f"http://{_reachable(host)}:{port}"
 
 
 def _reachable(host: str) -> str:

@@ -57,7 +57,7 @@ async def _serve(stack: Stack, directory: RunDirectory, supervisor: Supervisor, 
         if tier[0].service == "redis":  # the others would only retry
             await supervisor.wait_ready()
     await supervisor.wait_ready()
-    console.print(_welcome(stack, await _first_model(stack.http_url), directory.path), markup=False, soft_wrap=True)
+    console.print(_welcome(stack, await _first_model(stack.http_urls[0]), directory.path), markup=False, soft_wrap=True)
     await asyncio.Event().wait()
 
 
@@ -128,12 +128,14 @@ async def _first_model(http_url: str) -> str:
 def _welcome(stack: Stack, model: str, directory: Path) -> str:
     question = {"role": "user", "content": "What is the capital of France?"}
     body = json.dumps({"model": model, "stream": True, "temperature": 0, "messages": [question]})
+    http_url, *others = stack.http_urls
+    more = f"    more gateways {' '.join(others)}" if others else ""
     return f"""
 {model} is ready. Ask it something:
 
-  curl -N {stack.http_url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
+  curl -N {http_url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
 
-OpenAI API {stack.http_url}/v1    gRPC {stack.grpc_address}    metrics {stack.http_url}/metrics
+OpenAI API {http_url}/v1    gRPC {stack.grpc_address}    metrics {http_url}/metrics{more}
 logs {directory}    what runs: headrace ps    stop: Ctrl-C
 """
 
@@ -143,7 +145,7 @@ def _describe(stack: Stack, directory: RunDirectory, supervisor: Supervisor) -> 
     return RunningStack(
         pid=os.getpid(),
         directory=str(directory.path),
-        http_url=stack.http_url,
+        http_url=stack.http_urls[0],
         grpc_address=stack.grpc_address,
         scheduler_address=stack.scheduler_address,
         redis_url=stack.redis_url,

@@ -5,7 +5,7 @@ from itertools import count
 
 from toolkit.stack import Stack, StackOptions, plan_stack
 
-OPTIONS = StackOptions(host="0.0.0.0", http_port=8000, grpc_port=50051)
+OPTIONS = StackOptions(host="0.0.0.0", http_ports=(8000,), grpc_ports=(50051,))
 
 
 def plan(options: StackOptions = OPTIONS, cores: int = 8) -> Stack:
@@ -21,7 +21,7 @@ def test_what_others_need_starts_first() -> None:
 
 
 def test_an_existing_redis_is_used_and_not_started() -> None:
-    stack = plan(StackOptions(host="127.0.0.1", http_port=1, grpc_port=2, redis_url="redis://elsewhere/3"))
+    stack = plan(StackOptions(host="127.0.0.1", http_ports=(1,), grpc_ports=(2,), redis_url="redis://elsewhere/3"))
     assert tiers(stack)[0] == ["cache"]
     assert {member.settings["redis_url"] for member in stack.members} == {"redis://elsewhere/3"}
 
@@ -37,7 +37,7 @@ def test_everyone_finds_everyone() -> None:
 
 
 def test_ports_and_ids_are_distinct() -> None:
-    members = plan(StackOptions(host="127.0.0.1", http_port=1, grpc_port=2, workers=3)).members
+    members = plan(StackOptions(host="127.0.0.1", http_ports=(1,), grpc_ports=(2,), workers=3)).members
     ports = [value for member in members for name, value in member.settings.items() if name.endswith("port")]
     assert len(ports) == len(set(ports)) == 2 * 5 + 2
     assert [member.name for member in members if member.service == "worker"] == ["worker-1", "worker-2", "worker-3"]
@@ -46,7 +46,7 @@ def test_ports_and_ids_are_distinct() -> None:
 
 def test_workers_share_the_cores() -> None:
     def threads(workers: int, cores: int, **given: object) -> object:
-        options = StackOptions(host="h", http_port=1, grpc_port=2, workers=workers, worker_settings=given)
+        options = StackOptions(host="h", http_ports=(1,), grpc_ports=(2,), workers=workers, worker_settings=given)
         return plan(options, cores).tiers[3][0].settings.get("threads")
 
     assert threads(1, 8) is None
@@ -59,13 +59,13 @@ def test_the_gateway_listens_everywhere_and_is_reached_here() -> None:
     stack = plan()
     gateway = stack.members[-1]
     assert gateway.settings["host"] == "0.0.0.0"
-    assert (stack.http_url, stack.grpc_address) == ("http://127.0.0.1:8000", "127.0.0.1:50051")
+    assert (stack.http_urls, stack.grpc_address) == (("http://127.0.0.1:8000",), "127.0.0.1:50051")
     assert gateway.ready_url == "http://127.0.0.1:8000/health/ready"
 
 
 def test_an_ipv6_host_is_bracketed_in_addresses() -> None:
-    stack = plan(StackOptions(host="::1", http_port=8000, grpc_port=50051))
-    assert (stack.http_url, stack.grpc_address) == ("http://[::1]:8000", "[::1]:50051")
+    stack = plan(StackOptions(host="::1", http_ports=(8000,), grpc_ports=(50051,)))
+    assert (stack.http_urls, stack.grpc_address) == (("http://[::1]:8000",), "[::1]:50051")
 
 
 def test_only_workers_get_variables_of_the_tensor_library() -> None:
@@ -74,7 +74,7 @@ def test_only_workers_get_variables_of_the_tensor_library() -> None:
 
 def test_workers_of_one_machine_share_its_memory_and_cores() -> None:
     alone = plan(cores=8)
-    several = plan(StackOptions(host="0.0.0.0", http_port=8000, grpc_port=50051, workers=4), cores=8)
+    several = plan(StackOptions(host="0.0.0.0", http_ports=(8000,), grpc_ports=(50051,), workers=4), cores=8)
     variable = "HEADRACE_WORKER_KV_MEMORY_FRACTION"
     assert variable not in next(member for member in alone.members if member.service == "worker").environment
     workers = [member for member in several.members if member.service == "worker"]
@@ -92,3 +92,12 @@ def test_a_placement_policy_is_the_schedulers() -> None:
     stack = plan(replace(OPTIONS, placement="round_robin"))
     policies = {member.service: member.settings.get("policy") for member in stack.members}
     assert policies == {"redis": None, "cache": None, "scheduler": "round_robin", "worker": None, "gateway": None}
+
+
+def test_replicas_have_ports_and_names_of_their_own_and_everyone_finds_all_schedulers() -> None:
+    stack = plan(replace(OPTIONS, http_ports=(8000, 8001), grpc_ports=(50051, 50052), schedulers=2))
+    assert tiers(stack)[2:] == [["scheduler-1", "scheduler-2"], ["worker"], ["gateway-1", "gateway-2"]]
+    schedulers = ",".join(member.address for member in stack.tiers[2])
+    assert {member.settings["schedulers"] for tier in stack.tiers[3:] for member in tier} == {schedulers}
+    assert stack.http_urls == ("http://127.0.0.1:8000", "http://127.0.0.1:8001")
+    assert [member.settings["grpc_port"] for member in stack.tiers[-1]] == [50051, 50052]
