@@ -40,7 +40,7 @@ SYSTEM_PROMPTS, SYSTEM_BLOCKS = 32, 32
 TURNS = 6
 QUESTION_BLOCKS, ANSWER_BLOCKS = (2, 12), (4, 16)
 _PATIENCE_S = 1.0  # until a question that found no room is asked again
-LOAD = 0.6  # of what the fleet could compute if nothing were cached twice
+LOAD = 0.3  # of what the fleet could compute if nothing were cached twice
 
 
 @dataclass(slots=True)

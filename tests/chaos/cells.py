@@ -64,20 +64,20 @@ class Cell:
 def start(stack: HeadraceUp) -> Callers:
     """Waits for the whole stack, and has callers learn the answers."""
     stack.wait_ready()
-    until_whole(stack)
+    until_healthy(stack, WORKERS)
     model = stack.fleet().workers[0].registration.model.name
     callers = Callers(stack.http_url, model, QUESTIONS, AT_ONCE)
     asyncio.run(callers.learn())
     return callers
 
 
-def until_whole(stack: HeadraceUp) -> None:
-    """Every worker can be placed on."""
+def until_healthy(stack: HeadraceUp, workers: int) -> None:
+    """So many workers can be placed on."""
 
-    def whole() -> bool:
-        return sum(worker.healthy for worker in stack.fleet().workers) == WORKERS
+    def healthy() -> bool:
+        return sum(worker.healthy for worker in stack.fleet().workers) == workers
 
-    eventually(whole, "all workers are there", timeout_s=START_TIMEOUT_S)
+    eventually(healthy, f"{workers} workers are there", timeout_s=START_TIMEOUT_S)
 
 
 async def measure(stack: HeadraceUp, callers: Callers, member: str, fault: str, stopped_s: float = _STOPPED_S) -> Cell:
@@ -85,7 +85,7 @@ async def measure(stack: HeadraceUp, callers: Callers, member: str, fault: str, 
     running = asyncio.create_task(callers.run())
     await asyncio.sleep(_BEFORE_S)
     await asyncio.to_thread(_strike, stack, MEMBERS[member], fault, stopped_s)
-    await asyncio.to_thread(until_whole, stack)
+    await asyncio.to_thread(until_healthy, stack, WORKERS)
     await asyncio.sleep(_AFTER_S)
     callers.stop()
     return Cell(member, fault, await running)
