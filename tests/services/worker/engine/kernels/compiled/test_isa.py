@@ -71,7 +71,7 @@ def programs(folder: Path) -> Iterator[dict[IsaName, subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize("name", PRESENT)
-@pytest.mark.timeout(600)  # a minute is usual, most of it for the compiler; a busy machine takes longer
+@pytest.mark.timeout(1200)  # two minutes are usual, most of them for the compiler; a busy machine takes longer
 def test_an_instruction_set_is_used_and_computes_right(
     name: IsaName, programs: dict[IsaName, subprocess.Popen[str]]
 ) -> None:
