@@ -66,8 +66,9 @@ class Overloaded(HeadraceError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     http_status = 429
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, reason: str = "queue_full", retry_after_s: int = 1) -> None:
         super().__init__(message)
+        self.reason = reason
         self.retry_after_s = retry_after_s
 
 
@@ -76,6 +77,7 @@ class Unavailable(HeadraceError):
 
     code = grpc.StatusCode.UNAVAILABLE
     http_status = 503
+    reason = "unavailable"
 
     def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -87,6 +89,8 @@ class DeadlineExceeded(HeadraceError):
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     http_status = 503
+    reason = "deadline"
+    retry_after_s = 1
 
 
 class RequestFailed(HeadraceError):
@@ -125,7 +129,7 @@ def _guard_unary(call: Any, method: str) -> Any:
         try:
             return await call(request, context)
         except HeadraceError as error:
-            await context.abort(error.code, error.message)
+            await context.abort(error.code, error.message, _retry_metadata(error))
         except Exception as error:  # noqa: BLE001 - here unexpected errors end: logged, answered INTERNAL
             await _abort_unexpected(error, method, context)
 
@@ -141,11 +145,18 @@ def _guard_stream(call: Any, method: str) -> Any:
             async for message in call(request, context):
                 yield message
         except HeadraceError as error:
-            await context.abort(error.code, error.message)
+            await context.abort(error.code, error.message, _retry_metadata(error))
         except Exception as error:  # noqa: BLE001 - here unexpected errors end: logged, answered INTERNAL
             await _abort_unexpected(error, method, context)
 
     return guarded
+
+
+def _retry_metadata(error: HeadraceError) -> tuple[tuple[str, str], ...]:
+    """When to come back, as HTTP says it too."""
+    if (seconds := getattr(error, "retry_after_s", None)) is None:
+        return ()
+    return (("retry-after", str(seconds)),)
 
 
 async def _abort_unexpected(error: Exception, method: str, context: Context) -> None:

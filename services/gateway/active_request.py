@@ -10,6 +10,7 @@ from services.common.errors import HeadraceError
 from services.common.redis.queue import FIRST_ATTEMPT
 from services.gateway.choice import Choice
 from services.gateway.request import GenerationRequest, Usage
+from services.gateway.shedder import ModelLoad
 
 
 @dataclass(slots=True)
@@ -29,9 +30,11 @@ class ReceivedOffer:
 class ActiveRequest:
     """One request between its acceptance and its end. Owned by its `generate`; others only bring news."""
 
-    def __init__(self, request: GenerationRequest, job: Job) -> None:
+    def __init__(self, request: GenerationRequest, job: Job, load: ModelLoad) -> None:
         self.request = request
         self.job = job
+        # Where it counts as waiting until it is placed, and as running from then on.
+        self.load = load
         self.entry_id = ""
         # The entry is ours and its lease ours to renew.
         self.owns_entry = False

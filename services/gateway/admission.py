@@ -11,6 +11,7 @@ from services.common.block_hash import chain_hashes, chain_root
 from services.common.errors import Overloaded, Unavailable
 from services.gateway.active_request import ActiveRequest, ActiveRequests
 from services.gateway.request import GenerationRequest
+from services.gateway.shedder import Shedder
 
 # Prompts at least this long are hashed in a thread: 16,384 tokens are 1,024 blocks, about 2 ms.
 _THREAD_TOKENS = 16_384
@@ -18,10 +19,13 @@ _RETRY_AFTER_S = 2
 
 
 class Admission:
-    """Admits requests up to a number at once, until it is closed."""
+    """Admits requests up to a number at once, and as long as none would wait too long, until it is closed."""
 
-    def __init__(self, active: ActiveRequests, *, max_requests: int, gateway_id: str, incarnation: str) -> None:
+    def __init__(
+        self, active: ActiveRequests, shedder: Shedder, *, max_requests: int, gateway_id: str, incarnation: str
+    ) -> None:
         self._active = active
+        self._shedder = shedder
         self._max_requests = max_requests
         self._gateway_id = gateway_id
         self._incarnation = incarnation
@@ -61,7 +65,9 @@ class Admission:
             request.sampling.seed = random.getrandbits(63)
         hashes = await _prompt_hashes(request)
         self._check_open()
-        active = ActiveRequest(request, self._job(request, hashes, traceparent))
+        self._shedder.check(request.model.name, request.priority)
+        active = ActiveRequest(request, self._job(request, hashes, traceparent), self._shedder.of(request.model.name))
+        active.load.entered()
         self._active.add(active)
         return active
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import random
 import secrets
+import time
 from typing import Any
 
 from opentelemetry import trace
@@ -29,6 +31,7 @@ from services.gateway.openai_api import CompletionRoute, chat_kind, completion_k
 from services.gateway.openai_requests import RequestReader
 from services.gateway.placement_links import PlacementLinks
 from services.gateway.readiness import Readiness
+from services.gateway.shedder import Shedder
 from services.gateway.tracing import Tracing
 from services.gateway.worker_links import WorkerLinks
 
@@ -54,8 +57,9 @@ class Gateway:
         hello = GatewayHello(gateway_id=settings.id, incarnation=incarnation)
         self._placements = PlacementLinks(settings.schedulers, hello, self._active, self._catalog)
         self._leases = Leases(self._queue, self._active, allow_volatile=settings.allow_volatile_redis)
+        shedder = Shedder(max_wait_s=settings.max_wait_s, clock=time.monotonic, draw=random.random)
         self._admission = Admission(
-            self._active, max_requests=settings.max_requests, gateway_id=settings.id, incarnation=incarnation
+            self._active, shedder, max_requests=settings.max_requests, gateway_id=settings.id, incarnation=incarnation
         )
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
         metrics = Metrics(registry)

@@ -123,6 +123,7 @@ class Generator:
             active.unlimit()
         if active.placed_at is None:
             active.placed_at = asyncio.get_running_loop().time()
+            active.load.placed()
             waited_s = active.placed_at - active.request.caller.arrived
             metrics.queue_time.observe(waited_s)
             metrics.queue_latency.observe(waited_s)
@@ -214,6 +215,7 @@ class Generator:
         if active.entry_id:
             self._leases.acknowledge(active)
         self._active.remove(active)
+        active.load.ended(was_placed=active.placed_at is not None)
         metrics.active.dec()
         if active.finished:
             metrics.succeeded.inc()

@@ -15,6 +15,8 @@ def error_body(error: HeadraceError) -> bytes:
         type=_TYPES.get(error.http_status, "invalid_request_error"),
         param=getattr(error, "field", None),
         code=getattr(error, "openai_code", None),
+        reason=getattr(error, "reason", msgspec.UNSET),
+        retry_after_seconds=getattr(error, "retry_after_s", msgspec.UNSET),
     )
     return msgspec.json.encode(ErrorObject(detail))
 

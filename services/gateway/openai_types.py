@@ -117,6 +117,9 @@ class ErrorDetail(msgspec.Struct):
     type: str
     param: str | None = None
     code: str | None = None
+    # Of an error after which it is worth coming again.
+    reason: str | msgspec.UnsetType = msgspec.UNSET
+    retry_after_seconds: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class ErrorObject(msgspec.Struct):

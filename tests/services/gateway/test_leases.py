@@ -1,6 +1,7 @@
 """Entries that Redis has lost are added again, once, and only for requests that still run."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from services.gateway.caller import Caller
 from services.gateway.catalog import Model
 from services.gateway.leases import Leases
 from services.gateway.request import GenerationRequest
+from services.gateway.shedder import ModelLoad
 from services.gateway.tokenization import ModelTokenizer
 from tests.services.gateway.tokenizers_for_tests import bundle
 
@@ -44,7 +46,7 @@ async def bench(redis_url: str) -> AsyncIterator[Bench]:
     requests = ActiveRequests()
     model = Model("m", 8, 9, 4, ModelTokenizer(bundle()), 0)
     request = GenerationRequest(Caller("r", "r", 0.0, 1.0), model, [1], Sampling(), Stopping())
-    active = ActiveRequest(request, Job(request_id="r", model="m"))
+    active = ActiveRequest(request, Job(request_id="r", model="m"), ModelLoad(60.0, time.monotonic))
     active.entry_id, active.owns_entry = LOST, True
     requests.add(active)
     yield Bench(Leases(queue, requests, allow_volatile=True), requests, active, redis)
