@@ -42,8 +42,9 @@ bench-kv: setup ## Measure KV from elsewhere: first tokens, decodes beside promp
 	$(BIN)/headrace bench-kv $(ARGS)
 	$(BIN)/python -m services.scheduler.simulate
 
-chaos: setup ## Kill, end and stop each process of a loaded stack, and workers at every token (ARGS="gateway Redis")
+chaos: setup ## Kill, end, stop and overload a stack; kill workers at every token (ARGS="gateway Redis" strikes those alone)
 	$(BIN)/python -m tests.chaos $(ARGS)
+	$(BIN)/python -m tests.chaos.overload
 	HEADRACE_TEST_EVERY_INDEX=1 $(BIN)/python -m pytest tests/flows/kills
 
 check: setup ## ruff, mypy, import-linter, buf lint

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos.overload`: ten times the requests that a stack can serve, for a minute, and what becomes of them.
+"""`python -m tests.chaos.overload`: for a minute, ten times the requests that a stack can serve, and what comes of it.
 
 First as many callers as a worker runs together ask without a pause: that is the best it does. Then requests come at ten
 times that rate, whether or not earlier ones have been answered.
@@ -80,7 +80,7 @@ class Load:
                 return
             done = False
             async for line in reply.content:
-                if line.startswith(b'data: {"id"'):
+                if line.startswith(b"data: {"):
                     now = time.monotonic()
                     if first:
                         tally.first_token_s.append(now - began)
@@ -119,9 +119,8 @@ async def measure(stack: HeadraceUp) -> bool:
     print(f"best: {best_rate:.1f} tokens/s with {AT_ONCE} callers")
     print(f"{TIMES}x: {goodput:.1f} tokens/s, {goodput / best_rate:.2f}x of the best")
     print(f"accepted {tally.finished + tally.failed}, finished {tally.finished}, refused {tally.refused}")
-    print(
-        f"first token p50 {quantile(tally.first_token_s, 0.5):.1f} s, p99 {quantile(tally.first_token_s, 0.99):.1f} s"
-    )
+    p50, p99 = (quantile(tally.first_token_s, share) for share in (0.5, 0.99))
+    print(f"first token p50 {p50:.1f} s, p99 {p99:.1f} s")
     print(f"told to come again in {min(tally.retry_after_s)} to {max(tally.retry_after_s)} s")
     print(f"gateway, scheduler and Redis: {before:.0f} MiB before, {most[0]:.0f} MiB at most")
     return not tally.failed and goodput >= 0.9 * best_rate
