@@ -45,6 +45,7 @@ bench-kv: setup ## Measure KV from elsewhere: first tokens, decodes beside promp
 chaos: setup ## Kill, end, stop and overload a stack; kill workers at every token (ARGS="gateway Redis" strikes those alone)
 	$(BIN)/python -m tests.chaos $(ARGS)
 	$(BIN)/python -m tests.chaos.overload
+	$(BIN)/python -m tests.chaos.cancels
 	HEADRACE_TEST_EVERY_INDEX=1 $(BIN)/python -m pytest tests/flows/kills
 
 check: setup ## ruff, mypy, import-linter, buf lint

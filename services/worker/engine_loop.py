@@ -87,9 +87,12 @@ class EngineLoop:
         """Queues new sequences. Returns this command's number, counted from 1 (see `EngineStatus.commands`)."""
         return self._send(partial(self._add, sequences))
 
-    def cancel(self, keys: Iterable[Hashable]) -> None:
-        """Drops sequences and frees their blocks. Their tokens may still arrive in turns that are on their way."""
-        self._send(partial(self._cancel, list(keys)))
+    def cancel(self, keys: Iterable[Hashable]) -> int:
+        """Drops sequences and frees their blocks. Their tokens may still arrive in turns that are on their way.
+
+        Returns this command's number.
+        """
+        return self._send(partial(self._cancel, list(keys)))
 
     def request_snapshot(self) -> None:
         """Has the next turn bring the hashes of all blocks held; block events after it go on from there."""

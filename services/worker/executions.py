@@ -13,6 +13,7 @@ from typing import cast
 from headrace.v1 import sampling_pb2, worker_pb2
 from services.common.channel import Outbox, cancel_and_wait
 from services.common.errors import InvalidRequest
+from services.worker.cancellations import Cancellations
 from services.worker.capacity import Capacity, Claim
 from services.worker.engine.engine import StepResult
 from services.worker.engine.sequence import Finish, Sequence
@@ -53,6 +54,7 @@ class Ticket:
     request_id: str
     attempt: int
     choice: int
+    begun: bool = False  # it has a token
     ended: bool = False  # what the engine still produces has no reader
     gathering: "_Gathering | None" = None  # while its request's KV is brought from elsewhere
     computed_elsewhere: int = 0  # prompt tokens that were computed for it on another worker
@@ -115,9 +117,11 @@ class Executions:
         limits: ModelLimits,
         importer: KvImporter,
         prefill_rate: PrefillRate,
+        cancellations: Cancellations,
         on_settled: Callable[[str, int], None],
     ) -> None:
         self._engine = engine
+        self._cancellations = cancellations
         self._capacity = capacity
         self._limits = limits
         self._importer = importer
@@ -284,7 +288,8 @@ class Executions:
     def _drop(self, tickets: list[Ticket]) -> None:
         """Ends live sequences whose tokens nobody wants any more."""
         if tickets:
-            self._engine.cancel(tickets)
+            running = [ticket for ticket in tickets if ticket.gathering is None]
+            self._cancellations.cancel({ticket: "decode" if ticket.begun else "prefill" for ticket in running})
             for ticket in tickets:
                 self._end(ticket)
 
@@ -292,6 +297,7 @@ class Executions:
         ticket.ended = True
         gathering = ticket.gathering
         if gathering is not None and gathering.task is not None and all(one.ended for one in gathering.tickets):
+            gathering.task.add_done_callback(self._cancellations.watch("fetch"))
             gathering.task.cancel()
         del ticket.execution.tickets[ticket.handle]
         self._capacity.release()
@@ -307,6 +313,7 @@ class Executions:
                 output.add_token(ticket.handle, token)
         for sequence in result.started:
             ticket = cast(Ticket, sequence.key)
+            ticket.begun = True
             if not ticket.ended:
                 cached = max(0, sequence.cached_tokens - ticket.computed_elsewhere)
                 started = worker_pb2.SequenceStarted(handle=ticket.handle, cached_prompt_tokens=cached)

@@ -14,6 +14,7 @@ from services.common.block_hash import HASH_BYTES, split_hashes
 from services.common.errors import InvalidRequest, Mismatch, Overloaded, RequestFailed, Unavailable
 from services.common.kv_blocks import BlockBytes, chunks
 from services.common.kv_wire import SIGN_OF_LIFE, encode
+from services.worker.cancellations import Cancellations
 from services.worker.capacity import Capacity, Claim
 from services.worker.engine.block_exchange import BlockExchange
 from services.worker.engine.sequence import Sequence as EngineSequence
@@ -107,6 +108,7 @@ class Prefills:
         exporter: KvExporter,
         capacity: Capacity,
         limits: ModelLimits,
+        cancellations: Cancellations,
         *,
         draining: Callable[[], bool],
         on_settled: Callable[[str, int], None],
@@ -117,6 +119,7 @@ class Prefills:
         self._exporter = exporter
         self._capacity = capacity
         self._limits = limits
+        self._cancellations = cancellations
         self._draining = draining
         self._on_settled = on_settled
         self._on_left = on_left
@@ -210,6 +213,6 @@ class Prefills:
     def _leave(self, prefill: _Prefill) -> None:
         self._running.discard(prefill)
         if not prefill.finished:
-            self._engine.cancel([prefill])
+            self._cancellations.cancel({prefill: "remote_prefill"})
         self._capacity.release()
         self._on_left()

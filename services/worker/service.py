@@ -12,6 +12,7 @@ from services.common.kv_wire import with_chunks
 from services.common.serve import GrpcServer, Registration, Stop, stopped
 from services.worker.build import LoadedModel
 from services.worker.cache_link import CacheLink
+from services.worker.cancellations import Cancellations
 from services.worker.capacity import Capacity
 from services.worker.config import Role, WorkerSettings
 from services.worker.engine_loop import EngineLoop, EngineStatus, Turn
@@ -66,14 +67,22 @@ class WorkerService:
             settings.kv_offload_least_tokens,
             kv_metrics,
         )
+        self._cancellations = Cancellations(self._engine, registry)
         self._executions = Executions(
-            self._engine, self._capacity, model.limits, self._importer, self._prefill_rate, self._on_settled
+            self._engine,
+            self._capacity,
+            model.limits,
+            self._importer,
+            self._prefill_rate,
+            self._cancellations,
+            self._on_settled,
         )
         self._prefills = Prefills(
             self._engine,
             exporter,
             self._capacity,
             model.limits,
+            self._cancellations,
             draining=lambda: self._executions.draining,
             on_settled=self._on_settled,
             on_left=lambda: self._schedulers.notify(),
@@ -147,6 +156,7 @@ class WorkerService:
         self._capacity.observe(turn.status)
         self._executions.deliver(turn)
         self._prefills.observe(turn)
+        self._cancellations.observe(turn)
         self._offloader.observe(turn)
         self._prefill_rate.observe(turn)
         if turn.held_blocks is not None:

@@ -113,6 +113,8 @@ async def test_a_prefill_that_nobody_wants_any_more_is_freed(two: tuple[Stack, S
     await gateway.finish(1)
     prefiller.release()
     await asyncio.gather(prefiller.idle(), worker.idle())
+    assert worker.metric("headrace_cancel_seconds_count", phase="fetch") == 1
+    await prefiller.until_metric(1, "headrace_cancel_seconds_count", phase="remote_prefill")
 
 
 async def test_requests_of_the_same_prompt_fetch_it_once(two: tuple[Stack, Stack]) -> None:
