@@ -44,8 +44,7 @@ class Leaver:
             stub = SchedulerStub(channel)
             session = aiohttp.ClientSession()
             asking = asyncio.create_task(self._ask(session, body))
-            while await _is_idle(stub):
-                await asyncio.sleep(_POLL_S)
+            await _until_idle(stub, wanted=False)
             if after_first_token:
                 await asking
             else:
@@ -53,14 +52,18 @@ class Leaver:
                 asking.cancel()
             began = time.monotonic()
             await session.close()
-            while not await _is_idle(stub):
-                await asyncio.sleep(_POLL_S)
+            await _until_idle(stub, wanted=True)
             return time.monotonic() - began
 
     async def _ask(self, session: aiohttp.ClientSession, body: dict[str, object]) -> None:
         """Returns with the first event; the answer stays open."""
         reply = await session.post(self._url, json=body)
         await reply.content.readline()
+
+
+async def _until_idle(stub: SchedulerStub, *, wanted: bool) -> None:
+    while await _is_idle(stub) != wanted:  # noqa: ASYNC110 - the scheduler tells nobody
+        await asyncio.sleep(_POLL_S)
 
 
 async def _is_idle(stub: SchedulerStub) -> bool:
