@@ -192,6 +192,8 @@ class Generator:
         if outcome in (Outcome.LOST, Outcome.FAILED):
             active.failures += 1
             _check_retry(active, feed, self._max_attempts)
+            # Whoever ran beside it may be to blame; if it is to blame itself, it takes nobody along again.
+            active.job.alone = active.failures == self._max_attempts - 1 > 0
         if active.begun:
             patience_s = self._resume_patience_s
             active.limit(
@@ -246,6 +248,7 @@ def _start_command(active: ActiveRequest, placement: Placement) -> Start:
         scheduler_id=placement.scheduler_id,
         kv_sources=placement.kv_sources,
         traceparent=active.job.traceparent,
+        alone=active.job.alone,
     )
 
 

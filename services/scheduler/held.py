@@ -138,4 +138,5 @@ def _shape(queued: QueuedJob) -> JobShape:
         split_hashes(job.block_hashes),
         deterministic=job.deterministic,
         kv_format=job.kv_format,
+        alone=job.alone,
     )

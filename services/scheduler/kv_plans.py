@@ -64,6 +64,8 @@ class JobShape:
     """Only deterministic workers may run it."""
     kv_format: str = ""
     """If not empty, only workers of this one."""
+    alone: bool = False
+    """Only an idle worker may run it, and computes the prompt itself: it may be what killed its workers before."""
 
     def accepts(self, worker: "Candidate") -> bool:
         """Whether the worker is of the kind that may run it."""

@@ -92,7 +92,8 @@ def place(
     if policy == "kv_aware":
         formats = {worker.kv_format for worker in roomy}
         held = {kv_format: Held(index.match(kv_format, job.block_hashes)) for kv_format in formats}
-        prefillers = _shortlist(job, [worker for worker in candidates if worker.role == "prefill"], held)
+        prefillers = [worker for worker in candidates if worker.role == "prefill" and not job.alone]
+        prefillers = _shortlist(job, prefillers, held)
     takers: list[Choice] = []
     if policy != "round_robin":
         takers = _takers(job, _shortlist(job, roomy, held), held, prefillers, beyond_share)
@@ -113,7 +114,15 @@ def _takers(
 ) -> list[Choice]:
     """Every way in which one of these workers can take the job now."""
     choices = (
-        Choice(worker, plan, Credits(job.choices, worker.blocks_for(job) + job.choices, plan.compute_tokens))
+        Choice(
+            worker,
+            plan,
+            Credits(
+                worker.max_sequences if job.alone else job.choices,
+                worker.blocks_for(job) + job.choices,
+                plan.compute_tokens,
+            ),
+        )
         for worker in workers
         for plan in plans(job, worker, held.get(worker.kv_format, _NOTHING_HELD), prefillers)
     )
@@ -151,6 +160,8 @@ def impossible(job: JobShape, candidates: Sequence[Candidate]) -> str | None:
 def _can_take(worker: Candidate, job: JobShape, cost: Credits, beyond_share: bool) -> bool:
     if worker.idle and _fits_idle(worker, job):
         return True
+    if job.alone:
+        return False
     return (beyond_share and _fits_free(worker, cost)) or takes(worker, cost)
 
 

@@ -51,6 +51,7 @@ class Capacity:
         """Set while nothing is live."""
         self.idle.set()
         self._live = 0
+        self._alone = False  # what is live is to stay alone
         self._free_blocks = free_blocks
         self._waiting_blocks = 0
         self._pending_prefill_tokens = 0
@@ -64,6 +65,8 @@ class Capacity:
     @property
     def free(self) -> Room:
         """What is free now. A block is kept back for each live sequence, which soon needs another."""
+        if self._alone:
+            return Room(0, 0, 0)
         unseen_blocks = sum(claim.demand.blocks for claim in self._unseen)
         return Room(
             sequences=self.max_sequences - self._live,
@@ -76,8 +79,8 @@ class Capacity:
         """Prompt tokens taken on and still to be computed."""
         return self._pending_prefill_tokens + sum(claim.demand.prefill_tokens for claim in self._unseen)
 
-    def admits(self, demand: Room) -> bool:
-        """Whether a request can be taken on. An idle worker takes any that it can run at all.
+    def admits(self, demand: Room, *, alone: bool = False) -> bool:
+        """Whether a request can be taken on. An idle worker takes any that it can run at all; `alone`: no other does.
 
         While prompt tokens may be taken on at all, a prompt of any length is: how much of it the block pool has, which
         the scheduler counted on, is known only when it is admitted to the batch.
@@ -85,11 +88,20 @@ class Capacity:
         if not self._live:
             return demand.sequences <= self.max_sequences
         free = self.free
-        return demand.sequences <= free.sequences and demand.blocks <= free.blocks and free.prefill_tokens > 0
+        return (
+            not alone
+            and demand.sequences <= free.sequences
+            and demand.blocks <= free.blocks
+            and free.prefill_tokens > 0
+        )
 
-    def take(self, demand: Room) -> Claim:
-        """Counts a request that was taken on and is not yet in the engine: see `sent` and `withdraw`."""
+    def take(self, demand: Room, *, alone: bool = False) -> Claim:
+        """Counts a request that was taken on and is not yet in the engine: see `sent` and `withdraw`.
+
+        `alone`: nothing else is admitted until it has ended.
+        """
         self._live += demand.sequences
+        self._alone = alone
         self.idle.clear()
         claim = Claim(demand, None)
         self._unseen[claim] = None
@@ -108,6 +120,7 @@ class Capacity:
         self._live -= 1
         assert self._live >= 0, "more sequences ended than were taken on"
         if not self._live:
+            self._alone = False
             self.idle.set()
 
     def observe(self, status: EngineStatus) -> None:

@@ -220,11 +220,11 @@ class Executions:
         handles = [ticket.handle for ticket in tickets]
         if self.draining:
             self._refuse(execution, handles, SequenceEnded.OUTCOME_DRAINING, "")
-        elif not self._capacity.admits(demand):
+        elif not self._capacity.admits(demand, alone=start.alone):
             self._refuse(execution, handles, SequenceEnded.OUTCOME_BUSY, "")
         else:
             execution.tickets.update(zip(handles, tickets, strict=True))
-            claim = self._capacity.take(demand)
+            claim = self._capacity.take(demand, alone=start.alone)
             if coming_blocks > 0:
                 self._gather(start, _Gathering(tickets, sequences, claim))
             else:

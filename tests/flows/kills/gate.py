@@ -1,9 +1,12 @@
 """A gate before each step of a worker's engine: it computes no token beyond those that its test allows.
 
-Two numbers in a file that both sides map: how many tokens are allowed, and how many there are.
+Two numbers in a file that both sides map: how many tokens are allowed, and how many there are. And a token that kills:
+a worker dies of the step in which a prompt has it.
 """
 
 import mmap
+import os
+import signal
 import struct
 import time
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 from services.worker.engine.engine import Engine, StepResult
 
 OPEN = 2**62
+DEADLY_TOKEN = 98
 _PAIR = struct.Struct("<qq")
 
 
@@ -45,6 +49,8 @@ def hold_engine(path: Path) -> None:
             if tokens < allowed:
                 break
             time.sleep(0.001)
+        if any(DEADLY_TOKEN in sequence.tokens[: sequence.prompt_length] for sequence in engine._batcher._running):
+            os.kill(os.getpid(), signal.SIGKILL)
         result = step(engine)
         struct.pack_into("<q", memory, 8, tokens + len(result.tokens))
         return result

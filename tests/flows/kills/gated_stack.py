@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import httpx
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from headrace.v1.scheduler_pb2 import DescribeFleetRequest, FleetWorker
@@ -68,6 +69,13 @@ class GatedStack:
         os.kill(worker.pid, signal.SIGKILL)
         del self.workers[worker.name]
 
+    def replace_the_dead(self) -> None:
+        """Forks a worker for each that has died by itself."""
+        for worker in list(self.workers.values()):
+            if not psutil.pid_exists(worker.pid):
+                del self.workers[worker.name]
+                self.fork_worker(worker.role)
+
     def hold(self, tokens: int) -> None:
         """From now on each worker but those that prefill computes so many tokens and no more."""
         for worker in self.workers.values():
@@ -97,6 +105,15 @@ class GatedStack:
 
         eventually(one_is_there, f"a worker at token {tokens}")
         return found[0]
+
+    def until_sequences(self, count: int) -> None:
+        """Returns when the workers have so many together."""
+
+        def has() -> bool:
+            states = [worker.state for worker in self._fleet()]
+            return sum(state.running_sequences + state.waiting_sequences for state in states) == count
+
+        eventually(has, f"{count} sequences")
 
     def resumes(self, reason: str) -> float:
         """How often the gateway went on elsewhere."""

@@ -6,14 +6,17 @@ chaos` does so at every index of the tiny model's answer; `make test` at some.
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from headrace.v1.inference_pb2 import GenerateRequest, TokenIds
 from headrace.v1.sampling_pb2 import Sampling, Stopping
+from tests.flows.kills.gate import DEADLY_TOKEN
 from tests.flows.kills.gated_stack import GatedStack
 from tests.flows.kills.reading import Answer, Reading
 from tests.redis_server import RedisServer
@@ -89,6 +92,30 @@ class Killing:
             assert computed + others == TOKENS, "attempt 2 starts at the killed position"
         stack.until_ready(self._workers)
 
+    def send_deadly_prompt(self) -> None:
+        """Among others, a prompt of which every worker dies: it ends in an error after three, and the others do not."""
+        stack = self._stack
+        request, expected = self.undisturbed("sampled")
+        deadly = self._request("greedy")
+        deadly.token_ids.ids[:] = [5, DEADLY_TOKEN, 7]
+        stack.hold(2)  # so that all are there when it comes
+        others = [self._read(request) for _ in range(4)]
+        stack.until_sequences(4)
+        dying = self._read(deadly)
+        stack.until_sequences(5)
+        stack.open()
+        with ThreadPoolExecutor(1) as pool:
+            ending = pool.submit(dying.rest)
+            while not ending.done():
+                stack.replace_the_dead()
+                wait([ending], timeout=0.1)
+        error = ending.exception()
+        assert isinstance(error, grpc.Call) and error.code() == grpc.StatusCode.INTERNAL
+        assert "failed on 3 workers" in error.details()
+        assert [reading.rest() for reading in others] == [expected] * 4
+        stack.replace_the_dead()
+        stack.until_ready(self._workers)
+
     def _request(self, mode: str) -> GenerateRequest:
         stopping = Stopping(max_tokens=TOKENS // MODES[mode].get("n", 1), ignore_eos=True)
         token_ids = TokenIds(ids=self._prompt)
@@ -137,6 +164,10 @@ def disaggregated(
         assert prefiller.gate.tokens > 0, "it computed prompts"
     finally:
         stack.close()
+
+
+def test_a_prompt_that_kills_its_workers_takes_nobody_along(tiny: Killing) -> None:
+    tiny.send_deadly_prompt()
 
 
 @pytest.mark.parametrize("index", range(TOKENS) if EVERY_INDEX else SOME)

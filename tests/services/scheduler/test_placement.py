@@ -255,6 +255,15 @@ def test_deterministic_jobs_go_to_deterministic_workers_and_stay_among_their_lik
     assert "8 sequences" in str(impossible(replace(wanted, choices=9), [worker(max_sequences=16), one]))
 
 
+def test_a_job_that_is_to_be_alone_waits_for_an_idle_worker_and_takes_all_of_it() -> None:
+    alone = replace(job(800), alone=True)
+    busy, idle = worker("a", sequences=1), worker("b", pending_prefill_tokens=0)
+    assert chosen(alone, busy) is None
+    assert chosen(alone, busy, beyond_share=True) is None
+    choice = place(alone, [busy, idle, worker("p", role="prefill", sequences=1)], NO_HITS)
+    assert choice is not None and choice.costs() == {"b": Credits(8, 800 // BLOCK + 1, 800)}
+
+
 def test_what_no_worker_could_ever_run_is_named() -> None:
     assert impossible(job(), []) is None
     assert impossible(job(), [worker()]) is None

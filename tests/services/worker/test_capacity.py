@@ -114,3 +114,16 @@ def test_an_idle_worker_takes_a_request_larger_than_its_limits_of_comfort() -> N
     capacity.sent(capacity.take(Room(1, 1, 1)), command=1)
     assert not capacity.admits(large)
     assert not make_capacity(Pool(20), max_sequences=2).admits(Room(3, 1, 1))
+
+
+def test_what_is_to_be_alone_comes_to_an_idle_worker_and_keeps_others_out() -> None:
+    capacity = make_capacity(Pool(50))
+    one = Room(1, 1, 1)
+    capacity.take(one)
+    assert not capacity.admits(one, alone=True)
+    capacity.release()
+    assert capacity.admits(one, alone=True)
+    capacity.take(one, alone=True)
+    assert not capacity.admits(one) and capacity.free == Room(0, 0, 0)
+    capacity.release()
+    assert capacity.admits(one) and capacity.free.sequences == 8
