@@ -59,13 +59,18 @@ class Admission:
         finally:
             self._entering -= 1
 
+    def check_load(self, request: GenerationRequest) -> None:
+        """Raises Overloaded if a request would wait too long. To be called once for prompts that come together: they
+        are let in or refused together.
+        """
+        self._shedder.check(request.model.name, request.priority)
+
     async def admit(self, request: GenerationRequest, traceparent: str) -> ActiveRequest:
         """Registers a request. It counts until `ActiveRequests.remove`. Raises Overloaded or Unavailable."""
         if not request.sampling.HasField("seed"):
             request.sampling.seed = random.getrandbits(63)
         hashes = await _prompt_hashes(request)
         self._check_open()
-        self._shedder.check(request.model.name, request.priority)
         active = ActiveRequest(request, self._job(request, hashes, traceparent), self._shedder.of(request.model.name))
         active.load.entered()
         self._active.add(active)

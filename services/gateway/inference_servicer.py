@@ -38,6 +38,7 @@ class InferenceServicer(InferenceBase):
         await context.send_initial_metadata((("x-request-id", caller.request_id),))
         with self._admission.entering():
             wanted = await self._read(request, caller)
+            self._admission.check_load(wanted)
         deltas = self._generator.generate(wanted)
         async with contextlib.aclosing(deltas):
             async for delta in deltas:

@@ -96,6 +96,7 @@ class CompletionRoute(Generic[B]):
             content = await exchange.read_body(settings.max_body_bytes, settings.read_timeout_s)
             body = parse(content, self._kind.decoder)
             requests = await self._kind.read(body, caller)
+            self._admission.check_load(requests[0])
         deltas = self._deltas(requests)
         await exchange.while_connected(
             self._stream(exchange, body, deltas) if body.stream else self._respond(exchange, body, deltas)

@@ -248,3 +248,15 @@ async def test_metrics_count_requests_and_tokens(stack: Stack) -> None:
 async def test_health(stack: Stack) -> None:
     assert (await stack.http.get("/health/live")).status_code == 200
     assert (await stack.http.get("/health/ready")).json() == {"status": "ready"}
+
+
+async def test_prompts_that_come_together_are_let_in_together(stack: Stack) -> None:
+    stack.scheduler.go.clear()
+    asking = asyncio.create_task(stack.complete([[5, 6]] * 100, max_tokens=2))
+    await stack.scheduler.popped.wait()
+    refused = await stack.complete("alone", priority="low")
+    assert refused.status_code == 429
+    error = refused.json()["error"]
+    assert error["reason"] == "overloaded" and error["retry_after_seconds"] == int(refused.headers["retry-after"])
+    stack.scheduler.go.set()
+    assert len((await asking).json()["choices"]) == 100
