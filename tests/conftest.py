@@ -24,6 +24,12 @@ def redis_url(redis_server: RedisServer) -> str:
 
 
 @pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store in which the kernels of tiny models are kept, so that equal shapes are compiled once in a run."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session")
 def default_model() -> Path:
     """The folder of the default model, converted on the first run of all (30 s) and kept in the user's own store."""
     from services.worker.model_store import DEFAULT_MODEL, resolve

@@ -128,12 +128,12 @@ class Killing:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer) -> Iterator[Killing]:
+def tiny(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, tiny_store: Path) -> Iterator[Killing]:
     """Three workers of a tiny random model."""
     folder = tmp_path_factory.mktemp("tiny")
     _write_tiny(folder / "tiny")
     redis_server.flush()
-    settings = {"model": folder / "tiny", "store": folder / "store", "threads": 1, "kv_blocks": 128}
+    settings = {"model": folder / "tiny", "store": tiny_store, "threads": 1, "kv_blocks": 128}
     stack = GatedStack(folder, redis_server.url, {**settings, "deterministic": True})
     try:
         stack.fork_worker()

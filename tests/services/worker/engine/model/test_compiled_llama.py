@@ -18,6 +18,7 @@ from services.worker.engine.kernels.compiled.isa import choose_isa
 from services.worker.engine.kernels.paged_kv import PagedKV
 from services.worker.engine.model.compiled_llama import CompiledLlama
 from services.worker.engine.model.llama import LlamaModel
+from services.worker.model_store import kernels_folder
 from tests.services.worker.engine.compiled_models import (
     BLOCK_SIZE,
     CPU,
@@ -87,9 +88,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kernels(tiny_store: Path) -> Path:
     """Where compiled kernels are kept, for the models of equal shape."""
-    return tmp_path_factory.mktemp("kernels")
+    return kernels_folder(tiny_store)
 
 
 @pytest.fixture(scope="module")
