@@ -10,8 +10,10 @@ CHUNK_BYTES = 1024 * 1024
 
 
 class BadBlock(InvalidRequest):
-    """What arrived is not what it says it is. `reason` is one of `encoding`, `format`, `order`,
-    `size` and `digest`."""
+    """What arrived is not what it says it is.
+
+    `reason` is one of `encoding`, `format`, `order`, `size` and `digest`.
+    """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

@@ -10,12 +10,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from headrace.v1.cache_pb2 import KvChunk
 from services.common.kv_blocks import BadBlock, Chunk
 
 _DATA_TAG = (KvChunk.DATA_FIELD_NUMBER << 3 | 2).to_bytes(1, "little")  # 2: length-delimited
-
 
 SIGN_OF_LIFE = KvChunk().SerializeToString()
 """An empty chunk: whoever computes the blocks is getting on."""
@@ -46,7 +46,7 @@ def decode(message: bytes) -> Chunk:
             raise BadBlock("encoding", f"A KvChunk of {len(message)} bytes arrived whose data is {size} bytes.")
     try:
         parsed = KvChunk.FromString(rest)
-    except Exception as error:  # of a class that is no part of protobuf's interface
+    except DecodeError as error:
         raise BadBlock("encoding", f"A message of {len(message)} bytes arrived that is no KvChunk.") from error
     return Chunk(
         parsed.kv_format,

@@ -289,7 +289,8 @@ class Executions:
         """Ends live sequences whose tokens nobody wants any more."""
         if tickets:
             running = [ticket for ticket in tickets if ticket.gathering is None]
-            self._cancellations.cancel({ticket: "decode" if ticket.begun else "prefill" for ticket in running})
+            if running:
+                self._cancellations.cancel({ticket: "decode" if ticket.begun else "prefill" for ticket in running})
             for ticket in tickets:
                 self._end(ticket)
 

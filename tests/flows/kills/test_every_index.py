@@ -12,7 +12,6 @@ from typing import Any
 
 import grpc
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from headrace.v1.inference_pb2 import GenerateRequest, TokenIds
 from headrace.v1.sampling_pb2 import Sampling, Stopping
@@ -20,7 +19,7 @@ from tests.flows.kills.gate import DEADLY_TOKEN
 from tests.flows.kills.gated_stack import GatedStack
 from tests.flows.kills.reading import Answer, Reading
 from tests.redis_server import RedisServer
-from tests.services.worker.engine.tiny_models import VOCABULARY, save_tiny
+from tests.services.worker.engine.tiny_models import VOCABULARY, save_tiny, save_tokenizer
 
 TOKENS = 48
 EVERY_INDEX = bool(os.environ.get("HEADRACE_TEST_EVERY_INDEX"))
@@ -197,6 +196,4 @@ def _write_tiny(folder: Path) -> None:
         max_position_embeddings=256,
         eos_token_id=0,
     )
-    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w1"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_tokenizer(folder)

@@ -9,11 +9,10 @@ from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from headrace.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channel import Outbox, dial
-from tests.services.worker.engine.tiny_models import VOCABULARY, save_tiny
+from tests.services.worker.engine.tiny_models import save_tiny, save_tokenizer
 
 READY = re.compile(r"ready on (127\.0\.0\.1:\d+): (\S+)")
 
@@ -30,10 +29,7 @@ def write_tiny_model(folder: Path) -> None:
         max_position_embeddings=64,
         eos_token_id=0,
     )
-    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w1"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    save_tokenizer(folder)
 
 
 async def start_worker(**settings: object) -> Process:

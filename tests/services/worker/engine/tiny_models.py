@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from services.worker.engine.batcher import Batch, Slice
@@ -27,6 +28,13 @@ def save_tiny(folder: Path, config_class: str, **settings: Any) -> Any:
             parameter.copy_(spread * 0.25 if parameter.ndim > 1 else parameter + 0.2 * spread)
     model.save_pretrained(folder)
     return model
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer whose words are w0, w1, ... for the ids 0, 1, ..."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def make_sequence(tokens: list[int], blocks: list[int], *, prompt_length: int | None = None) -> Sequence:
