@@ -26,6 +26,8 @@ class Caller:
     timeout_s: float
     # W3C trace context of the caller, or empty.
     traceparent: str = ""
+    # Names the API key that the call came with; empty for a caller without one.
+    key_id: str = ""
 
 
 def sane_request_id(wanted: str | None) -> str:
