@@ -8,8 +8,10 @@ from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import Offer, OfferAnswer, Placement
 from services.common.errors import HeadraceError
 from services.common.redis.queue import FIRST_ATTEMPT
-from services.gateway.choice import Choice
-from services.gateway.request import GenerationRequest, Usage
+from services.gateway.errors import AnswerElsewhere
+from services.gateway.journal import Journal
+from services.gateway.recording import event_of, new_choices, replay
+from services.gateway.request import Delta, GenerationRequest, Usage
 from services.gateway.shedder import ModelLoad
 
 
@@ -30,9 +32,11 @@ class ReceivedOffer:
 class ActiveRequest:
     """One request between its acceptance and its end. Owned by its `generate`; others only bring news."""
 
-    def __init__(self, request: GenerationRequest, job: Job, load: ModelLoad) -> None:
+    def __init__(self, request: GenerationRequest, job: Job, load: ModelLoad, journal: Journal | None = None) -> None:
         self.request = request
         self.job = job
+        # Where its answer is recorded, if it is.
+        self.journal = journal
         # Where it counts as waiting until it is placed, and as running from then on.
         self.load = load
         self.entry_id = ""
@@ -44,14 +48,14 @@ class ActiveRequest:
         self.cached_prompt_tokens: int | None = None
         # Loop time of the first placement; None while queued.
         self.placed_at: float | None = None
-        self.choices = [
-            Choice(index, request.model.tokenizer.detokenizer(), request.stopping) for index in range(request.choices)
-        ]
+        self.choices = new_choices(request.model, request.stopping, request.choices)
         # Set when there is an offer, tokens, an end or an error to look at.
         self.news = asyncio.Event()
         self.error: HeadraceError | None = None
         # Its caller has gone.
         self.cancelled = False
+        # Another gateway goes on with it: its end here is not its end.
+        self.abandoned = False
         self._wants_offer = True
         self._offer: ReceivedOffer | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -80,6 +84,34 @@ class ActiveRequest:
         """Ends the request with an error at its next look at the news. The first error counts."""
         self.error = self.error or error
         self.news.set()
+
+    def abandon(self, error: HeadraceError) -> None:
+        """Leaves the request to another gateway."""
+        self.abandoned = True
+        self.fail(error)
+
+    async def record(self, delta: Delta) -> None:
+        """Records a delta, if the answer is. Raises what ends the request here."""
+        if self.journal is None:
+            return
+        event = event_of(delta)
+        if not self.journal.events:
+            event.cached_prompt_tokens = self.cached_prompt_tokens or 0
+            event.kv_format = self.job.kv_format
+        delta.position = len(self.journal.events)
+        try:
+            await self.journal.record(event, self.attempt)
+        except AnswerElsewhere as error:
+            self.abandon(error)
+            raise
+
+    def restore(self) -> list[Delta]:
+        """Takes what another gateway has recorded of the answer, and returns it."""
+        events = self.journal.events if self.journal else []
+        if events:
+            self.cached_prompt_tokens = events[0].cached_prompt_tokens
+            self.job.kv_format = events[0].kv_format
+        return [replay(self.choices, event, position) for position, event in enumerate(events)]
 
     def limit(self, seconds: float, error: HeadraceError) -> None:
         """Fails with `error` in `seconds`, unless `unlimit` comes first. Replaces an earlier limit."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import random
 import time
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ from headrace.v1.job_pb2 import Job
 from services.common.block_hash import chain_hashes, chain_root
 from services.common.errors import Overloaded, Unavailable
 from services.gateway.active_request import ActiveRequest, ActiveRequests
+from services.gateway.journal import Journal
 from services.gateway.request import GenerationRequest
 from services.gateway.shedder import Shedder
 
@@ -65,13 +65,16 @@ class Admission:
         """
         self._shedder.check(request.model.name, request.priority)
 
-    async def admit(self, request: GenerationRequest, traceparent: str) -> ActiveRequest:
+    async def admit(
+        self, request: GenerationRequest, traceparent: str, journal: Journal | None = None
+    ) -> ActiveRequest:
         """Registers a request. It counts until `ActiveRequests.remove`. Raises Overloaded or Unavailable."""
-        if not request.sampling.HasField("seed"):
-            request.sampling.seed = random.getrandbits(63)
         hashes = await _prompt_hashes(request)
         self._check_open()
-        active = ActiveRequest(request, self._job(request, hashes, traceparent), self._shedder.of(request.model.name))
+        job = self._job(request, hashes, traceparent)
+        if journal is not None:
+            job.answer_id = journal.answer_id
+        active = ActiveRequest(request, job, self._shedder.of(request.model.name), journal)
         active.load.entered()
         self._active.add(active)
         return active

@@ -46,6 +46,11 @@ class GatewaySettings(CommonSettings):
     # Seconds that a model stays known after its last worker left, its new requests queued: a restart again.
     model_memory_s: float = Field(default=300.0, ge=0)
 
+    # Seconds that a resumable answer, or one under an idempotency key, is kept in Redis after its last event.
+    answer_ttl_s: float = Field(default=600.0, ge=30)
+    # Tokens that such an answer may have, all choices together: it takes about 30 bytes of Redis for each.
+    max_recorded_tokens: int = Field(default=32_768, ge=1)
+
     # A worker's stream without a sign of life (due every second) for this many seconds counts as broken.
     worker_silence_s: float = Field(default=10.0, ge=2)
     # A worker that has our sequences and whose step counter stands still for this many seconds counts as hung. Far

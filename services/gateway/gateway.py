@@ -1,6 +1,7 @@
 """The gateway put together: what stands behind both fronts, how it starts, and how it drains."""
 
 import asyncio
+import contextlib
 import logging
 import random
 import secrets
@@ -14,11 +15,13 @@ from headrace.v1 import inference_pb2, inference_pb2_grpc
 from headrace.v1.scheduler_pb2 import GatewayHello
 from headrace.v1.worker_pb2 import ExecuteHello
 from services.common.errors import Unavailable
+from services.common.redis.answers import AnswerStore
 from services.common.redis.keys import Owner
 from services.common.redis.queue import JobQueue
 from services.common.serve import GrpcServer, Registration, Stop
-from services.gateway.active_request import ActiveRequests
+from services.gateway.active_request import ActiveRequest, ActiveRequests
 from services.gateway.admission import Admission
+from services.gateway.answers import Answers
 from services.gateway.catalog import Catalog
 from services.gateway.config import GatewaySettings
 from services.gateway.generate import Generator
@@ -46,7 +49,8 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, registry: CollectorRegistry) -> None:
         self._settings = settings
         incarnation = secrets.token_hex(8)
-        self._queue = JobQueue(settings.redis_url, Owner("gateway", settings.id, incarnation))
+        owner = Owner("gateway", settings.id, incarnation)
+        self._queue = JobQueue(settings.redis_url, owner)
         self._active = ActiveRequests()
         self._workers = WorkerLinks(
             ExecuteHello(gateway_id=settings.id, incarnation=incarnation),
@@ -75,21 +79,33 @@ class Gateway:
             max_attempts=settings.max_attempts,
             resume_patience_s=settings.resume_patience_s,
         )
-        self._http = HttpServer(self._http_app(generator, metrics), settings.host, settings.http_port)
+        self._answers = Answers(
+            AnswerStore(settings.redis_url, owner, ttl_s=settings.answer_ttl_s),
+            generator,
+            self._admission,
+            self._active,
+            self._queue,
+            self._catalog,
+            metrics,
+            max_recorded_tokens=settings.max_recorded_tokens,
+        )
+        self._http = HttpServer(self._http_app(metrics), settings.host, settings.http_port)
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        servicer = InferenceServicer(generator, self._admission, self._catalog, settings)
+        servicer = InferenceServicer(self._answers, self._admission, self._catalog, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)]
         )
 
-    def _http_app(self, generator: Generator, metrics: Metrics) -> HttpApp:
+    def _http_app(self, metrics: Metrics) -> HttpApp:
         reader = RequestReader(self._catalog, self._settings)
         completion_path, chat_path = "/v1/completions", "/v1/chat/completions"
         completions = CompletionRoute(
-            completion_path, completion_kind(reader), generator, self._admission, metrics, self._settings
+            completion_path, completion_kind(reader), self._answers, self._admission, metrics, self._settings
         )
-        chat = CompletionRoute(chat_path, chat_kind(reader), generator, self._admission, metrics, self._settings)
-        return HttpApp({completion_path: completions, chat_path: chat}, self._catalog, self._readiness, metrics)
+        chat = CompletionRoute(chat_path, chat_kind(reader), self._answers, self._admission, metrics, self._settings)
+        return HttpApp(
+            {completion_path: completions, chat_path: chat}, self._answers, self._catalog, self._readiness, metrics
+        )
 
     async def start(self) -> tuple[int, int]:
         """Opens both fronts, not ready yet. Returns the HTTP and the gRPC port. Raises OSError."""
@@ -100,7 +116,7 @@ class Gateway:
     async def run(self, stop: Stop) -> None:
         """Serves until `stop` is set, then drains and closes. Raises UnfitRedis."""
         parts = (
-            self._placements.run(),
+            self._placements.run(self._answers.offered),
             self._workers.run(),
             self._catalog.run(),
             self._leases.run(),
@@ -131,13 +147,22 @@ class Gateway:
         if not await self._active.wait_empty(self._settings.drain_grace_s):
             log.warning("%d requests did not finish in time", len(self._active))
             for active in self._active:
-                active.fail(Unavailable("The gateway shut down before this request finished."))
+                self._give_up(active)
             await self._active.wait_empty(_LAST_WORDS_S)
+
+    def _give_up(self, active: ActiveRequest) -> None:
+        if active.journal is None:
+            active.fail(Unavailable("The gateway shut down before this request finished."))
+        else:
+            active.abandon(Unavailable("This gateway shuts down: continue this answer from its last event on another."))
 
     async def _close(self, background: list["asyncio.Task[Any]"]) -> None:
         await asyncio.gather(self._http.stop(), self._grpc.stop(_LAST_WORDS_S))
-        await self._leases.wait_acknowledged(_LAST_WORDS_S)
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        await self._answers.close()
+        await self._leases.wait_ended(_LAST_WORDS_S)
+        with contextlib.suppress(Unavailable):
+            await self._queue.retire()
         await self._queue.close()

@@ -16,6 +16,7 @@ from services.common.redis.queue import JobQueue
 from services.gateway.active_request import ActiveRequest, ActiveRequests, ReceivedOffer
 from services.gateway.admission import Admission, seconds_left
 from services.gateway.choice import Choice
+from services.gateway.journal import Journal
 from services.gateway.leases import Leases
 from services.gateway.metrics import Metrics, ModelMetrics
 from services.gateway.placement_links import PlacementLinks
@@ -31,6 +32,14 @@ _REASONS = {
     Outcome.LOST: PlacementRequest.REASON_WORKER_LOST,
     Outcome.FAILED: PlacementRequest.REASON_WORKER_LOST,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """How a request that another gateway left goes on here: its queue entry, and the number of its next attempt."""
+
+    entry_id: str
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +87,27 @@ class Generator:
         self._max_attempts = max_attempts
         self._resume_patience_s = resume_patience_s
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+    async def generate(
+        self, request: GenerationRequest, journal: Journal | None = None, adoption: Adoption | None = None
+    ) -> AsyncGenerator[Delta, None]:
         """Yields the deltas of all choices; the last one carries the usage. Raises HeadraceError.
 
-        A caller that stops iterating cancels the request. However it ends, it ends once: in `_end`.
+        A caller that stops iterating cancels the request. However it ends, it ends once: in `_end`. With a journal each
+        delta is recorded before it is yielded; with an adoption it holds what another gateway recorded before, which
+        comes first.
         """
         metrics = self._metrics.for_model(request.model.name)
         span = self._tracing.begin(request.caller, request.model.name)
-        active = await self._admission.admit(request, span.traceparent)
+        active = await self._admission.admit(request, span.traceparent, journal)
         try:
             metrics.active.inc()
             active.limit(seconds_left(request), _deadline_error(request))
-            active.entry_id = await self._queue.enqueue(active.job)  # it is accepted once Redis has answered
+            if adoption is None:
+                await self._accept(active)
+            else:
+                for delta in active.restore():
+                    yield delta
+                await self._adopt(active, adoption)
             while not active.finished:
                 placement = await self._place(active, metrics)
                 span.placed(placement, active.attempt)
@@ -103,12 +121,27 @@ class Generator:
                     self._place_again(active, attempt, metrics)
         except HeadraceError as error:
             active.fail(error)
+            await _record_failure(active, error)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             active.cancelled = True
             raise
         finally:
             self._end(active, metrics, span)
+
+    async def _accept(self, active: ActiveRequest) -> None:
+        """It is accepted once Redis has answered."""
+        active.entry_id = await self._queue.enqueue(active.job)
+        if active.journal is not None:
+            active.journal.accepted = True
+
+    async def _adopt(self, active: ActiveRequest, adoption: Adoption) -> None:
+        """Takes over the entry of another gateway's request, and asks for a worker if there is more to come."""
+        active.entry_id, active.owns_entry = adoption.entry_id, True
+        active.attempt = adoption.attempt
+        await self._queue.take_over(active.job, active.entry_id)  # one that is gone is added again by the renewals
+        if not active.finished:
+            self._ask(active, PlacementRequest.REASON_WORKER_LOST)
 
     async def _place(self, active: ActiveRequest, metrics: ModelMetrics) -> Placement:
         """Waits for an offer that holds: the queue entry is this gateway's."""
@@ -178,6 +211,7 @@ class Generator:
                 if delta.finish_reason:
                     attempt.link.cancel((feed,))  # a stop string ends it before its worker knows
                     delta.usage = active.usage() if active.finished else None
+                await active.record(delta)
                 yield delta
 
     def _place_again(self, active: ActiveRequest, attempt: Attempt, metrics: ModelMetrics) -> None:
@@ -194,6 +228,10 @@ class Generator:
             _check_retry(active, feed, self._max_attempts)
             # Whoever ran beside it may be to blame; if it is to blame itself, it takes nobody along again.
             active.job.alone = active.failures == self._max_attempts - 1 > 0
+        self._ask(active, _REASONS[outcome], worker)
+
+    def _ask(self, active: ActiveRequest, reason: PlacementRequest.Reason.ValueType, tried_worker_id: str = "") -> None:
+        """Asks for a worker, ahead of everything queued."""
         if active.begun:
             patience_s = self._resume_patience_s
             active.limit(
@@ -204,8 +242,8 @@ class Generator:
                 job=active.job,
                 attempt=active.attempt,
                 queue_entry_id=active.entry_id,
-                reason=_REASONS[outcome],
-                tried_worker_id=worker,
+                reason=reason,
+                tried_worker_id=tried_worker_id,
             )
         )
 
@@ -214,7 +252,9 @@ class Generator:
         active.unlimit()
         active.decline()
         self._placements.forget(active.id)
-        if active.entry_id:
+        if active.abandoned:
+            self._leases.release(active)
+        elif active.entry_id:
             self._leases.acknowledge(active)
         self._active.remove(active)
         active.load.ended(was_placed=active.placed_at is not None)
@@ -231,6 +271,12 @@ class Generator:
             log.info("request %s: ended with an error: %s", active.id, active.error)
             outcome = "error"
         span.end(active.usage(), outcome, active.error)
+
+
+async def _record_failure(active: ActiveRequest, error: HeadraceError) -> None:
+    """Records the error that ends an accepted request, unless it goes on elsewhere."""
+    if active.journal is not None and active.journal.accepted and not active.abandoned:
+        await active.journal.fail(error, active.attempt)
 
 
 def _start_command(active: ActiveRequest, placement: Placement) -> Start:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from services.common.errors import HeadraceError, NotFound, RequestFailed
+from services.gateway.answers import Answers
 from services.gateway.caller import sane_request_id
 from services.gateway.catalog import Catalog, Model
 from services.gateway.errors import MethodNotAllowed
@@ -27,11 +28,16 @@ class HttpApp:
     """The whole ASGI application."""
 
     def __init__(
-        self, hot_routes: Mapping[str, CompletionRoute[Any]], catalog: Catalog, readiness: Readiness, metrics: Metrics
+        self,
+        hot_routes: Mapping[str, CompletionRoute[Any]],
+        answers: Answers,
+        catalog: Catalog,
+        readiness: Readiness,
+        metrics: Metrics,
     ) -> None:
         self._hot_routes = hot_routes
         self._metrics = metrics
-        self._rest = _rest(catalog, readiness, metrics)
+        self._rest = _rest(answers, catalog, readiness, metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if hot := self._hot_routes.get(scope["path"]):
@@ -53,12 +59,16 @@ class HttpApp:
         await self._rest(scope, receive, send_with_id)
 
 
-def _rest(catalog: Catalog, readiness: Readiness, metrics: Metrics) -> Starlette:
+def _rest(answers: Answers, catalog: Catalog, readiness: Readiness, metrics: Metrics) -> Starlette:
     async def list_models(_: Request) -> Response:
         return _json(ModelList([_model_object(model) for model in catalog.usable()]))
 
     async def get_model(request: Request) -> Response:
         return _json(_model_object(catalog.get(request.path_params["name"])))
+
+    async def cancel_answer(request: Request) -> Response:
+        await answers.cancel(request.path_params["answer_id"], "")
+        return _json({"status": "cancelled"})
 
     async def live(_: Request) -> Response:
         return _json({"status": "live"})
@@ -76,6 +86,7 @@ def _rest(catalog: Catalog, readiness: Readiness, metrics: Metrics) -> Starlette
         routes=[
             Route("/v1/models", list_models),
             Route("/v1/models/{name:path}", get_model),
+            Route("/v1/answers/{answer_id:path}/cancel", cancel_answer, methods=["POST"]),
             Route("/health/live", live),
             Route("/health/ready", ready),
             Route("/metrics", show_metrics),

@@ -47,22 +47,22 @@ class HttpExchange:
         # Whether the newest message is still on its way into the server's buffer, and since when.
         self._sending = False
         self._sent_at = 0.0
-        wanted_id = self._header(b"x-request-id")
+        wanted_id = self.header(b"x-request-id")
         self.request_id = sane_request_id(wanted_id)
         self.internal_id = internal_id(self.request_id, wanted_id)
         # Of the answer, once it has begun.
         self.status = 0
 
     def caller(self, default_timeout_s: float) -> Caller:
-        timeout_s = timeout_seconds(self._header(b"x-request-timeout-ms"), default_timeout_s)
-        traceparent = self._header(b"traceparent") or ""
+        timeout_s = timeout_seconds(self.header(b"x-request-timeout-ms"), default_timeout_s)
+        traceparent = self.header(b"traceparent") or ""
         return Caller(self.request_id, self.internal_id, self._arrived, timeout_s, traceparent)
 
     async def read_body(self, limit_bytes: int, timeout_s: float) -> bytes:
         """The whole body. Raises BodyTooLarge as soon as it is known to be longer, BodyTimeout when it takes too long,
         ClientGone when it breaks off.
         """
-        declared = self._header(b"content-length")
+        declared = self.header(b"content-length")
         if declared and declared.isdecimal() and int(declared) > limit_bytes:
             raise _too_large(int(declared), limit_bytes)
         try:
@@ -111,13 +111,12 @@ class HttpExchange:
 
     async def send_event(self, event: bytes) -> None:
         """Sends one server-sent event; the first one begins the answer."""
-        if not self._streaming:
-            await self._begin(200, list(_SSE_HEADERS))
-            self._streaming = True
+        await self._begin_stream()
         await self._send_body(event)
 
     async def end_stream(self, event: bytes) -> None:
         """Sends the last events."""
+        await self._begin_stream()
         await self._send_body(event, last=True)
 
     async def fail(self, error: HeadraceError) -> None:
@@ -128,6 +127,11 @@ class HttpExchange:
                     await self.end_stream(error_event(error))
                 elif not self.status:
                     await self.respond(error.http_status, error_body(error), error_headers(error))
+
+    async def _begin_stream(self) -> None:
+        if not self._streaming:
+            await self._begin(200, list(_SSE_HEADERS))
+            self._streaming = True
 
     async def _begin(self, status: int, headers: list[Header]) -> None:
         self.status = status
@@ -175,7 +179,7 @@ class HttpExchange:
             async with asyncio.timeout(self._write_timeout_s):
                 await self._send_body(COMMENT)
 
-    def _header(self, name: bytes) -> str | None:
+    def header(self, name: bytes) -> str | None:
         value = self._headers.get(name)
         return None if value is None else value.decode("latin-1")
 

@@ -13,20 +13,21 @@ from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.errors import InvalidRequest
 from services.gateway import validation
 from services.gateway.admission import Admission
+from services.gateway.answers import Answer, Answers
 from services.gateway.caller import Caller, internal_id, sane_request_id, timeout_seconds
 from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
-from services.gateway.generate import Generator
+from services.gateway.recording import recording
 from services.gateway.request import Delta, GenerationRequest, Usage
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(InferenceBase):
-    """Generate, ListModels and Tokenize."""
+    """Generate, Resume, Cancel, ListModels and Tokenize."""
 
-    def __init__(self, generator: Generator, admission: Admission, catalog: Catalog, settings: GatewaySettings) -> None:
-        self._generator = generator
+    def __init__(self, answers: Answers, admission: Admission, catalog: Catalog, settings: GatewaySettings) -> None:
+        self._answers = answers
         self._admission = admission
         self._catalog = catalog
         self._settings = settings
@@ -38,11 +39,28 @@ class InferenceServicer(InferenceBase):
         await context.send_initial_metadata((("x-request-id", caller.request_id),))
         with self._admission.entering():
             wanted = await self._read(request, caller)
-            self._admission.check_load(wanted)
-        deltas = self._generator.generate(wanted)
-        async with contextlib.aclosing(deltas):
+            content = request.SerializeToString(deterministic=True)
+            key = _metadata(context).get("idempotency-key")
+            answer = await self._answers.begin(
+                [wanted], recording(caller, content, resumable=request.resumable, idempotency_key=key)
+            )
+        async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
-                yield _delta_message(delta, caller.request_id)
+                yield _delta_message(delta, answer)
+
+    async def Resume(
+        self, request: inference_pb2.ResumeRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateDelta]:
+        caller = self._caller(context)
+        await context.send_initial_metadata((("x-request-id", caller.request_id),))
+        answer = await self._answers.resume(request.answer_id, max(0, request.next_position), caller.key_id)
+        async with contextlib.aclosing(answer.deltas) as deltas:
+            async for delta in deltas:
+                yield _delta_message(delta, answer)
+
+    async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
+        await self._answers.cancel(request.answer_id, self._caller(context).key_id)
+        return inference_pb2.CancelResponse()
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
@@ -60,7 +78,7 @@ class InferenceServicer(InferenceBase):
         return inference_pb2.TokenizeResponse(token_ids=await model.tokenizer.encode_text(request.text))
 
     def _caller(self, context: Context) -> Caller:
-        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        metadata = _metadata(context)
         timeout_s = timeout_seconds(metadata.get("x-request-timeout-ms"), self._settings.default_timeout_s)
         remaining_s = context.time_remaining()
         wanted_id = metadata.get("x-request-id")
@@ -146,9 +164,15 @@ def _priority(priority: Priority.ValueType) -> Priority.ValueType:
     return priority or Priority.PRIORITY_NORMAL
 
 
-def _delta_message(delta: Delta, request_id: str) -> inference_pb2.GenerateDelta:
+def _metadata(context: Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _delta_message(delta: Delta, answer: Answer) -> inference_pb2.GenerateDelta:
     return inference_pb2.GenerateDelta(
-        request_id=request_id,
+        request_id=answer.request_id,
+        answer_id=answer.id,
+        position=max(0, delta.position),
         choice=delta.choice,
         seq=delta.seq,
         text=delta.text,

@@ -7,11 +7,13 @@ Redis answers; nobody waits for that but the shutdown.
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 
 from headrace.v1.job_pb2 import Job
 from services.common.errors import HeadraceError, Unavailable
-from services.common.redis.queue import LEASE_S, JobQueue
+from services.common.redis.queue import LEASE_S, JobQueue, QueuedJob
 from services.gateway.active_request import ActiveRequest, ActiveRequests
+from services.gateway.errors import AnswerElsewhere, RequestCancelled
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ class Leases:
         self._queue = queue
         self._active = active
         self._allow_volatile = allow_volatile
-        self._acknowledging: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
         self._problem: str | None = "Redis has not answered yet."
 
     @property
@@ -51,6 +53,10 @@ class Leases:
         """Ends the request's entry in the background."""
         self._end_entry(active.job, active.entry_id)
 
+    def release(self, active: ActiveRequest) -> None:
+        """Gives the request's entry up in the background, for another gateway to go on with."""
+        self._in_background(self._release(active.job, active.entry_id), f"release {active.id}")
+
     async def add_again(self, active: ActiveRequest, entry_id: str) -> None:
         """Gives a request whose entry Redis has lost another one, unless it has ended or has another already.
 
@@ -65,10 +71,10 @@ class Leases:
         else:
             self._end_entry(active.job, added)
 
-    async def wait_acknowledged(self, timeout_s: float) -> None:
-        """Waits for what is being acknowledged."""
-        if self._acknowledging:
-            _done, pending = await asyncio.wait(self._acknowledging, timeout=timeout_s)
+    async def wait_ended(self, timeout_s: float) -> None:
+        """Waits for what is being acknowledged or released."""
+        if self._ending:
+            _done, pending = await asyncio.wait(self._ending, timeout=timeout_s)
             if pending:
                 log.warning("%d ended requests could not be acknowledged in Redis", len(pending))
 
@@ -85,6 +91,7 @@ class Leases:
         owned = [(active.job, active.entry_id) for active in accepted if active.owns_entry]
         waiting = [(active.job, active.entry_id) for active in accepted if not active.owns_entry]
         try:
+            await asyncio.gather(*(_check_record(active) for active in accepted))
             lost = [*await self._queue.renew(owned), *await self._queue.missing(waiting)]
             active_by_id = {active.id: active for active in accepted}
             await asyncio.gather(*(self.add_again(active_by_id[job.request_id], entry_id) for job, entry_id in lost))
@@ -94,12 +101,21 @@ class Leases:
             self._set_problem(None)
 
     def _is_current(self, active: ActiveRequest, entry_id: str) -> bool:
-        return active in self._active and active.entry_id == entry_id
+        return active in self._active and active.entry_id == entry_id and not active.abandoned
 
     def _end_entry(self, job: Job, entry_id: str) -> None:
-        task = asyncio.create_task(self._acknowledge(job, entry_id), name=f"acknowledge {job.request_id}")
-        self._acknowledging.add(task)
-        task.add_done_callback(self._acknowledging.discard)
+        self._in_background(self._acknowledge(job, entry_id), f"acknowledge {job.request_id}")
+
+    def _in_background(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _release(self, job: Job, entry_id: str) -> None:
+        try:
+            await self._queue.release([QueuedJob(entry_id, job)])
+        except Unavailable as error:
+            log.warning("request %s: its lease runs out by itself: %s", job.request_id, error.message)
 
     async def _acknowledge(self, job: Job, entry_id: str) -> None:
         failures = 0
@@ -117,3 +133,15 @@ class Leases:
         if problem != self._problem:
             log.log(logging.INFO if problem is None else logging.WARNING, "Redis: %s", problem or "reachable")
             self._problem = problem
+
+
+async def _check_record(active: ActiveRequest) -> None:
+    """Finds out whether a recorded request is still this gateway's, and still wanted. Raises Unavailable."""
+    if active.journal is None or not active.journal.accepted:
+        return
+    try:
+        await active.journal.check()
+    except AnswerElsewhere as error:
+        active.abandon(error)
+    except RequestCancelled as error:
+        active.fail(error)

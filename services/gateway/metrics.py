@@ -67,6 +67,13 @@ class Metrics:
         self.http_requests = Counter(
             "headrace_http_requests", "HTTP requests answered.", ("route", "status"), registry=registry
         )
+        self.adoptions = Counter("headrace_adoptions", "Requests of dead gateways that go on here.", registry=registry)
+        self.answers_resumed = Counter(
+            "headrace_answers_resumed", "Recorded answers that a caller came back for.", registry=registry
+        )
+        self.answers_attached = Counter(
+            "headrace_answers_attached", "Requests answered from an earlier one's idempotency key.", registry=registry
+        )
         self._models: dict[str, ModelMetrics] = {}
 
     def for_model(self, model: str) -> "ModelMetrics":

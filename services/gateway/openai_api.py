@@ -2,21 +2,20 @@
 
 import contextlib
 import logging
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import msgspec
 
-from services.common.errors import HeadraceError, RequestFailed
+from services.common.errors import HeadraceError, InvalidRequest, RequestFailed
 from services.gateway.admission import Admission
+from services.gateway.answers import Answer, Answers
 from services.gateway.caller import Caller
 from services.gateway.config import GatewaySettings
 from services.gateway.errors import MethodNotAllowed
-from services.gateway.generate import Generator
 from services.gateway.http_exchange import CLIENT_GONE_STATUS, ClientGone, HttpExchange, Receive, Scope, Send
-from services.gateway.merge import merge
 from services.gateway.metrics import Metrics
 from services.gateway.openai_events import DONE, FINISH_REASONS, ChatEvents, CompletionEvents, usage_object
 from services.gateway.openai_requests import RequestReader, parse
@@ -29,6 +28,7 @@ from services.gateway.openai_types import (
     CompletionChoice,
     CompletionResponse,
 )
+from services.gateway.recording import recording
 from services.gateway.request import Delta, GenerationRequest, Usage
 
 log = logging.getLogger(__name__)
@@ -56,14 +56,14 @@ class CompletionRoute(Generic[B]):
         self,
         path: str,
         kind: Kind[B],
-        generator: Generator,
+        answers: Answers,
         admission: Admission,
         metrics: Metrics,
         settings: GatewaySettings,
     ) -> None:
         self._path = path
         self._kind = kind
-        self._generator = generator
+        self._answers = answers
         self._admission = admission
         self._metrics = metrics
         self._settings = settings
@@ -95,34 +95,46 @@ class CompletionRoute(Generic[B]):
             caller = exchange.caller(settings.default_timeout_s)
             content = await exchange.read_body(settings.max_body_bytes, settings.read_timeout_s)
             body = parse(content, self._kind.decoder)
-            requests = await self._kind.read(body, caller)
-            self._admission.check_load(requests[0])
-        deltas = self._deltas(requests)
+            if body.resumable and not body.stream:
+                raise InvalidRequest("resumable needs stream to be true.", field="resumable")
+            answer = await self._answer(exchange, body, caller, content)
         await exchange.while_connected(
-            self._stream(exchange, body, deltas) if body.stream else self._respond(exchange, body, deltas)
+            self._stream(exchange, body, answer) if body.stream else self._respond(exchange, answer)
         )
 
-    def _deltas(self, requests: list[GenerationRequest]) -> AsyncGenerator[Delta, None]:
-        streams = [self._generator.generate(request) for request in requests]
-        return streams[0] if len(streams) == 1 else merge(streams, requests[0].choices)
+    async def _answer(self, exchange: HttpExchange, body: B, caller: Caller, content: bytes) -> Answer:
+        """A new answer; or one that the caller comes back for, then whatever else the body says."""
+        if (last_event := exchange.header(b"last-event-id")) is not None:
+            if not body.stream:
+                raise InvalidRequest("Last-Event-ID needs stream to be true.", field="stream")
+            answer_id, position = _parse_event_id(last_event)
+            return await self._answers.resume(answer_id, position + 1, caller.key_id)
+        requests = await self._kind.read(body, caller)
+        named = self._path.encode() + b"\0" + content
+        key = exchange.header(b"idempotency-key")
+        return await self._answers.begin(
+            requests, recording(caller, named, resumable=bool(body.resumable), idempotency_key=key)
+        )
 
-    async def _stream(self, exchange: HttpExchange, body: B, deltas: AsyncGenerator[Delta, None]) -> None:
+    async def _stream(self, exchange: HttpExchange, body: B, answer: Answer) -> None:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        events = self._kind.events(self._response_id(exchange), body.model, int(time.time()), with_usage=with_usage)
+        events = self._kind.events(
+            self._response_id(answer), answer.model, answer.accepted_unix_s, with_usage=with_usage, answer_id=answer.id
+        )
         usage = Usage(0, 0, 0)
-        async with contextlib.aclosing(deltas):
+        async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
                 # A delta whose text is held back is no event, but the first one of a choice opens it.
                 if delta.text or delta.finish_reason or not delta.seq:
-                    await exchange.send_event(events.delta(delta))
+                    await exchange.send_event(events.event(delta))
                 if delta.usage is not None:
                     usage += delta.usage
         await exchange.end_stream(events.usage(usage) + DONE if with_usage else DONE)
 
-    async def _respond(self, exchange: HttpExchange, body: B, deltas: AsyncGenerator[Delta, None]) -> None:
+    async def _respond(self, exchange: HttpExchange, answer: Answer) -> None:
         collected: dict[int, Delta] = {}
         usage = Usage(0, 0, 0)
-        async with contextlib.aclosing(deltas):
+        async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
                 whole = collected.setdefault(delta.choice, delta)
                 if whole is not delta:
@@ -131,17 +143,28 @@ class CompletionRoute(Generic[B]):
                 if delta.usage is not None:
                     usage += delta.usage
         response = CompletionResponse(
-            id=self._response_id(exchange),
+            id=self._response_id(answer),
             object=self._kind.object_name,
-            created=int(time.time()),
-            model=body.model,
+            created=answer.accepted_unix_s,
+            model=answer.model,
             choices=self._kind.choices([collected[index] for index in sorted(collected)]),
             usage=usage_object(usage),
         )
         await exchange.respond(200, msgspec.json.encode(response), _JSON)
 
-    def _response_id(self, exchange: HttpExchange) -> str:
-        return self._kind.id_prefix + exchange.request_id
+    def _response_id(self, answer: Answer) -> str:
+        return self._kind.id_prefix + answer.request_id
+
+
+def _parse_event_id(event_id: str) -> tuple[str, int]:
+    """The answer's id and the position of the event. Raises InvalidRequest."""
+    answer_id, _, position = event_id.rpartition(":")
+    if not answer_id or not re.fullmatch(r"[0-9]{1,9}", position):
+        raise InvalidRequest(
+            f"Last-Event-ID must be the id of an event of a resumable answer, but is {event_id[:200]!r}.",
+            field="last-event-id",
+        )
+    return answer_id, int(position)
 
 
 def completion_kind(reader: RequestReader) -> Kind[CompletionBody]:

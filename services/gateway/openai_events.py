@@ -25,13 +25,21 @@ class CompletionEvents:
 
     object_name = "text_completion"
 
-    def __init__(self, response_id: str, model: str, created: int, *, with_usage: bool) -> None:
+    def __init__(self, response_id: str, model: str, created: int, *, with_usage: bool, answer_id: str = "") -> None:
+        """`answer_id`: events get ids, by which a caller can go on with the answer."""
         head = {"id": response_id, "object": self.object_name, "created": created, "model": model}
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
+        self._id = b"id: %b:" % answer_id.encode() if answer_id else b""
         self._tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"
 
+    def event(self, delta: Delta) -> bytes:
+        """The event of one delta, with its id if it has one."""
+        if not self._id:
+            return self.delta(delta)
+        return b"%b%d\n%b" % (self._id, delta.position, self.delta(delta))
+
     def delta(self, delta: Delta) -> bytes:
-        """The event of one delta."""
+        """The event of one delta, without an id."""
         return b'%b{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b%b' % (
             self._head,
             delta.choice,

@@ -36,6 +36,7 @@ class CommonBody(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     priority: str | int | None = None
     deterministic: bool | None = None
+    resumable: bool | None = None
 
     logprobs: Any = None
     top_logprobs: Any = None

@@ -2,10 +2,11 @@
 
 import logging
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import grpc.aio
 
+from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import (
     GatewayHello,
     GatewayMessage,
@@ -32,6 +33,7 @@ class PlacementLinks:
         self._hello = hello
         self._active = active
         self._catalog = catalog
+        self._on_adoption: Callable[[Job, str], None] = lambda job, entry_id: None
         self._outboxes: dict[str, Outbox[GatewayMessage]] = {}  # by scheduler; those that have said hello back
         # Placement requests without an offer so far, by request id, with the scheduler that has each.
         self._asked: dict[str, tuple[PlacementRequest, str | None]] = {}
@@ -40,8 +42,9 @@ class PlacementLinks:
     def connected(self) -> int:
         return len(self._outboxes)
 
-    async def run(self) -> None:
-        """Keeps the connections until cancelled."""
+    async def run(self, on_adoption: Callable[[Job, str], None]) -> None:
+        """Keeps the connections until cancelled. `on_adoption(job, entry_id)`: a dead gateway's request is offered."""
+        self._on_adoption = on_adoption
         await self._sessions.run()
 
     def ask(self, request: PlacementRequest) -> None:
@@ -91,6 +94,8 @@ class PlacementLinks:
                 self._catalog.announce(scheduler, message.catalog)
             case "refusal":
                 self._refused(message.refusal)
+            case "adoption":
+                self._on_adoption(message.adoption.job, message.adoption.queue_entry_id)
 
     def _offered(self, offer: Offer, outbox: Outbox[GatewayMessage]) -> None:
         received = ReceivedOffer(offer, lambda answer: outbox.put(GatewayMessage(answer=answer)))

@@ -1,5 +1,6 @@
 """What goes in and out of `generate`: a request that both fronts build alike, and the deltas that answer it."""
 
+import random
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +19,17 @@ class GenerationRequest:
     caller: Caller
     model: Model
     prompt_ids: Sequence[int]
-    # `seed` is set; `max_tokens` is set and fits the context.
+    # A seed is drawn if none is set. `max_tokens` is set and fits the context.
     sampling: Sampling
     stopping: Stopping
     choices: int = 1
     cache_salt: str = ""
     priority: Priority.ValueType = Priority.PRIORITY_NORMAL
     deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sampling.HasField("seed"):
+            self.sampling.seed = random.getrandbits(63)
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -57,8 +62,15 @@ class Delta(msgspec.Struct):
     finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
     # Set in the last delta of the request.
     usage: Usage | None = None
+    # Place among the deltas of all choices, from 0, where the answer is recorded.
+    position: int = -1
 
 
 def pack_ids(token_ids: Sequence[int]) -> bytes:
     """Token ids as protocol messages carry them: 4 bytes each, little-endian."""
     return struct.pack(f"<{len(token_ids)}I", *token_ids)
+
+
+def unpack_ids(packed: bytes) -> list[int]:
+    """The ids that `pack_ids` packed."""
+    return list(struct.unpack(f"<{len(packed) // 4}I", packed))

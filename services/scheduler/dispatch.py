@@ -119,6 +119,13 @@ class Dispatcher:
                 self._held.add(held, self._clock())
         self.wake()
 
+    def orphaned(self, queued: QueuedJob) -> None:
+        """Offers a job of a dead gateway to another one, which takes its entry over; else its lease runs out."""
+        if (session := self._gateways.any()) is not None:
+            log.info("request %s: offered to gateway %s for adoption", queued.job.request_id, session.key[0])
+            session.offer_adoption(queued.job, queued.entry_id)
+            self._metrics.orphans.inc()
+
     # --- what the queue's side asks
 
     def room(self) -> int:

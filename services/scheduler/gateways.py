@@ -1,9 +1,11 @@
 """The gateway instances that are connected: what is sent to them, and whom their answers are for."""
 
 import logging
+import random
 from collections.abc import Callable
 
 from headrace.v1 import scheduler_pb2
+from headrace.v1.job_pb2 import Job
 from services.common.channel import Outbox
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,10 @@ class GatewaySession:
         """Sends an offer; `on_answer` is called with the answer, if one comes."""
         self._waiting_for[offer.request_id, offer.attempt] = on_answer
         self.outbox.put(scheduler_pb2.SchedulerMessage(offer=offer))
+
+    def offer_adoption(self, job: Job, queue_entry_id: str) -> None:
+        adoption = scheduler_pb2.Adoption(job=job, queue_entry_id=queue_entry_id)
+        self.outbox.put(scheduler_pb2.SchedulerMessage(adoption=adoption))
 
     def withdraw(self, request_id: str, attempt: int) -> None:
         """Waits no longer for the answer to an offer."""
@@ -70,6 +76,9 @@ class Gateways:
 
     def find(self, key: GatewayKey) -> GatewaySession | None:
         return self._sessions.get(key)
+
+    def any(self) -> GatewaySession | None:
+        return random.choice(list(self._sessions.values())) if self._sessions else None
 
     def announce(self, catalog: scheduler_pb2.Catalog) -> None:
         """Sends the catalog to every gateway."""

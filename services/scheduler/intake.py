@@ -87,9 +87,11 @@ class Intake:
         await self.settle()
         self._dispatcher.lost(await self._queue.renew(self._dispatcher.entries()))
         async with self._reclaiming:
-            reclaimed, closed = await self._queue.reclaim(self._model)
-            self._dispatcher.hold(reclaimed)
-        for gone in closed:
+            reclaimed = await self._queue.reclaim(self._model)
+            self._dispatcher.hold(reclaimed.jobs)
+        for orphan in reclaimed.orphans:
+            self._dispatcher.orphaned(orphan)
+        for gone in reclaimed.closed:
             log.warning("request %s closed: gateway %s is lost", gone.job.request_id, gone.job.gateway_id)
             self._metrics.gateway_lost.inc()
         for priority, depth in (await self._queue.depths(self._model)).items():

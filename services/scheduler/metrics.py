@@ -41,6 +41,11 @@ class SchedulerMetrics:
         self.gateway_lost = Counter(
             "headrace_gateway_lost", "Jobs closed because their gateway is gone.", registry=registry
         )
+        self.orphans = Counter(
+            "headrace_orphans",
+            "Jobs of lost gateways offered to others for adoption; one that is not taken up is offered again.",
+            registry=registry,
+        )
         self.refusals = Counter(
             "headrace_placement_refusals", "Requests told that no worker can run them.", registry=registry
         )

@@ -1,4 +1,4 @@
-"""Names of everything Headrace keeps in Redis for its queue.
+"""Names of everything Headrace keeps in Redis.
 
 key                                      type     meaning
 headrace:queue:{MODEL}:PRIORITY          stream   a model's jobs of one priority (high, normal, low), oldest first.
@@ -8,9 +8,16 @@ headrace:queue:{MODEL}:PRIORITY          stream   a model's jobs of one priority
     consumer s:ID:INCARNATION                     a scheduler, from pop to the gateway's acceptance
     consumer g:ID:INCARNATION                     a gateway, which runs the job
 headrace:gateway:ID:INCARNATION          string   "1", expires (PX): this gateway is alive
+headrace:answer:{ID}:request             hash     an answer that its caller may come back for, expires. Fields:
+                                                  `owner` (a consumer), `request` (`headrace.v1.StoredRequest`),
+                                                  `fingerprint` of what the caller sent, `state` (open, done, failed),
+                                                  `attempt`, `cancelled`
+headrace:answer:{ID}:events              stream   its events, expires. Event N has the id 0-(N + 1) and one field,
+                                                  `event`: a `headrace.v1.AnswerEvent`
 
 An owner's lease on an entry is the entry's idle time in the pending-entries list: whoever renews sets it to 0.
-The braces are a hash tag: all streams of one model are in one slot of a Redis Cluster, so that a script may use them.
+The braces are a hash tag: all streams of one model are in one slot of a Redis Cluster, and so are the two keys of an
+answer, so that a script may use them.
 """
 
 from dataclasses import dataclass
@@ -58,3 +65,17 @@ def queue_streams(model: str) -> list[str]:
 
 def gateway_heartbeat(gateway_id: str, incarnation: str) -> str:
     return f"headrace:gateway:{gateway_id}:{incarnation}"
+
+
+def heartbeat_of(consumer: str) -> str:
+    """The heartbeat of the gateway that is this consumer."""
+    gateway_id, _, incarnation = consumer.partition(":")[2].rpartition(":")
+    return gateway_heartbeat(gateway_id, incarnation)
+
+
+def answer_request(answer_id: str) -> str:
+    return f"headrace:answer:{{{answer_id}}}:request"
+
+
+def answer_events(answer_id: str) -> str:
+    return f"headrace:answer:{{{answer_id}}}:events"

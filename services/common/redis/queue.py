@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -23,6 +24,7 @@ from services.common.redis.keys import (
     PRIORITIES,
     Owner,
     gateway_heartbeat,
+    heartbeat_of,
     known_priority,
     queue_stream,
     queue_streams,
@@ -72,7 +74,21 @@ class _Expired:
 
     @property
     def heartbeat(self) -> str:
+        """Of the gateway that runs it: the owner, which may have adopted it, or else the one that it came from."""
+        if self.owner.startswith("g:"):
+            return heartbeat_of(self.owner)
         return gateway_heartbeat(self.job.gateway_id, self.job.gateway_incarnation)
+
+
+class Reclaimed(NamedTuple):
+    """What owners left behind."""
+
+    # To be placed again; this scheduler's now.
+    jobs: list[QueuedJob]
+    # Their gateway is dead, and another one can go on with them; this scheduler's until one does.
+    orphans: list[QueuedJob]
+    # Ended here, because their gateway is dead and so are their callers' connections.
+    closed: list[QueuedJob]
 
 
 class JobQueue:
@@ -128,6 +144,10 @@ class JobQueue:
         arguments = (GROUP, self._owner.consumer, entry_id)
         await self._redis.script(scripts.ACKNOWLEDGE, [queue_stream(job.model, job.priority)], arguments)
 
+    async def retire(self) -> None:
+        """Says that this gateway is gone, so that others need not wait for its heartbeat to run out."""
+        await self._redis.command("DEL", gateway_heartbeat(self._owner.id, self._owner.incarnation))
+
     # --- the scheduler's side
 
     async def pop(self, model: str, count: int) -> list[QueuedJob]:
@@ -156,36 +176,26 @@ class JobQueue:
         """Ends an entry that this scheduler owns, because its gateway no longer wants it."""
         await self.acknowledge(job, entry_id)
 
-    async def release(self, jobs: Iterable[QueuedJob]) -> None:
-        """Gives up this scheduler's leases, so that any scheduler can reclaim the jobs at once."""
-        by_stream: dict[str, list[str]] = defaultdict(list)
-        for queued in jobs:
-            by_stream[queue_stream(queued.job.model, queued.job.priority)].append(queued.entry_id)
-        for stream, entry_ids in by_stream.items():
-            arguments: list[Argument] = [GROUP, self._owner.consumer, _RELEASED_IDLE_MS, *entry_ids]
-            await self._redis.script(scripts.RELEASE, [stream], arguments)
-
-    async def reclaim(self, model: str) -> tuple[list[QueuedJob], list[QueuedJob]]:
-        """Picks up entries whose owner's lease ran out: (jobs to place again, now this scheduler's; jobs closed because
-        their gateway's heartbeat is gone).
+    async def reclaim(self, model: str) -> Reclaimed:
+        """Picks up entries whose owner's lease ran out, and ends those that nobody can go on with.
 
         A pause of Redis lets the heartbeats of live gateways run out. So none counts as gone before Redis has answered
         for a full lease, in which they beat again.
         """
-        reclaimed: list[QueuedJob] = []
-        closed: list[QueuedJob] = []
+        reclaimed = Reclaimed([], [], [])
         for stream in queue_streams(model):
             expired = await self._expired(stream)
             alive = await self._existing({entry.heartbeat for entry in expired})
             may_close = self._redis.answering_s * 1000 > self._lease_ms
             dead = [entry for entry in expired if may_close and entry.heartbeat not in alive]
             left = [entry for entry in expired if entry.heartbeat in alive and self._left_behind(entry)]
-            closed_ids = await self._seize(scripts.CLOSE, stream, [entry.entry_id for entry in dead])
-            taken_ids = await self._seize(scripts.TAKE, stream, [entry.entry_id for entry in left])
-            closed += [QueuedJob(entry.entry_id, entry.job) for entry in dead if entry.entry_id in closed_ids]
-            reclaimed += [QueuedJob(entry.entry_id, entry.job) for entry in left if entry.entry_id in taken_ids]
+            orphans = [entry for entry in dead if entry.job.answer_id]
+            others = [entry for entry in dead if not entry.job.answer_id]
+            reclaimed.jobs.extend(await self._seize(scripts.TAKE, stream, left))
+            reclaimed.orphans.extend(await self._seize(scripts.TAKE, stream, orphans))
+            reclaimed.closed.extend(await self._seize(scripts.CLOSE, stream, others))
             await self._redis.script(scripts.TIDY, [stream], (GROUP, _FORGET_CONSUMER_MS))
-        return reclaimed, closed
+        return reclaimed
 
     async def depths(self, model: str) -> dict[int, int]:
         """Jobs that no gateway runs yet, by priority."""
@@ -196,6 +206,15 @@ class JobQueue:
         await self._redis.close()
 
     # --- what both sides share
+
+    async def release(self, jobs: Iterable[QueuedJob]) -> None:
+        """Gives up this owner's leases, so that any scheduler can reclaim the jobs at once."""
+        by_stream: dict[str, list[str]] = defaultdict(list)
+        for queued in jobs:
+            by_stream[queue_stream(queued.job.model, queued.job.priority)].append(queued.entry_id)
+        for stream, entry_ids in by_stream.items():
+            arguments: list[Argument] = [GROUP, self._owner.consumer, _RELEASED_IDLE_MS, *entry_ids]
+            await self._redis.script(scripts.RELEASE, [stream], arguments)
 
     async def _claim(self, stream: str, entry_ids: list[str]) -> set[str]:
         """Returns the ids that could not be claimed."""
@@ -230,7 +249,7 @@ class JobQueue:
             begin = "(" + last.decode()
         if broken:
             log.error("entries %s of %s hold no job of that queue and are removed", ", ".join(broken), stream)
-            await self._seize(scripts.CLOSE, stream, broken)
+            await self._seize_ids(scripts.CLOSE, stream, broken)
         return expired
 
     async def _existing(self, keys: set[str]) -> set[str]:
@@ -242,7 +261,11 @@ class JobQueue:
         """Whether an entry of a live gateway is to be offered again."""
         return entry.owner.startswith("s:") or entry.idle_ms > _FORGOTTEN_LEASES * self._lease_ms
 
-    async def _seize(self, script: Script, stream: str, entry_ids: list[str]) -> set[str]:
+    async def _seize(self, script: Script, stream: str, entries: list[_Expired]) -> list[QueuedJob]:
+        seized = await self._seize_ids(script, stream, [entry.entry_id for entry in entries])
+        return [QueuedJob(entry.entry_id, entry.job) for entry in entries if entry.entry_id in seized]
+
+    async def _seize_ids(self, script: Script, stream: str, entry_ids: list[str]) -> set[str]:
         if not entry_ids:
             return set()
         arguments: list[Argument] = [GROUP, self._owner.consumer, self._lease_ms, *entry_ids]

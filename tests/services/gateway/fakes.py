@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc.aio
+from redis.asyncio import Redis
 
 from headrace.v1.job_pb2 import Job
 from headrace.v1.sampling_pb2 import FinishReason
 from headrace.v1.scheduler_pb2 import (
+    Adoption,
     Catalog,
     CatalogEntry,
     GatewayMessage,
@@ -36,7 +38,7 @@ from headrace.v1.worker_pb2 import (
 from headrace.v1.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from services.common.channel import Outbox, cancel_and_wait
 from services.common.errors import Unavailable
-from services.common.redis.keys import Owner
+from services.common.redis.keys import GROUP, Owner, gateway_heartbeat, queue_stream
 from services.common.redis.queue import JobQueue
 from services.common.serve import GrpcServer, Registration
 from services.common.tokenizer_hash import bundle_hash
@@ -91,6 +93,11 @@ class FakeWorker(WorkerServicer):
     def __post_init__(self) -> None:
         self.go.set()
         self._server = GrpcServer([Registration(add_WorkerServicer_to_server, self, "headrace.v1.Worker")])
+
+    def let_go(self) -> None:
+        """Never pauses again."""
+        self.pause_after = None
+        self.go.set()
 
     async def serve(self) -> None:
         self.address = f"127.0.0.1:{await self._server.start('127.0.0.1:0')}"
@@ -207,7 +214,9 @@ class FakeScheduler(SchedulerServicer):
     """Pops jobs from the real queue as they come and offers them to workers in turn."""
 
     def __init__(self, redis_url: str, workers: list[FakeWorker]) -> None:
+        self.redis_url = redis_url
         self.workers = workers
+        self.entry_ids: list[str] = []
         self.answers: list[OfferAnswer] = []
         self.requests: list[PlacementRequest] = []
         self.jobs: list[Job] = []
@@ -270,6 +279,16 @@ class FakeScheduler(SchedulerServicer):
         for outbox in self.outboxes:
             outbox.put(SchedulerMessage(catalog=self.catalog()))
 
+    async def orphan(self, job: Job, entry_id: str) -> None:
+        """Takes the entry from its gateway, as if that were dead, and offers the job to every other gateway."""
+        heartbeat = gateway_heartbeat(job.gateway_id, job.gateway_incarnation)
+        stream, consumer = queue_stream(job.model, job.priority), Owner("scheduler", "s", "1").consumer
+        async with Redis.from_url(self.redis_url) as redis:
+            await redis.delete(heartbeat)
+            await redis.xclaim(stream, GROUP, consumer, 0, [entry_id])
+        for outbox in self.outboxes:
+            outbox.put(SchedulerMessage(adoption=Adoption(job=job, queue_entry_id=entry_id)))
+
     def offer(self, request_id: str, attempt: int, entry_id: str, worker: FakeWorker) -> None:
         placement = Placement(
             worker_id=worker.id, worker_address=worker.address, scheduler_id="s", kv_format=f"format of {worker.id}"
@@ -289,6 +308,7 @@ class FakeScheduler(SchedulerServicer):
     async def _offer_popped(self) -> None:
         for queued in await self.queue.pop(MODEL, 100):
             self.jobs.append(queued.job)
+            self.entry_ids.append(queued.entry_id)
             self.popped.set()
             await self.go.wait()
             worker = self.workers[self._turn % len(self.workers)]

@@ -65,6 +65,20 @@ async def running_stack(
     for worker in workers:
         await worker.serve()
     await scheduler.serve()
+    try:
+        async with running_gateway(redis_url, scheduler, workers, **settings) as stack:
+            yield stack
+    finally:
+        await scheduler.stop()
+        for worker in workers:
+            await worker.stop()
+
+
+@contextlib.asynccontextmanager
+async def running_gateway(
+    redis_url: str, scheduler: FakeScheduler, workers: list[FakeWorker], **settings: object
+) -> AsyncIterator[Stack]:
+    """A ready gateway of a scheduler and workers that run already."""
     fields: dict[str, object] = {
         "http_port": 0,
         "grpc_port": 0,
@@ -80,19 +94,8 @@ async def running_stack(
     base_url, grpc_address = f"http://127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}"
     redis = RedisClient(redis_url)
     async with httpx.AsyncClient(base_url=base_url, timeout=30) as http, dial(grpc_address) as channel:
-        stack = Stack(
-            gateway,
-            scheduler,
-            workers,
-            http,
-            base_url,
-            grpc_address,
-            InferenceStub(channel),
-            redis,
-            registry,
-            stop,
-            task,
-        )
+        inference = InferenceStub(channel)
+        stack = Stack(gateway, scheduler, workers, http, base_url, grpc_address, inference, redis, registry, stop, task)
         try:
             await until_ready(http)
             yield stack
@@ -100,9 +103,6 @@ async def running_stack(
             stop.set()
             await task
             await redis.close()
-            await scheduler.stop()
-            for worker in workers:
-                await worker.stop()
 
 
 async def until_ready(http: httpx.AsyncClient) -> None:

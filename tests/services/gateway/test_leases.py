@@ -34,7 +34,7 @@ class Bench:
     redis: RedisClient
 
     async def entries(self) -> list[str]:
-        await self.leases.wait_acknowledged(10)
+        await self.leases.wait_ended(10)
         found = await self.redis.command("XRANGE", queue_stream("m", 0), "-", "+")
         return [entry_id.decode() for entry_id, _fields in found]
 

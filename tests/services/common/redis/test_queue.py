@@ -184,7 +184,7 @@ async def test_an_entry_that_holds_no_job_hurts_no_other(
     popped = await scheduler.pop(MODEL, 10)
     assert [queued.job.request_id for queued in popped] == ["before", "after"]
     await expire_leases(redis)
-    reclaimed, closed = await scheduler.reclaim(MODEL)
+    reclaimed, _, closed = await scheduler.reclaim(MODEL)
     assert ([queued.job.request_id for queued in reclaimed], closed) == (["before", "after"], [])
     assert await redis.command("XLEN", stream) == 2
     assert all(entry_id.decode() in caplog.text for entry_id in broken)
@@ -208,9 +208,9 @@ async def test_a_dead_schedulers_jobs_are_reclaimed(
     await gateway.enqueue(job("r1"))
     await scheduler.pop(MODEL, 1)
     other = make(OTHER_SCHEDULER)
-    assert await other.reclaim(MODEL) == ([], []), "its lease still runs"
+    assert await other.reclaim(MODEL) == ([], [], []), "its lease still runs"
     await expire_leases(redis)
-    [reclaimed], closed = await other.reclaim(MODEL)
+    [reclaimed], _, closed = await other.reclaim(MODEL)
     assert (reclaimed.job.request_id, closed) == ("r1", [])
     assert await scheduler.renew([(reclaimed.job, reclaimed.entry_id)]) == [(reclaimed.job, reclaimed.entry_id)]
     assert await gateway.take_over(reclaimed.job, reclaimed.entry_id)
@@ -222,7 +222,7 @@ async def test_reclaim_goes_through_more_than_a_page(
     await asyncio.gather(*(gateway.enqueue(job(f"r{number}")) for number in range(300)))
     await scheduler.pop(MODEL, 300)
     await expire_leases(redis)
-    reclaimed, _ = await scheduler.reclaim(MODEL)
+    reclaimed, *_ = await scheduler.reclaim(MODEL)
     assert len({queued.job.request_id for queued in reclaimed}) == 300
 
 
@@ -236,9 +236,9 @@ async def test_a_lost_gateways_jobs_are_closed_once_redis_has_answered_for_a_lea
     await expire_leases(redis)
     await redis.command("DEL", "headrace:gateway:gw:1")
     clock.now = LEASE_S - 0.1
-    assert await scheduler.reclaim(MODEL) == ([], []), "its next beat may be on the way"
+    assert await scheduler.reclaim(MODEL) == ([], [], []), "its next beat may be on the way"
     clock.now = LEASE_S + 0.1
-    reclaimed, closed = await scheduler.reclaim(MODEL)
+    reclaimed, _, closed = await scheduler.reclaim(MODEL)
     assert reclaimed == []
     assert {gone.job.request_id for gone in closed} == {"running", "offered"}
     assert await redis.command("XLEN", queue_stream(MODEL, PRIORITY_NORMAL)) == 0
@@ -252,10 +252,10 @@ async def test_a_live_gateways_job_is_left_alone_until_it_is_clearly_forgotten(
     await gateway.take_over(job("r1"), entry_id)
     await expire_leases(redis, idle_ms=int(LEASE_S * 2000))
     await gateway.renew([])
-    assert await scheduler.reclaim(MODEL) == ([], [])
+    assert await scheduler.reclaim(MODEL) == ([], [], [])
     await expire_leases(redis, idle_ms=int(LEASE_S * 4000))
     await gateway.renew([])
-    [reclaimed], closed = await scheduler.reclaim(MODEL)
+    [reclaimed], _, closed = await scheduler.reclaim(MODEL)
     assert (reclaimed.entry_id, closed) == (entry_id, [])
     assert await gateway.renew([(job("r1"), entry_id)]) == [], "a gateway that runs it after all keeps it"
 
@@ -272,7 +272,7 @@ async def test_release_spares_what_a_gateway_took_over(gateway: JobQueue, schedu
     popped = await scheduler.pop(MODEL, 1)
     await gateway.take_over(job("r1"), entry_id)
     await scheduler.release(popped)
-    assert await make(OTHER_SCHEDULER).reclaim(MODEL) == ([], [])
+    assert await make(OTHER_SCHEDULER).reclaim(MODEL) == ([], [], [])
 
 
 async def test_waiting_ends_with_a_new_job_on_any_priority(gateway: JobQueue, scheduler: JobQueue) -> None:
@@ -304,7 +304,7 @@ async def test_a_lost_consumer_group_is_made_again(gateway: JobQueue, scheduler:
     await gateway.enqueue(job("r1"))
     await scheduler.pop(MODEL, 1)
     await redis.command("XGROUP", "DESTROY", queue_stream(MODEL, PRIORITY_NORMAL), GROUP)
-    assert await scheduler.reclaim(MODEL) == ([], [])
+    assert await scheduler.reclaim(MODEL) == ([], [], [])
     [again] = await scheduler.pop(MODEL, 1)
     assert again.job.request_id == "r1"
 
@@ -317,7 +317,7 @@ async def test_an_entry_deleted_by_hand_is_forgotten(
     stream = queue_stream(MODEL, PRIORITY_NORMAL)
     await redis.command("XDEL", stream, entry_id)
     await expire_leases(redis)
-    assert await scheduler.reclaim(MODEL) == ([], [])
+    assert await scheduler.reclaim(MODEL) == ([], [], [])
     assert await redis.command("EVAL", PENDING, 1, stream, GROUP) == []
 
 
