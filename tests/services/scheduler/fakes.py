@@ -16,6 +16,7 @@ from headrace.v1.cache_pb2 import Holder, HolderBlocks, IndexUpdate, SnapshotEnd
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import (
     WORKER_ROLE_BOTH,
+    Adoption,
     Catalog,
     Credits,
     GatewayHello,
@@ -206,6 +207,7 @@ class FakeGateway:
         self.queue = JobQueue(redis_url, Owner("gateway", id, "1"), lease_s=LEASE_S)
         self.offers: asyncio.Queue[Offer] = asyncio.Queue()
         self.refusals: asyncio.Queue[PlacementRefusal] = asyncio.Queue()
+        self.adoptions: asyncio.Queue[Adoption] = asyncio.Queue()
         self.catalogs: asyncio.Queue[Catalog] = asyncio.Queue()
         self._running: dict[str, tuple[Job, str]] = {}
         self._outbox: Outbox[GatewayMessage] = Outbox()
@@ -250,6 +252,10 @@ class FakeGateway:
         self._running[job.request_id] = (job, offer.queue_entry_id)
         self.answer(offer, OfferAnswer.STATUS_ACCEPTED)
 
+    async def adopt(self, adoption: Adoption) -> None:
+        assert await self.queue.take_over(adoption.job, adoption.queue_entry_id)
+        self._running[adoption.job.request_id] = (adoption.job, adoption.queue_entry_id)
+
     async def finish(self, job: Job) -> None:
         await self.queue.acknowledge(*self._running.pop(job.request_id))
 
@@ -288,5 +294,7 @@ class FakeGateway:
             self.offers.put_nowait(message.offer)
         elif message.HasField("refusal"):
             self.refusals.put_nowait(message.refusal)
+        elif message.HasField("adoption"):
+            self.adoptions.put_nowait(message.adoption)
         else:
             self.catalogs.put_nowait(message.catalog)

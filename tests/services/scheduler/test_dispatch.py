@@ -270,6 +270,26 @@ async def test_a_dead_gateways_jobs_are_closed_and_counted(
     await gateway.accept(await gateway.offers.get(), job)
 
 
+async def test_a_dead_gateways_recorded_job_is_offered_to_others_until_one_takes_it(
+    scheduler: RunningScheduler, gateway: FakeGateway, worker: FakeWorker, redis_url: str
+) -> None:
+    dying = FakeGateway(redis_url, "dying")
+    await dying.connect(scheduler)
+    running, entry_id = await dying.submit("running", answer_id="x")
+    await dying.accept(await dying.offers.get(), running)
+    await dying.die()
+    await dying.queue.close()
+    for _ in range(2):  # not taken the first time
+        adoption = await gateway.adoptions.get()
+        assert (adoption.job, adoption.queue_entry_id) == (running, entry_id)
+    await gateway.adopt(adoption)
+    gateway.request(replacement(running, entry_id, attempt=2, reason=PlacementRequest.REASON_WORKER_LOST))
+    await gateway.disconnect()  # its job still names the dead one
+    assert scheduler.metric("headrace_gateway_lost_total") == 0
+    await gateway.finish(running)
+    await until_queue_is_empty(redis_url)
+
+
 async def test_a_job_waits_for_its_gateway_to_come_back(
     scheduler: RunningScheduler, gateway: FakeGateway, worker: FakeWorker
 ) -> None:

@@ -244,6 +244,40 @@ async def test_a_lost_gateways_jobs_are_closed_once_redis_has_answered_for_a_lea
     assert await redis.command("XLEN", queue_stream(MODEL, PRIORITY_NORMAL)) == 0
 
 
+async def test_a_lost_gateways_job_whose_answer_is_recorded_is_an_orphan(
+    gateway: JobQueue, scheduler: JobQueue, make: MakeQueue, redis: RedisClient, clock: Clock
+) -> None:
+    recorded = job("running")
+    recorded.answer_id = "x"
+    entry_id = await gateway.enqueue(recorded)
+    await scheduler.pop(MODEL, 1)
+    await gateway.take_over(recorded, entry_id)
+    await expire_leases(redis)
+    await gateway.retire()
+    clock.now = LEASE_S + 0.1
+    jobs, [orphan], closed = await scheduler.reclaim(MODEL)
+    assert (jobs, orphan.entry_id, closed) == ([], entry_id, [])
+    assert await scheduler.reclaim(MODEL) == ([], [], []), "whoever is offered it has a lease to take it over"
+    heir = make(OTHER_GATEWAY)
+    assert await heir.take_over(orphan.job, entry_id)
+    await expire_leases(redis)
+    await heir.renew([])
+    assert await scheduler.reclaim(MODEL) == ([], [], []), "its owner lives, whoever it came from"
+
+
+async def test_a_gateway_gives_a_job_up(gateway: JobQueue, scheduler: JobQueue, clock: Clock) -> None:
+    recorded = job("running")
+    recorded.answer_id = "x"
+    entry_id = await gateway.enqueue(recorded)
+    [queued] = await scheduler.pop(MODEL, 1)
+    await gateway.take_over(recorded, entry_id)
+    await gateway.release([queued])
+    await gateway.retire()
+    clock.now = LEASE_S + 0.1
+    _, [orphan], _ = await scheduler.reclaim(MODEL)
+    assert orphan.entry_id == entry_id
+
+
 async def test_a_live_gateways_job_is_left_alone_until_it_is_clearly_forgotten(
     gateway: JobQueue, scheduler: JobQueue, redis: RedisClient
 ) -> None:
