@@ -56,6 +56,8 @@ class ActiveRequest:
         self.cancelled = False
         # Another gateway goes on with it: its end here is not its end.
         self.abandoned = False
+        # It has failed as often as it may.
+        self.given_up = False
         self._wants_offer = True
         self._offer: ReceivedOffer | None = None
         self._timer: asyncio.TimerHandle | None = None

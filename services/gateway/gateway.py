@@ -16,6 +16,7 @@ from headrace.v1.scheduler_pb2 import GatewayHello
 from headrace.v1.worker_pb2 import ExecuteHello
 from services.common.errors import Unavailable
 from services.common.redis.answers import AnswerStore
+from services.common.redis.dead_letters import DeadLetters
 from services.common.redis.keys import Owner
 from services.common.redis.queue import JobQueue
 from services.common.serve import GrpcServer, Registration, Stop
@@ -60,7 +61,10 @@ class Gateway:
         self._catalog = Catalog(memory_s=settings.model_memory_s, on_workers=self._workers.follow)
         hello = GatewayHello(gateway_id=settings.id, incarnation=incarnation)
         self._placements = PlacementLinks(settings.schedulers, hello, self._active, self._catalog)
-        self._leases = Leases(self._queue, self._active, allow_volatile=settings.allow_volatile_redis)
+        self._dead_letters = DeadLetters(settings.redis_url)
+        self._leases = Leases(
+            self._queue, self._dead_letters, self._active, allow_volatile=settings.allow_volatile_redis
+        )
         shedder = Shedder(max_wait_s=settings.max_wait_s, clock=time.monotonic, draw=random.random)
         self._admission = Admission(
             self._active, shedder, max_requests=settings.max_requests, gateway_id=settings.id, incarnation=incarnation
@@ -165,4 +169,5 @@ class Gateway:
         await self._leases.wait_ended(_LAST_WORDS_S)
         with contextlib.suppress(Unavailable):
             await self._queue.retire()
+        await self._dead_letters.close()
         await self._queue.close()

@@ -316,6 +316,7 @@ def _check_retry(active: ActiveRequest, feed: SequenceFeed, max_attempts: int) -
     if feed.invalid_request:
         raise InvalidRequest(feed.error or "The worker cannot run this request.")
     if active.failures >= max_attempts:
+        active.given_up = True
         raise RequestFailed(f"The request failed on {active.failures} workers; the last one: {feed.error}.")
 
 

@@ -7,13 +7,15 @@ Redis answers; nobody waits for that but the shutdown.
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 
 from headrace.v1.job_pb2 import Job
 from services.common.errors import HeadraceError, Unavailable
+from services.common.redis.dead_letters import DeadLetters
 from services.common.redis.queue import LEASE_S, JobQueue, QueuedJob
 from services.gateway.active_request import ActiveRequest, ActiveRequests
 from services.gateway.errors import AnswerElsewhere, RequestCancelled
+from services.gateway.recording import stored_request
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +26,11 @@ _RETRY_EVERY_S = 1.0
 class Leases:
     """The queue entries of all active requests."""
 
-    def __init__(self, queue: JobQueue, active: ActiveRequests, *, allow_volatile: bool) -> None:
+    def __init__(
+        self, queue: JobQueue, dead_letters: DeadLetters, active: ActiveRequests, *, allow_volatile: bool
+    ) -> None:
         self._queue = queue
+        self._dead_letters = dead_letters
         self._active = active
         self._allow_volatile = allow_volatile
         self._ending: set[asyncio.Task[None]] = set()
@@ -50,8 +55,8 @@ class Leases:
             await asyncio.sleep(_RENEW_EVERY_S)
 
     def acknowledge(self, active: ActiveRequest) -> None:
-        """Ends the request's entry in the background."""
-        self._end_entry(active.job, active.entry_id)
+        """Ends the request's entry in the background; if it was given up, keeps it among the dead letters first."""
+        self._end_entry(active.job, active.entry_id, active if active.given_up else None)
 
     def release(self, active: ActiveRequest) -> None:
         """Gives the request's entry up in the background, for another gateway to go on with."""
@@ -103,8 +108,8 @@ class Leases:
     def _is_current(self, active: ActiveRequest, entry_id: str) -> bool:
         return active in self._active and active.entry_id == entry_id and not active.abandoned
 
-    def _end_entry(self, job: Job, entry_id: str) -> None:
-        self._in_background(self._acknowledge(job, entry_id), f"acknowledge {job.request_id}")
+    def _end_entry(self, job: Job, entry_id: str, given_up: ActiveRequest | None = None) -> None:
+        self._in_background(self._until_done(job, entry_id, given_up), f"acknowledge {job.request_id}")
 
     def _in_background(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
@@ -117,17 +122,25 @@ class Leases:
         except Unavailable as error:
             log.warning("request %s: its lease runs out by itself: %s", job.request_id, error.message)
 
-    async def _acknowledge(self, job: Job, entry_id: str) -> None:
+    async def _until_done(self, job: Job, entry_id: str, given_up: ActiveRequest | None) -> None:
+        if given_up is not None:
+            await self._until_answered(lambda: self._bury(given_up), job)
+        await self._until_answered(lambda: self._queue.acknowledge(job, entry_id), job)
+
+    async def _until_answered(self, work: Callable[[], Awaitable[None]], job: Job) -> None:
         failures = 0
         while True:
             try:
-                await self._queue.acknowledge(job, entry_id)
-                return
+                return await work()
             except HeadraceError as error:
                 failures += 1
                 if failures == 1:
                     log.warning("request %s: not acknowledged yet: %s", job.request_id, error.message)
             await asyncio.sleep(_RETRY_EVERY_S)
+
+    async def _bury(self, active: ActiveRequest) -> None:
+        request = stored_request(active.request).SerializeToString()
+        await self._dead_letters.add(request, str(active.error), active.failures)
 
     def _set_problem(self, problem: str | None) -> None:
         if problem != self._problem:

@@ -14,6 +14,8 @@ headrace:answer:{ID}:request             hash     an answer that its caller may 
                                                   `attempt`, `cancelled`
 headrace:answer:{ID}:events              stream   its events, expires. Event N has the id 0-(N + 1) and one field,
                                                   `event`: a `headrace.v1.AnswerEvent`
+headrace:dead                            stream   requests that were given up, the newest thousand. Fields: `request`
+                                                  (`headrace.v1.StoredRequest`), `reason`, `failures`
 
 An owner's lease on an entry is the entry's idle time in the pending-entries list: whoever renews sets it to 0.
 The braces are a hash tag: all streams of one model are in one slot of a Redis Cluster, and so are the two keys of an
@@ -28,6 +30,7 @@ from headrace.v1 import sampling_pb2
 
 GROUP = "schedulers"
 JOB_FIELD = "job"
+DEAD_LETTERS = "headrace:dead"
 
 PRIORITIES = (sampling_pb2.PRIORITY_HIGH, sampling_pb2.PRIORITY_NORMAL, sampling_pb2.PRIORITY_LOW)
 """Highest first; a smaller number is served before a larger one."""

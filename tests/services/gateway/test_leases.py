@@ -9,14 +9,16 @@ import pytest
 
 from headrace.v1.job_pb2 import Job
 from headrace.v1.sampling_pb2 import Sampling, Stopping
+from services.common.errors import RequestFailed
 from services.common.redis.client import RedisClient
+from services.common.redis.dead_letters import DeadLetters
 from services.common.redis.keys import Owner, queue_stream
 from services.common.redis.queue import JobQueue
 from services.gateway.active_request import ActiveRequest, ActiveRequests
 from services.gateway.caller import Caller
 from services.gateway.catalog import Model
 from services.gateway.leases import Leases
-from services.gateway.request import GenerationRequest
+from services.gateway.request import GenerationRequest, unpack_ids
 from services.gateway.shedder import ModelLoad
 from services.gateway.tokenization import ModelTokenizer
 from tests.services.gateway.tokenizers_for_tests import bundle
@@ -29,6 +31,7 @@ class Bench:
     """Leases, and one accepted request whose entry is not in Redis."""
 
     leases: Leases
+    letters: DeadLetters
     requests: ActiveRequests
     active: ActiveRequest
     redis: RedisClient
@@ -49,7 +52,9 @@ async def bench(redis_url: str) -> AsyncIterator[Bench]:
     active = ActiveRequest(request, Job(request_id="r", model="m"), ModelLoad(60.0, time.monotonic))
     active.entry_id, active.owns_entry = LOST, True
     requests.add(active)
-    yield Bench(Leases(queue, requests, allow_volatile=True), requests, active, redis)
+    letters = DeadLetters(redis_url)
+    yield Bench(Leases(queue, letters, requests, allow_volatile=True), letters, requests, active, redis)
+    await letters.close()
     await queue.close()
     await redis.close()
 
@@ -74,3 +79,14 @@ async def test_an_ended_request_leaves_nothing_behind(bench: Bench) -> None:
     assert await bench.entries() == []
     await bench.leases.add_again(bench.active, LOST)
     assert await bench.entries() == []
+
+
+async def test_a_request_that_was_given_up_is_kept_before_its_entry_ends(bench: Bench) -> None:
+    await bench.leases.add_again(bench.active, LOST)
+    bench.active.failures, bench.active.given_up = 3, True
+    bench.active.fail(RequestFailed("It failed on 3 workers."))
+    bench.leases.acknowledge(bench.active)
+    assert await bench.entries() == []
+    [letter] = await bench.letters.all()
+    assert (letter.reason, letter.failures) == ("It failed on 3 workers.", 3)
+    assert unpack_ids(letter.request.prompt_ids) == [1]
