@@ -1,9 +1,13 @@
-"""Callers that stream deterministic completions one after the other, and know every answer beforehand."""
+"""Callers that stream deterministic completions one after the other, and know every answer beforehand.
+
+Those that ask for resumable ones come back when they are cut off, each time to the next gateway.
+"""
 
 import asyncio
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -49,16 +53,65 @@ class Seen:
             self.notes.append(f"{end}: {what}")
 
 
+@dataclass(slots=True)
+class Answer:
+    """What one caller has of its answer, over one connection or several."""
+
+    seen: Seen
+    began: float = field(default_factory=time.monotonic)
+    last: float = 0.0
+    texts: list[str] = field(default_factory=list)
+    event_id: str = ""
+    """Of the newest event: whoever has one can come back."""
+    finished: bool = False
+
+    async def read(self, reply: aiohttp.ClientResponse) -> tuple[End, str]:
+        """Reads a stream to its end."""
+        async for raw in reply.content:
+            line = raw.decode().strip()
+            if line.startswith("id: "):
+                self.event_id = line.removeprefix("id: ")
+            if not line.startswith("data: "):
+                continue
+            if line == "data: [DONE]":
+                return ("finished", "") if self.finished else ("error", "[DONE] without a finish reason")
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                return "error", line
+            self._take(event["choices"])
+        return "broken", "the stream ended in the middle"
+
+    def _take(self, choices: list[dict[str, str]]) -> None:
+        now = time.monotonic()
+        if self.last:
+            self.seen.longest_pause_s = max(self.seen.longest_pause_s, now - self.last)
+        else:
+            self.seen.longest_wait_s = max(self.seen.longest_wait_s, now - self.began)
+        self.last = now
+        self.texts += [choice["text"] for choice in choices]
+        self.finished = self.finished or any(choice["finish_reason"] for choice in choices)
+
+
 class Callers:
     """So many at once, until they are told to stop."""
 
-    def __init__(self, url: str, model: str, questions: Sequence[Question], at_once: int) -> None:
-        self._url = url
+    def __init__(
+        self, urls: Sequence[str], model: str, questions: Sequence[Question], at_once: int, *, resumable: bool = False
+    ) -> None:
+        """They ask the first of the URLs; those of resumable answers come back to each in turn."""
+        self._urls = urls
         self._model = model
         self._questions = questions
         self._at_once = at_once
+        self._resumable = resumable
         self._answers: dict[int, str] = {}
         self._stopping = False
+
+    def resumable(self) -> "Callers":
+        """The same callers with resumable answers."""
+        callers = Callers(self._urls, self._model, self._questions, self._at_once, resumable=True)
+        callers._answers = self._answers
+        return callers
 
     async def learn(self) -> None:
         """Asks every question once, undisturbed: these are the answers."""
@@ -88,6 +141,21 @@ class Callers:
 
     async def _ask(self, session: aiohttp.ClientSession, number: int, seen: Seen) -> str:
         """Asks one question, and notes how that went; the answer's text."""
+        answer, urls = Answer(seen), itertools.cycle(self._urls)
+        end, what = await self._connect(session, number, answer, urls)
+        while end in ("broken", "refused") and answer.event_id and time.monotonic() < answer.last + _SILENCE_S:
+            await asyncio.sleep(_RETRY_S)
+            end, what = await self._connect(session, number, answer, urls)
+        text = "".join(answer.texts)
+        if end == "finished" and text != self._answers.get(number, text):
+            end, what = "wrong", f"question {number} got {text!r}, and {self._answers[number]!r} was due"
+        seen.note(end, what)
+        return text
+
+    async def _connect(
+        self, session: aiohttp.ClientSession, number: int, answer: Answer, urls: Iterator[str]
+    ) -> tuple[End, str]:
+        """Asks, or comes back for the rest, over one connection."""
         question = self._questions[number]
         body = {
             "model": self._model,
@@ -97,54 +165,24 @@ class Callers:
             "ignore_eos": True,
             "stream": True,
             "deterministic": True,
+            "resumable": self._resumable,
         }
-        texts: list[str] = []
-        began = time.monotonic()
+        headers = {"Last-Event-ID": answer.event_id} if answer.event_id else {}
         try:
-            async with session.post(f"{self._url}/v1/completions", json=body) as reply:
+            async with session.post(f"{next(urls)}/v1/completions", json=body, headers=headers) as reply:
                 if reply.status == 200:
-                    end, what = await _read(reply, began, texts, seen)
-                else:
-                    end, what = _refusal(reply), await reply.text()
+                    return await answer.read(reply)
+                return _refusal(reply), await reply.text()
         except aiohttp.ClientConnectorError as error:
-            end, what = "refused", str(error)
+            return "refused", str(error)
         except aiohttp.ClientError as error:
-            end, what = "broken", f"{type(error).__name__} {error}"
+            return "broken", f"{type(error).__name__} {error}"
         except TimeoutError:
-            end, what = "lost", f"nothing came for {_SILENCE_S:g} s"
-        text = "".join(texts)
-        if end == "finished" and text != self._answers.get(number, text):
-            end, what = "wrong", f"question {number} got {text!r}, and {self._answers[number]!r} was due"
-        seen.note(end, what)
-        return text
+            return "lost", f"nothing came for {_SILENCE_S:g} s"
 
     def _session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=_SILENCE_S)
         return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(force_close=True))
-
-
-async def _read(reply: aiohttp.ClientResponse, began: float, texts: list[str], seen: Seen) -> tuple[End, str]:
-    """Reads a stream to its end."""
-    last = 0.0
-    finished = False
-    async for raw in reply.content:
-        line = raw.decode().strip()
-        if not line.startswith("data: "):
-            continue
-        if line == "data: [DONE]":
-            return ("finished", "") if finished else ("error", "[DONE] without a finish reason")
-        event = json.loads(line.removeprefix("data: "))
-        if "error" in event:
-            return "error", line
-        now = time.monotonic()
-        if last:
-            seen.longest_pause_s = max(seen.longest_pause_s, now - last)
-        else:
-            seen.longest_wait_s = max(seen.longest_wait_s, now - began)
-        last = now
-        texts += [choice["text"] for choice in event["choices"]]
-        finished = finished or any(choice["finish_reason"] for choice in event["choices"])
-    return "broken", "the stream ended in the middle"
 
 
 def _refusal(reply: aiohttp.ClientResponse) -> End:

@@ -10,6 +10,8 @@ from tests.chaos.callers import Callers, Question, Seen
 from tests.flows.headrace_up import START_TIMEOUT_S, HeadraceUp, eventually
 
 OPTIONS = (
+    "--gateways",
+    "2",
     "--prefill-workers",
     "1",
     "--decode-workers",
@@ -21,7 +23,8 @@ OPTIONS = (
     "640",
 )
 MEMBERS = {
-    "gateway": "gateway",
+    "gateway": "gateway-1",
+    "gateway, resumable": "gateway-1",
     "scheduler": "scheduler",
     "cache": "cache",
     "decode worker": "decode-1",
@@ -66,7 +69,9 @@ def start(stack: HeadraceUp) -> Callers:
     stack.wait_ready()
     until_healthy(stack, WORKERS)
     model = stack.fleet().workers[0].registration.model.name
-    callers = Callers(stack.http_url, model, QUESTIONS, AT_ONCE)
+    gateways = [member for member in stack.state.processes if member.service == "gateway"]
+    urls = [str(gateway.metrics_url).removesuffix("/metrics") for gateway in gateways]
+    callers = Callers(urls, model, QUESTIONS, AT_ONCE)
     asyncio.run(callers.learn())
     return callers
 
@@ -82,6 +87,8 @@ def until_healthy(stack: HeadraceUp, workers: int) -> None:
 
 async def measure(stack: HeadraceUp, callers: Callers, member: str, fault: str, stopped_s: float = _STOPPED_S) -> Cell:
     """Strikes one member while the callers ask, and lets them ask until it is well again."""
+    if member.endswith("resumable"):
+        callers = callers.resumable()
     running = asyncio.create_task(callers.run())
     await asyncio.sleep(_BEFORE_S)
     await asyncio.to_thread(_strike, stack, MEMBERS[member], fault, stopped_s)

@@ -22,7 +22,13 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, default_model: object) -> I
 
 
 @pytest.mark.parametrize(
-    ("member", "fault"), [("decode worker", "SIGKILL"), ("gateway", "SIGTERM"), ("Redis", "SIGSTOP")]
+    ("member", "fault"),
+    [
+        ("decode worker", "SIGKILL"),
+        ("gateway", "SIGTERM"),
+        ("gateway, resumable", "SIGKILL"),
+        ("Redis", "SIGSTOP"),
+    ],
 )
 def test_callers_get_every_answer(loaded: tuple[HeadraceUp, Callers], member: str, fault: str) -> None:
     cell = asyncio.run(measure(*loaded, member, fault, stopped_s=3.0))

@@ -58,7 +58,7 @@ def test_a_rolling_restart_fails_no_request(stack: HeadraceUp, tmp_path: Path) -
     nginx = NginxServer(tmp_path, [urlsplit(str(gateway.metrics_url)).netloc for gateway in gateways])
     try:
         model = stack.fleet().workers[0].registration.model.name
-        callers = Callers(nginx.url, model, QUESTIONS[:3], AT_ONCE)
+        callers = Callers([nginx.url], model, QUESTIONS[:3], AT_ONCE)
         asyncio.run(callers.learn())
         asyncio.run(restart_all(stack, callers))
     finally:
