@@ -6,6 +6,7 @@ import logging
 import random
 import secrets
 import time
+from functools import partial
 from typing import Any
 
 from opentelemetry import trace
@@ -31,7 +32,7 @@ from services.gateway.http_server import HttpServer
 from services.gateway.inference_servicer import InferenceServicer
 from services.gateway.leases import Leases
 from services.gateway.metrics import Metrics
-from services.gateway.openai_api import CompletionRoute, chat_kind, completion_kind
+from services.gateway.openai_api import CompletionRoute, chat_kind, completion_kind, whole_response
 from services.gateway.openai_requests import RequestReader
 from services.gateway.placement_links import PlacementLinks
 from services.gateway.readiness import Readiness
@@ -102,14 +103,14 @@ class Gateway:
 
     def _http_app(self, metrics: Metrics) -> HttpApp:
         reader = RequestReader(self._catalog, self._settings)
-        completion_path, chat_path = "/v1/completions", "/v1/chat/completions"
-        completions = CompletionRoute(
-            completion_path, completion_kind(reader), self._answers, self._admission, metrics, self._settings
-        )
-        chat = CompletionRoute(chat_path, chat_kind(reader), self._answers, self._admission, metrics, self._settings)
-        return HttpApp(
-            {completion_path: completions, chat_path: chat}, self._answers, self._catalog, self._readiness, metrics
-        )
+        completion, chat = completion_kind(reader), chat_kind(reader)
+        common = (self._answers, self._admission, metrics, self._settings)
+        routes: dict[str, CompletionRoute[Any]] = {
+            "/v1/completions": CompletionRoute("/v1/completions", completion, *common),
+            "/v1/chat/completions": CompletionRoute("/v1/chat/completions", chat, *common),
+        }
+        whole = partial(whole_response, completion)
+        return HttpApp(routes, self._answers, whole, self._catalog, self._readiness, metrics)
 
     async def start(self) -> tuple[int, int]:
         """Opens both fronts, not ready yet. Returns the HTTP and the gRPC port. Raises OSError."""

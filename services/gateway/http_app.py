@@ -1,6 +1,6 @@
 """The gateway's HTTP: the hot routes, and with Starlette the models, health and metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from services.common.errors import HeadraceError, NotFound, RequestFailed
-from services.gateway.answers import Answers
+from services.gateway.answers import Answer, Answers
 from services.gateway.caller import sane_request_id
 from services.gateway.catalog import Catalog, Model
 from services.gateway.errors import MethodNotAllowed
@@ -31,13 +31,15 @@ class HttpApp:
         self,
         hot_routes: Mapping[str, CompletionRoute[Any]],
         answers: Answers,
+        whole: Callable[[Answer], Awaitable[bytes]],
         catalog: Catalog,
         readiness: Readiness,
         metrics: Metrics,
     ) -> None:
+        """`whole`: the body that an answer in one piece is."""
         self._hot_routes = hot_routes
         self._metrics = metrics
-        self._rest = _rest(answers, catalog, readiness, metrics)
+        self._rest = _rest(answers, whole, catalog, readiness, metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if hot := self._hot_routes.get(scope["path"]):
@@ -59,12 +61,22 @@ class HttpApp:
         await self._rest(scope, receive, send_with_id)
 
 
-def _rest(answers: Answers, catalog: Catalog, readiness: Readiness, metrics: Metrics) -> Starlette:
+def _rest(
+    answers: Answers,
+    whole: Callable[[Answer], Awaitable[bytes]],
+    catalog: Catalog,
+    readiness: Readiness,
+    metrics: Metrics,
+) -> Starlette:
     async def list_models(_: Request) -> Response:
         return _json(ModelList([_model_object(model) for model in catalog.usable()]))
 
     async def get_model(request: Request) -> Response:
         return _json(_model_object(catalog.get(request.path_params["name"])))
+
+    async def get_answer(request: Request) -> Response:
+        answer = await answers.resume(request.path_params["answer_id"], 0, "")
+        return Response(await whole(answer), media_type="application/json")
 
     async def cancel_answer(request: Request) -> Response:
         await answers.cancel(request.path_params["answer_id"], "")
@@ -87,6 +99,7 @@ def _rest(answers: Answers, catalog: Catalog, readiness: Readiness, metrics: Met
             Route("/v1/models", list_models),
             Route("/v1/models/{name:path}", get_model),
             Route("/v1/answers/{answer_id:path}/cancel", cancel_answer, methods=["POST"]),
+            Route("/v1/answers/{answer_id:path}", get_answer),
             Route("/health/live", live),
             Route("/health/ready", ready),
             Route("/metrics", show_metrics),

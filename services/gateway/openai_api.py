@@ -118,8 +118,9 @@ class CompletionRoute(Generic[B]):
 
     async def _stream(self, exchange: HttpExchange, body: B, answer: Answer) -> None:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        response_id = self._kind.id_prefix + answer.request_id
         events = self._kind.events(
-            self._response_id(answer), answer.model, answer.accepted_unix_s, with_usage=with_usage, answer_id=answer.id
+            response_id, answer.model, answer.accepted_unix_s, with_usage=with_usage, answer_id=answer.id
         )
         usage = Usage(0, 0, 0)
         async with contextlib.aclosing(answer.deltas) as deltas:
@@ -132,28 +133,30 @@ class CompletionRoute(Generic[B]):
         await exchange.end_stream(events.usage(usage) + DONE if with_usage else DONE)
 
     async def _respond(self, exchange: HttpExchange, answer: Answer) -> None:
-        collected: dict[int, Delta] = {}
-        usage = Usage(0, 0, 0)
-        async with contextlib.aclosing(answer.deltas) as deltas:
-            async for delta in deltas:
-                whole = collected.setdefault(delta.choice, delta)
-                if whole is not delta:
-                    whole.text += delta.text
-                    whole.finish_reason = delta.finish_reason
-                if delta.usage is not None:
-                    usage += delta.usage
-        response = CompletionResponse(
-            id=self._response_id(answer),
-            object=self._kind.object_name,
-            created=answer.accepted_unix_s,
-            model=answer.model,
-            choices=self._kind.choices([collected[index] for index in sorted(collected)]),
-            usage=usage_object(usage),
-        )
-        await exchange.respond(200, msgspec.json.encode(response), _JSON)
+        await exchange.respond(200, await whole_response(self._kind, answer), _JSON)
 
-    def _response_id(self, answer: Answer) -> str:
-        return self._kind.id_prefix + answer.request_id
+
+async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
+    """The JSON of an answer in one piece, when it has ended. Raises what it ends in."""
+    collected: dict[int, Delta] = {}
+    usage = Usage(0, 0, 0)
+    async with contextlib.aclosing(answer.deltas) as deltas:
+        async for delta in deltas:
+            whole = collected.setdefault(delta.choice, delta)
+            if whole is not delta:
+                whole.text += delta.text
+                whole.finish_reason = delta.finish_reason
+            if delta.usage is not None:
+                usage += delta.usage
+    response = CompletionResponse(
+        id=kind.id_prefix + answer.request_id,
+        object=kind.object_name,
+        created=answer.accepted_unix_s,
+        model=answer.model,
+        choices=kind.choices([collected[index] for index in sorted(collected)]),
+        usage=usage_object(usage),
+    )
+    return msgspec.json.encode(response)
 
 
 def _parse_event_id(event_id: str) -> tuple[str, int]:

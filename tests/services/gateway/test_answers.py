@@ -215,6 +215,16 @@ async def test_cancelling_ends_it_on_whichever_gateway(stack: Stack, other: Stac
         assert "The request was cancelled." in (await response.aread()).decode()
 
 
+async def test_an_answer_is_read_whole(stack: Stack, other: Stack) -> None:
+    first = await begin(stack, n=2)
+    reading = asyncio.create_task(other.http.get(f"/v1/answers/{first.event_id.rpartition(':')[0]}"))
+    stack.workers[0].let_go()
+    answer = (await reading).json()
+    assert [choice["text"] for choice in answer["choices"]] == [TEXT, TEXT]
+    assert answer["id"] == json.loads(first.events[0])["id"]
+    assert (await other.http.get("/v1/answers/nobody")).status_code == 404
+
+
 async def test_nothing_is_told_of_what_is_not_kept(stack: Stack) -> None:
     for event_id, status, needle in (
         ("nobody:3", 404, "Nothing is kept of an answer nobody."),
