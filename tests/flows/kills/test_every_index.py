@@ -5,8 +5,9 @@ chaos` does so at every index of the tiny model's answer; `make test` at some.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.services.worker.engine.tiny_models import VOCABULARY, save_tiny, save
 TOKENS = 48
 EVERY_INDEX = bool(os.environ.get("HEADRACE_TEST_EVERY_INDEX"))
 SOME = (0, 1, 16, 31, 47)
+DISAGGREGATED = ("prefill", "decode", "decode")
 TWELVE = (0, 1, 2, 5, 9, 15, 16, 17, 24, 33, 40, 47)
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"sampling": Sampling(temperature=0.0)},
@@ -126,23 +128,47 @@ class Killing:
         return Reading(self._stack.grpc_address, request)
 
 
+@contextmanager
+def killing(
+    folder: Path, redis: RedisServer, roles: Sequence[str], name: str, prompt: list[int], **settings: object
+) -> Iterator[Killing]:
+    """Workers of these roles, ready."""
+    redis.flush()
+    stack = GatedStack(folder, redis.url, {"threads": 1, "deterministic": True, **settings})
+    try:
+        first = stack.fork_worker(roles[0])
+        stack.until_ready(1)  # it has compiled the kernels for all
+        for role in roles[1:]:
+            stack.fork_worker(role)
+        stack.until_ready(len(roles))
+        yield Killing(stack, len(roles), name, prompt)
+        assert first.role != "prefill" or first.gate.tokens > 0, "it computed prompts"
+    finally:
+        stack.close()
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, tiny_store: Path) -> Iterator[Killing]:
     """Three workers of a tiny random model."""
     folder = tmp_path_factory.mktemp("tiny")
     _write_tiny(folder / "tiny")
-    redis_server.flush()
-    settings = {"model": folder / "tiny", "store": tiny_store, "threads": 1, "kv_blocks": 128}
-    stack = GatedStack(folder, redis_server.url, {**settings, "deterministic": True})
-    try:
-        stack.fork_worker()
-        stack.until_ready(1)  # it has compiled the kernels for all
-        stack.fork_worker()
-        stack.fork_worker()
-        stack.until_ready(3)
-        yield Killing(stack, 3, "tiny", [(11 * position) % VOCABULARY for position in range(40)])
-    finally:
-        stack.close()
+    prompt = [(11 * position) % VOCABULARY for position in range(40)]
+    settings = {"model": folder / "tiny", "store": tiny_store, "kv_blocks": 128}
+    with killing(folder, redis_server, ("both",) * 3, "tiny", prompt, **settings) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def tiny_disaggregated(
+    tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, tiny_store: Path
+) -> Iterator[Killing]:
+    """The tiny model on a worker that prefills and two that decode."""
+    folder = tmp_path_factory.mktemp("tiny-disaggregated")
+    _write_tiny(folder / "tiny")
+    prompt = [(11 * position) % VOCABULARY for position in range(160)]
+    settings = {"model": folder / "tiny", "store": tiny_store, "kv_blocks": 128}
+    with killing(folder, redis_server, DISAGGREGATED, "tiny", prompt, **settings) as it:
+        yield it
 
 
 @pytest.fixture(scope="module")
@@ -150,19 +176,10 @@ def disaggregated(
     tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, default_model: Path
 ) -> Iterator[Killing]:
     """The default model on a worker that prefills and two that decode."""
-    redis_server.flush()
-    settings = {"dtype": "float32", "threads": 1, "kv_blocks": 640, "deterministic": True}
-    stack = GatedStack(tmp_path_factory.mktemp("disaggregated"), redis_server.url, settings)
-    try:
-        prefiller = stack.fork_worker("prefill")
-        stack.until_ready(1)
-        stack.fork_worker("decode")
-        stack.fork_worker("decode")
-        stack.until_ready(3)
-        yield Killing(stack, 3, "SmolLM2-135M-Instruct", list(range(1000, 1160)))
-        assert prefiller.gate.tokens > 0, "it computed prompts"
-    finally:
-        stack.close()
+    folder, prompt = tmp_path_factory.mktemp("disaggregated"), list(range(1000, 1160))
+    settings = {"dtype": "float32", "kv_blocks": 640}
+    with killing(folder, redis_server, DISAGGREGATED, "SmolLM2-135M-Instruct", prompt, **settings) as it:
+        yield it
 
 
 def test_a_prompt_that_kills_its_workers_takes_nobody_along(tiny: Killing) -> None:
@@ -173,6 +190,12 @@ def test_a_prompt_that_kills_its_workers_takes_nobody_along(tiny: Killing) -> No
 @pytest.mark.parametrize("mode", MODES)
 def test_a_killed_worker_changes_no_token(tiny: Killing, mode: str, index: int) -> None:
     tiny.kill_at(mode, index)
+
+
+@pytest.mark.parametrize("index", range(TOKENS) if EVERY_INDEX else (1,))
+@pytest.mark.parametrize("mode", MODES if EVERY_INDEX else ("penalties",))
+def test_a_killed_decoder_changes_no_token(tiny_disaggregated: Killing, mode: str, index: int) -> None:
+    tiny_disaggregated.kill_at(mode, index)
 
 
 @pytest.mark.parametrize(
