@@ -28,8 +28,8 @@ class GatewaySettings(CommonSettings):
     # Requests (prompts) being read or accepted and unfinished at once, queued ones included; more are answered 429. It
     # bounds the memory of this process: a request costs some tens of kilobytes, and its body while that is read.
     max_requests: int = Field(default=2048, ge=1)
-    # Seconds that a new request may have to wait for a worker, by how fast requests have ended lately. From 0.7 of it
-    # on some are refused with 429, beyond it all; low priority sooner, high priority later.
+    # Seconds that a new request may have to wait for its first token, by how fast requests have ended lately. From 0.7
+    # of it on some are refused with 429, beyond it all; low priority sooner, high priority later.
     max_wait_s: float = Field(default=60.0, gt=0)
     # Prompts that one HTTP completion may carry, each a request of its own.
     max_prompts: int = Field(default=128, ge=1)

@@ -305,6 +305,8 @@ def _first_token(
     active.unlimit()
     active.cached_prompt_tokens = feed.cached_prompt_tokens or 0
     waited_s = now - active.request.caller.arrived
+    if active.placed_at is not None:
+        active.load.began(now - active.placed_at)
     metrics.time_to_first_token.observe(waited_s)
     metrics.first_token_latency.observe(waited_s)
     metrics.prompt_tokens.inc(len(active.request.prompt_ids))

@@ -1,7 +1,8 @@
 """Refuses requests that would wait too long for a worker. Pure: it is told what happens, and asks a clock.
 
-A new request has to expect a wait of those that wait already, divided by the rate at which requests end while others
-wait (Little's law). By the longest wait that is allowed that is the load. Requests of normal priority are refused at
+A new request has to expect its first token after a wait of those that wait already, divided by the rate at which
+requests end while others wait (Little's law), and the time that a worker lately took to the first token. By the longest
+that is allowed that is the load. Requests of normal priority are refused at
 random between 0.7 and 1.0 of it, more and more of them, and all above; low priority before them, high after them. So
 those who come meet the limit one by one, and not all at the same moment.
 """
@@ -20,6 +21,8 @@ _SHORTEST_S = 2.0
 _UNMEASURED = 64
 """Requests that may wait, or twice as many as run, before a rate is known."""
 _MOST_RETRY_S = 60
+_NEWEST = 0.1
+"""What the newest time to a first token counts in their moving average."""
 # Load at which the first is refused, and from which on all are.
 _LIMITS = {
     Priority.PRIORITY_LOW: (0.5, 0.8),
@@ -37,6 +40,7 @@ class ModelLoad:
         self._waiting_since = 0.0
         self._ends: deque[float] = deque()
         self._rate: float | None = None
+        self._first_token_s = 0.0
         self.waiting = self.running = 0
 
     def entered(self) -> None:
@@ -49,6 +53,10 @@ class ModelLoad:
         self.waiting -= 1
         self.running += 1
 
+    def began(self, seconds: float) -> None:
+        """A request's first token came so long after it was placed."""
+        self._first_token_s += _NEWEST * (seconds - self._first_token_s)
+
     def ended(self, *, was_placed: bool) -> None:
         if was_placed:
             self.running -= 1
@@ -59,15 +67,17 @@ class ModelLoad:
     @property
     def load(self) -> float:
         """1: a new request would wait for as long as is allowed."""
-        rate = self._measured_rate()
-        if rate is None:
+        wait_s = self.expected_wait_s()
+        if wait_s is None:
             return self.waiting / max(_UNMEASURED, 2 * self.running)
-        return self.waiting / rate / self._max_wait_s
+        return wait_s / self._max_wait_s
 
     def expected_wait_s(self) -> float | None:
-        """Of a new request; None while nothing is known."""
+        """For a new request's first token; None while nothing is known, and 0 while nobody waits."""
         rate = self._measured_rate()
-        return None if rate is None else self.waiting / rate
+        if rate is None:
+            return None
+        return self.waiting / rate + self._first_token_s if self.waiting else 0.0
 
     def _measured_rate(self) -> float | None:
         """Requests that end in a second, while others wait: now, or else when some did last."""

@@ -123,6 +123,18 @@ def test_a_refusal_says_how_many_wait_and_when_to_come_again() -> None:
     assert error.value.reason == "overloaded"
 
 
+def test_the_time_to_a_first_token_counts_while_others_wait() -> None:
+    queue = Simulated()
+    queue.run(2 * CAPACITY, 10)
+    before = queue.load.load
+    for _ in range(100):
+        queue.load.began(10.0)
+    assert (queue.load.load - before) * MAX_WAIT_S == pytest.approx(10.0, abs=0.01)
+    idle = Simulated()
+    idle.load.began(10.0)
+    assert idle.load.load == 0.0, "it is served at once"
+
+
 def test_models_do_not_share_a_queue() -> None:
     queue = Simulated()
     queue.run(50 * CAPACITY, 60)
