@@ -313,5 +313,5 @@ class Dispatcher:
 
     def _observe(self) -> None:
         self._metrics.held_jobs.labels(self._model).set(len(self._held))
-        for state, count in self._fleet.count_states(self._model).items():
-            self._metrics.workers.labels(self._model, state).set(count)
+        for condition, count in self._fleet.count_conditions(self._model).items():
+            self._metrics.workers.labels(self._model, condition).set(count)

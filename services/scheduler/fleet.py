@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from headrace.v1 import scheduler_pb2
 from services.common.channel import Outbox
@@ -25,6 +26,8 @@ _ROLES: dict[int, Role] = {
 _ASSUMED_TOKENS_PER_S = 500.0  # of a worker that does not say
 
 Clock = Callable[[], float]
+Condition = Literal["healthy", "draining", "drained", "silent"]
+"""A connected worker's, as `FleetWorker.Condition` has it."""
 PlacementKey = tuple[str, int]
 """Request id and attempt."""
 
@@ -112,10 +115,18 @@ class Fleet:
 
     def set_role(self, worker_id: str, role: scheduler_pb2.WorkerRole.ValueType) -> None:
         """Tells a worker what it is preferred for from now on. Raises NotFound if it is not connected."""
-        worker = self._workers.get(worker_id)
-        if worker is None:
-            raise NotFound(f"No worker {worker_id} is connected to this scheduler.")
-        worker.outbox.put(scheduler_pb2.WorkerDirective(set_role=role))
+        self._find(worker_id).outbox.put(scheduler_pb2.WorkerDirective(set_role=role))
+
+    def drain(self, worker_id: str, *, undo: bool) -> int:
+        """Tells a worker to leave service, or to come back. Returns how many others take work of its model now.
+
+        Raises NotFound if it is not connected.
+        """
+        worker = self._find(worker_id)
+        worker.outbox.put(scheduler_pb2.WorkerDirective(set_draining=not undo))
+        now = self._clock()
+        others = (other for other in self._workers.values() if other is not worker and other.model == worker.model)
+        return sum(self._condition(other, now) == "healthy" for other in others)
 
     # --- placement's side
 
@@ -171,31 +182,44 @@ class Fleet:
     def describe(self) -> Iterator[scheduler_pb2.FleetWorker]:
         now = self._clock()
         for worker in self._workers.values():
+            condition = self._condition(worker, now)
             yield scheduler_pb2.FleetWorker(
-                registration=worker.registration, state=worker.state, healthy=self._is_healthy(worker, now)
+                registration=worker.registration,
+                state=worker.state,
+                healthy=condition == "healthy",
+                condition=scheduler_pb2.FleetWorker.Condition.Value(f"CONDITION_{condition.upper()}"),
             )
 
-    def count_states(self, model: str) -> dict[str, int]:
-        """The model's connected workers by state: healthy, draining or silent."""
+    def count_conditions(self, model: str) -> dict[Condition, int]:
+        """How many of the model's connected workers are in each condition."""
         now = self._clock()
-        counts = {"healthy": 0, "draining": 0, "silent": 0}
+        counts: dict[Condition, int] = dict.fromkeys(get_args(Condition), 0)
         for worker in self._workers.values():
             if worker.model == model:
-                is_draining = worker.state is not None and worker.state.draining
-                silent = "draining" if is_draining else "silent"
-                counts["healthy" if self._is_healthy(worker, now) else silent] += 1
+                counts[self._condition(worker, now)] += 1
         return counts
 
     def _candidate(self, worker: Worker, state: scheduler_pb2.WorkerState, now: float) -> Candidate:
-        healthy = self._is_healthy(worker, now)
+        healthy = self._condition(worker, now) == "healthy"
         worker.candidate = _candidate(worker, state, healthy, self._spoken_for(worker, now))
         # Time alone changes it when the worker has been silent, or a placement outstanding, for too long.
         ends = [placement.placed_at + self._placement_timeout_s for placement in worker.outstanding.values()]
         worker.candidate_until = min([*ends, worker.heard_at + self._silence_s if healthy else math.inf])
         return worker.candidate
 
-    def _is_healthy(self, worker: Worker, now: float) -> bool:
-        return worker.state is not None and not worker.state.draining and now - worker.heard_at <= self._silence_s
+    def _find(self, worker_id: str) -> Worker:
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            raise NotFound(f"No worker {worker_id} is connected to this scheduler.")
+        return worker
+
+    def _condition(self, worker: Worker, now: float) -> Condition:
+        state = worker.state
+        if state is None or now - worker.heard_at > self._silence_s:
+            return "silent"
+        if state.draining:
+            return "draining" if state.running_sequences or state.waiting_sequences else "drained"
+        return "healthy"
 
     def _spoken_for(self, worker: Worker, now: float) -> Credits:
         """What outstanding placements take. Those too old to be on their way any more are forgotten."""

@@ -72,6 +72,11 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         self._fleet.set_role(request.worker_id, request.role)
         return scheduler_pb2.SetRoleResponse()
 
+    async def DrainWorker(
+        self, request: scheduler_pb2.DrainWorkerRequest, context: Context
+    ) -> scheduler_pb2.DrainWorkerResponse:
+        return scheduler_pb2.DrainWorkerResponse(other_workers=self._fleet.drain(request.worker_id, undo=request.undo))
+
     async def DescribeFleet(
         self, request: scheduler_pb2.DescribeFleetRequest, context: Context
     ) -> scheduler_pb2.DescribeFleetResponse:

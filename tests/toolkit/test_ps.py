@@ -24,6 +24,6 @@ def test_memory_of_a_process_that_is_there_and_of_one_that_is_not() -> None:
 def test_a_worker_shows_its_model_and_load() -> None:
     registration = Registration(model=ModelInfo(name="m"), total_blocks=200)
     state = WorkerState(running_sequences=3, free_blocks=150, role=WORKER_ROLE_DECODE)
-    worker = FleetWorker(registration=registration, state=state)
-    assert worker_cells(worker) == ("m", "decode", "3", "25%")
-    assert worker_cells(None) == ("", "", "", "")
+    worker = FleetWorker(registration=registration, state=state, condition=FleetWorker.CONDITION_DRAINING)
+    assert worker_cells(worker) == ("m", "decode", "draining", "3", "25%")
+    assert worker_cells(None) == ("", "", "", "", "")

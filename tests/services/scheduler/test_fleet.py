@@ -121,7 +121,7 @@ def test_silence_takes_a_worker_out_and_a_report_puts_it_back(fleet: Fleet, cloc
     fleet.report(worker, state())
     clock.now += 3.5
     assert not fleet.candidates("m")[0].healthy
-    assert fleet.count_states("m") == {"healthy": 0, "draining": 0, "silent": 1}
+    assert fleet.count_conditions("m") == {"healthy": 0, "draining": 0, "drained": 0, "silent": 1}
     assert fleet.serves("m"), "it is still connected"
     fleet.report(worker, state())
     assert fleet.candidates("m")[0].healthy
@@ -129,9 +129,12 @@ def test_silence_takes_a_worker_out_and_a_report_puts_it_back(fleet: Fleet, cloc
 
 def test_a_draining_worker_gets_no_work(fleet: Fleet) -> None:
     worker = fleet.register(registration())
+    fleet.report(worker, state(draining=True, running_sequences=1))
+    assert not fleet.candidates("m")[0].healthy
+    assert fleet.count_conditions("m")["draining"] == 1
     fleet.report(worker, state(draining=True))
     assert not fleet.candidates("m")[0].healthy
-    assert fleet.count_states("m")["draining"] == 1
+    assert fleet.count_conditions("m")["drained"] == 1
 
 
 def test_a_new_incarnation_replaces_the_old_and_its_placements(fleet: Fleet) -> None:
@@ -225,3 +228,20 @@ async def test_a_worker_is_told_its_new_role(fleet: Fleet) -> None:
     assert (await anext(worker.outbox)).set_role == WORKER_ROLE_DECODE
     with pytest.raises(NotFound, match="No worker b is connected"):
         fleet.set_role("b", WORKER_ROLE_DECODE)
+
+
+async def test_a_worker_is_told_to_leave_service_and_to_come_back(fleet: Fleet) -> None:
+    worker = fleet.register(registration("a"))
+    fleet.report(worker, state())
+    assert fleet.drain("a", undo=False) == 0
+    others = [fleet.register(registration(id)) for id in ("b", "c", "d")]
+    fleet.report(fleet.register(registration("e", name="another")), state())
+    for other in others[:2]:
+        fleet.report(other, state())
+    fleet.report(others[1], state(draining=True))
+    assert fleet.drain("a", undo=True) == 1, "c drains and d has not reported"
+    directives = [await anext(worker.outbox) for _ in range(2)]
+    assert [directive.set_draining for directive in directives] == [True, False]
+    assert all(directive.HasField("set_draining") for directive in directives)
+    with pytest.raises(NotFound, match="No worker z is connected"):
+        fleet.drain("z", undo=False)
