@@ -238,6 +238,8 @@ class Dispatcher:
             scheduler_id=self._scheduler_id,
             kv_sources=kv_sources(choice.plan, held.shape, self._index(), self._fleet),
             kv_format=worker.kv_format,
+            watched=self._fleet.suspects(worker.id),
+            probe=worker.probe,
         )
         offer = scheduler_pb2.Offer(
             request_id=held.key[0],
