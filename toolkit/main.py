@@ -24,6 +24,8 @@ from toolkit.bench_report import invalid_figures, show
 from toolkit.bench_servers import NotAnswering
 from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
+from toolkit.directives import NotTold, set_role
+from toolkit.directives import drain as drain_worker
 from toolkit.loadtest import ROWS, LoadFailed, Row
 from toolkit.log_tail import last_lines
 from toolkit.models import PullFailed, pull_model
@@ -31,7 +33,6 @@ from toolkit.ports import PortTaken, choose_public_port, free_ports
 from toolkit.process import ProcessFailed
 from toolkit.process_tree import NotStopped
 from toolkit.ps import show_stacks
-from toolkit.role import RoleNotSet, set_role
 from toolkit.run_directory import RunDirectory, running_stacks
 from toolkit.stack import INTERNAL_HOST, StackOptions, plan_stack
 from toolkit.up import run_stack
@@ -186,7 +187,19 @@ def role(
     """Changes what a running worker is preferred for."""
     try:
         asyncio.run(set_role(running_stacks(_runs()), worker, role.value))
-    except RoleNotSet as error:
+    except NotTold as error:
+        _fail(str(error))
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(help="Id of a worker, as `headrace ps` shows it.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Takes it back into service.")] = False,
+) -> None:
+    """Takes a running worker out of service: what it runs finishes, there or elsewhere. Its process stays up."""
+    try:
+        typer.echo(asyncio.run(drain_worker(running_stacks(_runs()), worker, undo=undo)))
+    except NotTold as error:
         _fail(str(error))
 
 

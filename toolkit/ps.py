@@ -17,12 +17,26 @@ from toolkit.run_directory import RunningProcess, RunningStack
 
 _FLEET_TIMEOUT_S = 2.0
 # What the table needs: a narrower terminal wraps its lines, which hides less than cutting ids and addresses would.
-_LEAST_WIDTH = 150
-_COLUMNS = ("service", "id", "pid", "address", "health", "uptime", "memory", "model", "role", "running", "KV use")
+_LEAST_WIDTH = 170
+_COLUMNS = (
+    "service",
+    "id",
+    "pid",
+    "address",
+    "health",
+    "uptime",
+    "memory",
+    "model",
+    "role",
+    "state",
+    "running",
+    "KV use",
+)
 
 
 async def show_stacks(stacks: Sequence[RunningStack], console: Console) -> None:
-    """Prints a table per stack."""
+    """Prints a table per stack, wider than the console where it is too narrow."""
+    console.width = max(console.width, _LEAST_WIDTH)
     for stack in stacks:
         health = await asyncio.gather(*(_health(process) for process in stack.processes))
         fleet = await _fleet(stack.scheduler_address)
@@ -31,7 +45,7 @@ async def show_stacks(stacks: Sequence[RunningStack], console: Console) -> None:
             table.add_row(*_process_cells(process, word), *worker_cells(fleet.get(process.name)))
         heading = f"{stack.http_url} (gRPC {stack.grpc_address}, pid {stack.pid}, logs {stack.directory})"
         console.print(heading, soft_wrap=True)
-        console.print(table, width=max(console.width, _LEAST_WIDTH), crop=False)
+        console.print(table, crop=False)
 
 
 async def _health(process: RunningProcess) -> str:
@@ -59,13 +73,14 @@ def _process_cells(process: RunningProcess, health: str) -> tuple[str, ...]:
     return process.service, process.name, pid, process.address, health, uptime, format_memory(process.pid)
 
 
-def worker_cells(worker: FleetWorker | None) -> tuple[str, str, str, str]:
+def worker_cells(worker: FleetWorker | None) -> tuple[str, str, str, str, str]:
     if worker is None:
-        return "", "", "", ""
+        return "", "", "", "", ""
     total_blocks = worker.registration.total_blocks
     used = 1 - worker.state.free_blocks / total_blocks if total_blocks else 0.0
     role = WorkerRole.Name(worker.state.role or worker.registration.role).removeprefix("WORKER_ROLE_").lower()
-    return worker.registration.model.name, role, str(worker.state.running_sequences), f"{used:.0%}"
+    condition = FleetWorker.Condition.Name(worker.condition).removeprefix("CONDITION_").lower().replace("_", " ")
+    return worker.registration.model.name, role, condition, str(worker.state.running_sequences), f"{used:.0%}"
 
 
 def format_memory(pid: int | None) -> str:

@@ -22,6 +22,7 @@ from services.gateway.metrics import Metrics, ModelMetrics
 from services.gateway.placement_links import PlacementLinks
 from services.gateway.request import Delta, GenerationRequest, pack_ids
 from services.gateway.tracing import RequestSpan, Tracing
+from services.gateway.witness import Witness
 from services.gateway.worker_links import Outcome, SequenceFeed, WorkerLink, WorkerLinks
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,10 @@ _REASONS = {
     Outcome.BUSY: PlacementRequest.REASON_BUSY,
     Outcome.DRAINING: PlacementRequest.REASON_DRAINING,
     Outcome.LOST: PlacementRequest.REASON_WORKER_LOST,
+    Outcome.STALLED: PlacementRequest.REASON_WORKER_LOST,
     Outcome.FAILED: PlacementRequest.REASON_WORKER_LOST,
 }
+_FAILURES = (Outcome.LOST, Outcome.STALLED, Outcome.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Generator:
         metrics = self._metrics.for_model(request.model.name)
         span = self._tracing.begin(request.caller, request.model.name)
         active = await self._admission.admit(request, span.traceparent, journal)
+        witness = Witness(active.id, self._placements.tell)
         try:
             metrics.active.inc()
             active.limit(seconds_left(request), _deadline_error(request))
@@ -111,12 +115,15 @@ class Generator:
             while not active.finished:
                 placement = await self._place(active, metrics)
                 span.placed(placement, active.attempt)
+                witness.placed(placement, active.attempt)
                 attempt = self._start(active, placement)
                 try:
                     async for delta in self._deltas(active, attempt, metrics, span):
+                        witness.began()
                         yield delta
                 finally:
                     attempt.cancel()
+                    _testify(witness, active, attempt)
                 if not active.finished:
                     self._place_again(active, attempt, metrics)
         except HeadraceError as error:
@@ -223,7 +230,7 @@ class Generator:
         if outcome is not Outcome.BUSY:
             log.info("request %s: attempt %d on %s: %s %s", active.id, active.attempt, worker, outcome, feed.error)
             active.attempt += 1
-        if outcome in (Outcome.LOST, Outcome.FAILED):
+        if outcome in _FAILURES:
             active.failures += 1
             _check_retry(active, feed, self._max_attempts)
             # Whoever ran beside it may be to blame; if it is to blame itself, it takes nobody along again.
@@ -312,6 +319,17 @@ def _first_token(
     metrics.prompt_tokens.inc(len(active.request.prompt_ids))
     metrics.cached_prompt_tokens.inc(active.cached_prompt_tokens)
     span.first_token()
+
+
+def _testify(witness: Witness, active: ActiveRequest, attempt: Attempt) -> None:
+    """Says how an attempt has ended, of which its caller's mistakes and cancellations say nothing."""
+    feed = attempt.broken_off
+    if active.finished:
+        witness.finished()
+    elif feed is not None and feed.outcome in _FAILURES and not feed.invalid_request:
+        witness.failed(stalled=feed.outcome is Outcome.STALLED)
+    else:
+        witness.withdrawn()
 
 
 def _check_retry(active: ActiveRequest, feed: SequenceFeed, max_attempts: int) -> None:

@@ -60,7 +60,7 @@ class Metrics:
         )
         self.resumes = Counter(
             "headrace_resumes",
-            "Times a request was placed again, by reason: busy, draining, lost or failed.",
+            "Times a request was placed again, by reason: busy, draining, lost, stalled or failed.",
             ("model", "reason"),
             registry=registry,
         )
@@ -101,5 +101,6 @@ class ModelMetrics:
         self.inter_token_latency = metrics.inter_token_latency.labels(model)
         self.queue_time = metrics.queue_time.labels(model)
         self.resumes = {
-            reason: metrics.resumes.labels(model, reason) for reason in ("busy", "draining", "lost", "failed")
+            reason: metrics.resumes.labels(model, reason)
+            for reason in ("busy", "draining", "lost", "stalled", "failed")
         }

@@ -1,4 +1,4 @@
-"""The Place stream to every scheduler: offers and catalogs come down, answers and placement requests go up."""
+"""The Place stream to every scheduler: offers and catalogs come down, answers, placement requests and reports go up."""
 
 import logging
 import random
@@ -8,6 +8,7 @@ import grpc.aio
 
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import (
+    AttemptReport,
     GatewayHello,
     GatewayMessage,
     Offer,
@@ -57,6 +58,11 @@ class PlacementLinks:
     def forget(self, request_id: str) -> None:
         """Asks no more for this request: it is placed, or has ended."""
         self._asked.pop(request_id, None)
+
+    def tell(self, report: AttemptReport) -> None:
+        """Tells every connected scheduler what an attempt says of its worker."""
+        for outbox in self._outboxes.values():
+            outbox.put(GatewayMessage(attempt_report=report))
 
     async def _talk(self, scheduler: str, channel: grpc.aio.Channel) -> None:
         outbox: Outbox[GatewayMessage] = Outbox()

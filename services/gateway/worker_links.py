@@ -1,7 +1,7 @@
 """One Execute stream to each worker, shared by all requests: starts and cancels go up, every step's tokens come down.
 
 A step's message is dealt out to the feeds of its sequences. A stream that breaks, or falls silent, ends all its feeds
-as lost. Knows nothing of text or of placements.
+as lost or stalled. Knows nothing of text or of placements.
 """
 
 import asyncio
@@ -31,6 +31,7 @@ class Outcome(StrEnum):
     DRAINING = "draining"
     FAILED = "failed"
     LOST = "lost"
+    STALLED = "stalled"
 
 
 _OUTCOMES = {
@@ -90,6 +91,8 @@ class WorkerLink:
         self._step = 0
         self._feeds: dict[int, SequenceFeed] = {}
         self._last_handle = 0
+        self.stalled = False
+        """It is given up, since it was silent or its engine stood still."""
         self.broken = False
 
     @property
@@ -142,12 +145,12 @@ class WorkerLink:
         self.moved_at += seconds
 
     def lose(self, reason: str) -> None:
-        """The stream is broken: all its sequences are lost."""
+        """The stream is broken, or given up: all its sequences are lost."""
         self.broken = True
         self.outbox.close()
         feeds, self._feeds = self._feeds, {}
         for feed in feeds.values():
-            feed.end(Outcome.LOST, reason)
+            feed.end(Outcome.STALLED if self.stalled else Outcome.LOST, reason)
 
     def _receive_runs(self, output: StepOutput) -> None:
         begin = 0
@@ -209,6 +212,7 @@ class WorkerLinks:
             stalled = not link.idle and now - link.moved_at > self._stall_s
             if silent or stalled:
                 log.warning("worker %s: %s", link.address, "no sign of life" if silent else "its engine stands still")
+                link.stalled = True
             if silent or stalled or (link.idle and link.address not in self._wanted):
                 task.cancel()
 

@@ -11,6 +11,7 @@ from services.common.errors import Unavailable
 from services.common.redis.client import UnfitRedis
 from services.common.redis.keys import Owner
 from services.common.redis.queue import JobQueue
+from services.scheduler.breaker import BreakerPolicy
 from services.scheduler.cache_watch import CacheWatch
 from services.scheduler.config import SchedulerSettings
 from services.scheduler.dispatch import Dispatcher, Timing
@@ -28,7 +29,7 @@ _ASK_REDIS_AGAIN_S = 0.5
 
 async def serve_scheduler(settings: SchedulerSettings, metrics: SchedulerMetrics, stop: asyncio.Event) -> None:
     """Runs the service until `stop` is set. Raises UnfitRedis if queued requests would not be safe in this Redis."""
-    fleet = Fleet(silence_s=settings.worker_silence_s, placement_timeout_s=settings.placement_timeout_s)
+    fleet = _make_fleet(settings)
     gateways = Gateways()
     cache_watch = CacheWatch(settings.id, metrics)
     owner = Owner("scheduler", settings.id, secrets.token_hex(4))
@@ -63,6 +64,18 @@ async def serve_scheduler(settings: SchedulerSettings, metrics: SchedulerMetrics
         await models.stop()
         await cancel_and_wait([watching])
         await queue.close()
+
+
+def _make_fleet(settings: SchedulerSettings) -> Fleet:
+    breakers = BreakerPolicy(
+        failures=settings.breaker_failures,
+        first_backoff_s=settings.breaker_backoff_s,
+        longest_backoff_s=settings.breaker_longest_backoff_s,
+        probe_timeout_s=settings.breaker_probe_timeout_s,
+    )
+    return Fleet(
+        silence_s=settings.worker_silence_s, placement_timeout_s=settings.placement_timeout_s, breakers=breakers
+    )
 
 
 async def _wait_for_redis(queue: JobQueue, settings: SchedulerSettings, stop: asyncio.Event) -> bool:

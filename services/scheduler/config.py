@@ -34,6 +34,16 @@ class SchedulerSettings(CommonSettings):
     # Seconds a running request waits for a worker to serve its model again before it is refused. A restarted worker
     # has loaded its model within it, so that a fleet of one survives the death of its worker.
     replacement_patience_s: float = Field(default=120.0, ge=0)
+    # Failures of a worker in a row that open its circuit breaker, after which it gets no work for a while. What fails
+    # within a second is one failure.
+    breaker_failures: int = Field(default=3, ge=1)
+    # Seconds for which an opened breaker keeps work from its worker; each further opening doubles them, up to the
+    # longest. That bounds what requests wait if every worker has failed.
+    breaker_backoff_s: float = Field(default=1.0, gt=0)
+    breaker_longest_backoff_s: float = Field(default=30.0, gt=0)
+    # Seconds that probes have for a first token before they count as failed: the worker hangs, or the probe's gateway
+    # is gone. A late first token counts all the same.
+    breaker_probe_timeout_s: float = Field(default=30.0, gt=0)
     # Seconds that outstanding offers are given to be answered after SIGTERM.
     drain_grace_s: float = Field(default=2.0, ge=0)
     # Start on a Redis without an append-only file, which forgets queued requests when it restarts.

@@ -245,6 +245,8 @@ class Dispatcher:
             scheduler_id=self._scheduler_id,
             kv_sources=kv_sources(choice.plan, held.shape, self._index(), self._fleet),
             kv_format=worker.kv_format,
+            watched=self._fleet.suspects(worker.id),
+            probe=worker.probe,
         )
         offer = scheduler_pb2.Offer(
             request_id=held.key[0],
@@ -320,5 +322,5 @@ class Dispatcher:
 
     def _observe(self) -> None:
         self._metrics.held_jobs.labels(self._model).set(len(self._held))
-        for state, count in self._fleet.count_states(self._model).items():
-            self._metrics.workers.labels(self._model, state).set(count)
+        for condition, count in self._fleet.count_conditions(self._model).items():
+            self._metrics.workers.labels(self._model, condition).set(count)

@@ -16,9 +16,9 @@ from enum import Enum
 from headrace.v1 import scheduler_pb2
 from services.common.block_hash import split_hashes
 from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
-from services.scheduler.fleet import PlacementKey
 from services.scheduler.gateways import GatewayKey
 from services.scheduler.kv_plans import JobShape
+from services.scheduler.worker import PlacementKey
 
 
 class Where(Enum):
@@ -50,13 +50,15 @@ class HeldJob:
 
     @classmethod
     def from_queue(cls, queued: QueuedJob) -> "HeldJob":
-        return cls(queued, FIRST_ATTEMPT, (1, *queued.rank), _shape(queued), replaces=False)
+        return cls(queued, FIRST_ATTEMPT, (1, *queued.rank), _shape(queued, failed=False), replaces=False)
 
     @classmethod
     def from_request(cls, request: scheduler_pb2.PlacementRequest) -> "HeldJob":
         queued = QueuedJob(request.queue_entry_id, request.job)
         busy = request.reason == scheduler_pb2.PlacementRequest.REASON_BUSY
-        held = cls(queued, request.attempt, (1 if busy else 0, *queued.rank), _shape(queued), replaces=True)
+        failed = request.job.alone or request.reason == scheduler_pb2.PlacementRequest.REASON_WORKER_LOST
+        shape = _shape(queued, failed=failed)
+        held = cls(queued, request.attempt, (1 if busy else 0, *queued.rank), shape, replaces=True)
         held.tried_worker_id = request.tried_worker_id
         return held
 
@@ -129,7 +131,7 @@ class HeldJobs:
         self._offered -= held.where is Where.OFFERED
 
 
-def _shape(queued: QueuedJob) -> JobShape:
+def _shape(queued: QueuedJob, *, failed: bool) -> JobShape:
     job = queued.job
     return JobShape(
         job.request_id,
@@ -139,4 +141,5 @@ def _shape(queued: QueuedJob) -> JobShape:
         deterministic=job.deterministic,
         kv_format=job.kv_format,
         alone=job.alone,
+        failed=failed,
     )

@@ -66,6 +66,8 @@ class JobShape:
     """If not empty, only workers of this one."""
     alone: bool = False
     """Only an idle worker may run it, and computes the prompt itself: it may be what killed its workers before."""
+    failed: bool = False
+    """It failed on a worker, and may fail on the next: it is no good probe."""
 
     def accepts(self, worker: "Candidate") -> bool:
         """Whether the worker is of the kind that may run it."""
@@ -95,6 +97,8 @@ class Candidate:
     """Prompt tokens to compute of all sequences there and on their way."""
     prefill_tokens_per_s: float
     deterministic: bool = False
+    probe: bool = False
+    """Its breaker is half-open: if it is healthy, it may have one job, which shows whether it still fails."""
 
     @property
     def key(self) -> HolderKey:
@@ -109,7 +113,8 @@ class Candidate:
         """How many more sequences it could take."""
         has_blocks = self.credits.blocks > 0 or not self.sequences
         has_prefill = self.credits.prefill_tokens > 0 or not self.pending_prefill_tokens
-        return max(0, self.credits.sequences) if self.healthy and has_blocks and has_prefill else 0
+        sequences = max(0, self.credits.sequences) if self.healthy and has_blocks and has_prefill else 0
+        return min(1, sequences) if self.probe else sequences
 
     def blocks_for(self, job: JobShape) -> int:
         """Blocks of the job's prompt."""
@@ -199,7 +204,7 @@ def _prefilled(
 ) -> KvPlan | None:
     remote_tokens = job.prompt_tokens - theirs * worker.block_size
     cost = Credits(1, prefiller.blocks_for(job), remote_tokens)
-    if not prefiller.healthy or not takes(prefiller, cost):
+    if not prefiller.healthy or prefiller.probe or not takes(prefiller, cost):
         return None
     compute = job.prompt_tokens - full_blocks * worker.block_size
     # Blocks travel while the next ones are computed, so that at most the slower of the two counts.

@@ -31,7 +31,7 @@ class SchedulerMetrics:
         )
         self.workers = Gauge(
             "headrace_workers",
-            "Connected workers by state: healthy, draining or silent.",
+            "Connected workers by state: healthy, draining, drained, silent, breaker_open or breaker_half_open.",
             ["model", "state"],
             registry=registry,
         )

@@ -101,7 +101,7 @@ def place(
         takers = _takers(job, roomy, held, prefillers, beyond_share)
     if policy == "round_robin":
         order = {worker.id: (position - turn) % len(candidates) for position, worker in enumerate(candidates)}
-        return min(takers, key=lambda choice: (*_reluctance(choice, avoid), order[choice.worker.id]), default=None)
+        return min(takers, key=lambda choice: (*_reluctance(job, choice, avoid), order[choice.worker.id]), default=None)
     return min(takers, key=lambda choice: _preference(job, choice, avoid), default=None)
 
 
@@ -177,13 +177,14 @@ def _fits_free(worker: Candidate, cost: Credits) -> bool:
     return cost.sequences <= free_sequences and cost.blocks <= worker.free_blocks and takes_prefill
 
 
-def _reluctance(choice: Choice, avoid: str) -> tuple[bool, bool]:
-    """A prefill worker decodes only when no other worker can."""
-    return choice.worker.id == avoid, choice.worker.role == "prefill"
+def _reluctance(job: JobShape, choice: Choice, avoid: str) -> tuple[bool, bool, bool]:
+    """A prefill worker decodes, and a job that has failed is a probe, only when no other worker can take it."""
+    worker = choice.worker
+    return worker.id == avoid, worker.probe and job.failed, worker.role == "prefill"
 
 
-def _preference(job: JobShape, choice: Choice, avoid: str) -> tuple[bool, bool, float, int, bytes]:
+def _preference(job: JobShape, choice: Choice, avoid: str) -> tuple[bool, bool, bool, float, int, bytes]:
     """Sorts the ways in which the job can be taken, the best first."""
     worker = choice.worker
     tie = blake2b(f"{job.request_id}\0{worker.id}".encode(), digest_size=8).digest()
-    return *_reluctance(choice, avoid), worker.busy_s() + choice.plan.seconds, worker.sequences, tie
+    return *_reluctance(job, choice, avoid), worker.busy_s() + choice.plan.seconds, worker.sequences, tie

@@ -12,9 +12,10 @@ from headrace.v1 import scheduler_pb2, scheduler_pb2_grpc
 from services.common.channel import Outbox
 from services.common.errors import InvalidRequest
 from services.scheduler.cache_watch import CacheWatch
-from services.scheduler.fleet import Fleet, Worker
+from services.scheduler.fleet import Fleet
 from services.scheduler.gateways import Gateways, GatewaySession
 from services.scheduler.models import Models
+from services.scheduler.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,11 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         self._fleet.set_role(request.worker_id, request.role)
         return scheduler_pb2.SetRoleResponse()
 
+    async def DrainWorker(
+        self, request: scheduler_pb2.DrainWorkerRequest, context: Context
+    ) -> scheduler_pb2.DrainWorkerResponse:
+        return scheduler_pb2.DrainWorkerResponse(other_workers=self._fleet.drain(request.worker_id, undo=request.undo))
+
     async def DescribeFleet(
         self, request: scheduler_pb2.DescribeFleetRequest, context: Context
     ) -> scheduler_pb2.DescribeFleetResponse:
@@ -92,6 +98,8 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
                 session.answered(message.answer)
             elif kind == "placement_request":
                 self._request(message.placement_request, session)
+            elif kind == "attempt_report":
+                self._fleet.hear(message.attempt_report)
 
     def _request(self, request: scheduler_pb2.PlacementRequest, session: GatewaySession) -> None:
         if not _ENTRY_ID.fullmatch(request.queue_entry_id):

@@ -87,8 +87,8 @@ class WorkerSettings(CommonSettings):
     # that they need not be computed again after an eviction or a restart. Shorter ones are computed in about a second.
     kv_offload_least_tokens: PositiveInt = 512
 
-    # After SIGTERM, how long running sequences may go on here before they are handed to other workers, in seconds.
-    # Whoever stops the process must grant some seconds more before it kills.
+    # After SIGTERM, or `headrace drain`, how long running sequences may go on here before they are handed to other
+    # workers, in seconds. Whoever stops the process must grant some seconds more before it kills.
     drain_grace_s: float = Field(default=30.0, ge=0.0)
 
     @model_validator(mode="after")

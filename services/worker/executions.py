@@ -200,15 +200,19 @@ class Executions:
             execution.silent = True
 
     async def drain(self, grace_s: float) -> None:
-        """Takes on nothing more, lets sequences finish for a while, then ends them and all streams."""
+        """Takes on nothing more, lets sequences finish for a while, then hands on those that are left."""
         self.draining = True
         try:
             await asyncio.wait_for(self._capacity.idle.wait(), grace_s)
         except TimeoutError:
             log.info("%d sequences are left after %g s and go on elsewhere", self._capacity.live_sequences, grace_s)
-        for execution in tuple(self._executions):
+        for execution in self._executions:
             self._refuse(execution, list(execution.tickets), SequenceEnded.OUTCOME_DRAINING, "")
             self._drop(list(execution.tickets.values()))
+
+    async def close_all(self) -> None:
+        """Ends all streams, after a drain."""
+        for execution in self._executions:
             execution.outbox.close()
         await cancel_and_wait(self._gathering)
 

@@ -149,6 +149,12 @@ class Prefills:
         finally:
             self._leave(prefill)
 
+    def give_up(self) -> None:
+        """Ends those that run: whoever wanted a prompt computes the rest of it."""
+        for prefill in self._running:
+            prefill.error = "This worker is draining."
+            prefill.news.set()
+
     def observe(self, turn: Turn) -> None:
         """Called on the event loop after each turn of the engine."""
         if not self._running:
@@ -167,7 +173,7 @@ class Prefills:
         loop = asyncio.get_running_loop()
         sent_at = loop.time()
         while True:
-            ended = prefill.finished  # asked before what there is, so that nothing comes between
+            ended = prefill.finished or prefill.error  # asked before what there is, so that nothing comes between
             async for message in self._exporter.send(run):
                 yield message
                 sent_at = loop.time()
@@ -204,7 +210,7 @@ class Prefills:
 
     def _admit(self, sequence: EngineSequence) -> Claim:
         if self._draining():
-            raise Unavailable("This worker is shutting down.")
+            raise Unavailable("This worker is draining.")
         demand = demand_of([sequence], self._limits.block_size)
         if not self._capacity.admits(demand):
             raise Overloaded("This worker has no room for another prompt.")

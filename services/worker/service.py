@@ -15,6 +15,7 @@ from services.worker.cache_link import CacheLink
 from services.worker.cancellations import Cancellations
 from services.worker.capacity import Capacity
 from services.worker.config import Role, WorkerSettings
+from services.worker.drain import Drain
 from services.worker.engine_loop import EngineLoop, EngineStatus, Turn
 from services.worker.executions import Executions
 from services.worker.kv_export import KvExporter, Prefills
@@ -87,6 +88,7 @@ class WorkerService:
             on_settled=self._on_settled,
             on_left=lambda: self._schedulers.notify(),
         )
+        self._drain = Drain(self._executions, self._prefills, settings.drain_grace_s)
         servicer = WorkerServicer(
             self._executions, exporter, self._prefills, model.tokenizer_hash, model.tokenizer_files
         )
@@ -139,7 +141,7 @@ class WorkerService:
             await self._importer.close()
 
     async def _finish_work(self, drain_grace_s: float) -> None:
-        drained = asyncio.create_task(self._executions.drain(drain_grace_s))
+        drained = asyncio.create_task(self._drain.finish(drain_grace_s))
         died = asyncio.create_task(self._engine.ended())
         self._schedulers.notify()
         try:
@@ -176,7 +178,12 @@ class WorkerService:
             log.info("role %s, and %s before", role, self._role)
             self._role = role
             self._capacity.max_pending_prefill_tokens = self._most_pending_prefill_tokens()
-            self._schedulers.notify()
+        if directive.HasField("set_draining"):
+            if directive.set_draining:
+                self._drain.begin()
+            else:
+                self._drain.undo()
+        self._schedulers.notify()
 
     def _most_pending_prefill_tokens(self) -> int:
         """A decode worker takes on one step's worth of prompts: what is more is for prefill workers."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc
@@ -34,9 +34,10 @@ def eventually(condition: Callable[[], bool], what: str, timeout_s: float = 30.0
 class HeadraceUp:
     """A running stack. Starts at construction; `wait_ready` before it is used, `kill` at its end."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, settings: Mapping[str, str] | None = None) -> None:
+        """`settings`: HEADRACE_SERVICE_SETTING variables."""
         own = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
-        self.environment = {**own, "XDG_STATE_HOME": str(folder)}
+        self.environment = {**own, "XDG_STATE_HOME": str(folder), **(settings or {})}
         self._runs = folder / "headrace" / "run"
         self._lines: list[str] = []
         self._changed = threading.Condition()

@@ -14,6 +14,7 @@ from headrace.v1.job_pb2 import Job
 from headrace.v1.sampling_pb2 import FinishReason
 from headrace.v1.scheduler_pb2 import (
     Adoption,
+    AttemptReport,
     Catalog,
     CatalogEntry,
     GatewayMessage,
@@ -220,6 +221,9 @@ class FakeScheduler(SchedulerServicer):
         self.answers: list[OfferAnswer] = []
         self.requests: list[PlacementRequest] = []
         self.jobs: list[Job] = []
+        self.reports: list[AttemptReport] = []
+        # Workers whose placements are probes, and watched.
+        self.probed: set[str] = set()
         # Offers wait until this is set.
         self.go = asyncio.Event()
         self.go.set()
@@ -290,8 +294,15 @@ class FakeScheduler(SchedulerServicer):
             outbox.put(SchedulerMessage(adoption=Adoption(job=job, queue_entry_id=entry_id)))
 
     def offer(self, request_id: str, attempt: int, entry_id: str, worker: FakeWorker) -> None:
+        probe = worker.id in self.probed
         placement = Placement(
-            worker_id=worker.id, worker_address=worker.address, scheduler_id="s", kv_format=f"format of {worker.id}"
+            worker_id=worker.id,
+            worker_incarnation="1",
+            worker_address=worker.address,
+            scheduler_id="s",
+            kv_format=f"format of {worker.id}",
+            watched=probe,
+            probe=probe,
         )
         offer = Offer(request_id=request_id, attempt=attempt, queue_entry_id=entry_id, placement=placement)
         for outbox in self.outboxes:
@@ -321,6 +332,8 @@ class FakeScheduler(SchedulerServicer):
                 self.answers.append(message.answer)
             elif message.HasField("placement_request"):
                 self._place_again(message.placement_request, outbox)
+            elif message.HasField("attempt_report"):
+                self.reports.append(message.attempt_report)
 
     def _place_again(self, request: PlacementRequest, outbox: Outbox[SchedulerMessage]) -> None:
         self.requests.append(request)

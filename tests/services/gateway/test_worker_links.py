@@ -83,7 +83,7 @@ async def test_a_time_in_which_the_gateway_stood_still_is_not_the_workers() -> N
         for second in range(1, 12):
             links.watch(later + second)
         await asyncio.wait_for(feed.news.wait(), 10)
-        assert feed.outcome is Outcome.LOST
+        assert feed.outcome is Outcome.STALLED
         worker.go.set()
 
 
@@ -96,7 +96,7 @@ async def test_a_silent_worker_counts_as_broken() -> None:
         (feed,) = link.start(Start(), [(0, b"")], asyncio.Event())
         await worker.started.wait()
         await asyncio.wait_for(feed.news.wait(), 10)
-        assert feed.outcome is Outcome.LOST
+        assert feed.outcome is Outcome.STALLED
         assert links.get(worker.address) is not link
         worker.go.set()
         watching.cancel()

@@ -17,6 +17,7 @@ from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import (
     WORKER_ROLE_BOTH,
     Adoption,
+    AttemptReport,
     Catalog,
     Credits,
     GatewayHello,
@@ -261,6 +262,15 @@ class FakeGateway:
 
     def request(self, request: PlacementRequest) -> None:
         self._outbox.put(GatewayMessage(placement_request=request))
+
+    def report(self, event: "AttemptReport.Event.ValueType", offer: Offer | None = None, **fields: object) -> None:
+        """Says how an attempt went: that of an offer, or one on worker `w`."""
+        report = AttemptReport(worker_id="w", worker_incarnation="1", event=event)
+        if offer is not None:
+            report.request_id, report.attempt, report.probe = offer.request_id, offer.attempt, offer.placement.probe
+            report.worker_id = offer.placement.worker_id
+        report.MergeFrom(AttemptReport(**fields))  # type: ignore[arg-type]
+        self._outbox.put(GatewayMessage(attempt_report=report))
 
     async def pause(self) -> None:
         """Renews nothing for a while."""

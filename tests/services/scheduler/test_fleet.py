@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from headrace.v1.scheduler_pb2 import (
     WORKER_ROLE_DECODE,
     WORKER_ROLE_PREFILL,
+    AttemptReport,
     ModelInfo,
     PlacementKey,
     Registration,
@@ -12,8 +13,11 @@ from headrace.v1.scheduler_pb2 import (
 )
 from headrace.v1.scheduler_pb2 import Credits as CreditsProto
 from services.common.errors import InvalidRequest, NotFound
+from services.scheduler.breaker import BreakerPolicy
 from services.scheduler.fleet import Fleet
 from services.scheduler.kv_plans import Credits
+
+BREAKERS = BreakerPolicy(failures=2, first_backoff_s=1.0, probe_timeout_s=2.0, together_s=0.5)
 
 
 class Clock:
@@ -53,7 +57,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def fleet(clock: Clock) -> Fleet:
-    return Fleet(silence_s=3, placement_timeout_s=10, clock=clock)
+    return Fleet(silence_s=3, placement_timeout_s=10, breakers=BREAKERS, clock=clock)
 
 
 def test_a_worker_is_a_candidate_once_it_has_reported(fleet: Fleet) -> None:
@@ -121,7 +125,7 @@ def test_silence_takes_a_worker_out_and_a_report_puts_it_back(fleet: Fleet, cloc
     fleet.report(worker, state())
     clock.now += 3.5
     assert not fleet.candidates("m")[0].healthy
-    assert fleet.count_states("m") == {"healthy": 0, "draining": 0, "silent": 1}
+    assert fleet.count_conditions("m")["silent"] == sum(fleet.count_conditions("m").values()) == 1
     assert fleet.serves("m"), "it is still connected"
     fleet.report(worker, state())
     assert fleet.candidates("m")[0].healthy
@@ -129,9 +133,12 @@ def test_silence_takes_a_worker_out_and_a_report_puts_it_back(fleet: Fleet, cloc
 
 def test_a_draining_worker_gets_no_work(fleet: Fleet) -> None:
     worker = fleet.register(registration())
+    fleet.report(worker, state(draining=True, running_sequences=1))
+    assert not fleet.candidates("m")[0].healthy
+    assert fleet.count_conditions("m")["draining"] == 1
     fleet.report(worker, state(draining=True))
     assert not fleet.candidates("m")[0].healthy
-    assert fleet.count_states("m")["draining"] == 1
+    assert fleet.count_conditions("m")["drained"] == 1
 
 
 def test_a_new_incarnation_replaces_the_old_and_its_placements(fleet: Fleet) -> None:
@@ -225,3 +232,59 @@ async def test_a_worker_is_told_its_new_role(fleet: Fleet) -> None:
     assert (await anext(worker.outbox)).set_role == WORKER_ROLE_DECODE
     with pytest.raises(NotFound, match="No worker b is connected"):
         fleet.set_role("b", WORKER_ROLE_DECODE)
+
+
+async def test_a_worker_is_told_to_leave_service_and_to_come_back(fleet: Fleet) -> None:
+    worker = fleet.register(registration("a"))
+    fleet.report(worker, state())
+    assert fleet.drain("a", undo=False) == 0
+    others = [fleet.register(registration(id)) for id in ("b", "c", "d")]
+    fleet.report(fleet.register(registration("e", name="another")), state())
+    for other in others[:2]:
+        fleet.report(other, state())
+    fleet.report(others[1], state(draining=True))
+    assert fleet.drain("a", undo=True) == 1, "c drains and d has not reported"
+    directives = [await anext(worker.outbox) for _ in range(2)]
+    assert [directive.set_draining for directive in directives] == [True, False]
+    assert all(directive.HasField("set_draining") for directive in directives)
+    with pytest.raises(NotFound, match="No worker z is connected"):
+        fleet.drain("z", undo=False)
+
+
+def failed(age_ms: int = 0, incarnation: str = "1") -> AttemptReport:
+    return AttemptReport(worker_id="a", worker_incarnation=incarnation, event=AttemptReport.EVENT_FAILED, age_ms=age_ms)
+
+
+def test_a_failing_worker_is_out_until_a_probe_of_it_begins(fleet: Fleet, clock: Clock) -> None:
+    worker = fleet.register(registration())
+    fleet.report(worker, state())
+    fleet.hear(failed(age_ms=700))
+    assert fleet.suspects("a") and fleet.candidates("m")[0].healthy
+    fleet.hear(failed())
+    [candidate] = fleet.candidates("m")
+    assert (candidate.healthy, candidate.room) == (False, 0)
+    assert fleet.count_conditions("m")["breaker_open"] == 1
+    clock.now += 1.01
+    [candidate] = fleet.candidates("m")
+    assert (candidate.healthy, candidate.probe, candidate.room) == (True, True, 1)
+    fleet.reserve("a", ("r", 1), Credits(1, 1, 1))
+    assert not fleet.candidates("m")[0].healthy
+    fleet.settle("a", ("r", 1))
+    assert fleet.candidates("m")[0].healthy
+    fleet.reserve("a", ("s", 1), Credits(1, 1, 1))
+    began = AttemptReport(worker_id="a", worker_incarnation="1", event=AttemptReport.EVENT_BEGAN, probe=True)
+    fleet.hear(began)
+    [candidate] = fleet.candidates("m")
+    assert (candidate.healthy, candidate.probe, candidate.room) == (True, False, 7)
+
+
+def test_a_breaker_outlives_its_workers_stream_and_not_its_process(fleet: Fleet, clock: Clock) -> None:
+    fleet.report(fleet.register(registration()), state())
+    fleet.hear(failed(age_ms=700))
+    fleet.hear(failed())
+    fleet.report(fleet.register(registration()), state())
+    assert fleet.count_conditions("m")["breaker_open"] == 1
+    fleet.report(fleet.register(registration(incarnation="2")), state())
+    fleet.hear(failed(age_ms=700))
+    fleet.hear(failed())
+    assert fleet.count_conditions("m")["healthy"] == 1

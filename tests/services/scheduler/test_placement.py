@@ -71,6 +71,22 @@ def chosen(
     return choice.worker.id if choice else None
 
 
+def test_a_probe_takes_one_job_and_preferably_one_that_has_not_failed() -> None:
+    probe, busy = worker("p", probe=True), worker("b", sequences=3)
+    assert chosen(job(), probe, busy) == "p"
+    assert chosen(replace(job(), failed=True), probe, busy) == "b"
+    assert chosen(replace(job(), failed=True), probe) == "p", "it may not wait for ever"
+    assert chosen(replace(job(), failed=True), probe, busy, avoid="b") == "p"
+    assert chosen(job(), replace(probe, healthy=False)) is None
+    assert (probe.room, replace(probe, healthy=False).room, busy.room) == (1, 0, 8)
+
+
+def test_a_probe_computes_no_prompt_for_others() -> None:
+    decode, prefill = worker("d", role="decode"), worker("p", role="prefill", probe=True)
+    choice = place(job(2000), [decode, prefill], NO_HITS)
+    assert choice is not None and choice.plan.prefill is None
+
+
 def test_nobody_to_choose_from() -> None:
     assert chosen(job()) is None
     assert chosen(job(), worker(healthy=False)) is None

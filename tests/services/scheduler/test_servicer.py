@@ -10,6 +10,7 @@ import pytest
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import (
     WORKER_ROLE_PREFILL,
+    DrainWorkerRequest,
     GatewayHello,
     GatewayMessage,
     ModelInfo,
@@ -101,6 +102,12 @@ async def test_a_role_is_passed_on_to_its_worker(stub: SchedulerStub) -> None:
             assert error.code() is grpc.StatusCode.NOT_FOUND  # its registration is on the way
     assert (await call.read()).set_role == WORKER_ROLE_PREFILL
     await call.done_writing()
+
+
+async def test_a_worker_that_no_scheduler_knows_cannot_be_drained(stub: SchedulerStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError, match="No worker nobody is connected") as error:
+        await stub.DrainWorker(DrainWorkerRequest(worker_id="nobody"))
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 @pytest.mark.parametrize(

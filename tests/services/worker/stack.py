@@ -253,6 +253,10 @@ class Stack:
         while self.commands != expected:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.005)
 
+    def direct(self, **directive: Any) -> None:
+        """The scheduler wants something of the worker."""
+        self.scheduler.directives.put(scheduler_pb2.WorkerDirective(**directive))
+
     async def stop(self, drain_grace_s: float = 0.0) -> None:
         await self.service.stop(drain_grace_s)
 

@@ -117,6 +117,31 @@ async def test_a_prefill_that_nobody_wants_any_more_is_freed(two: tuple[Stack, S
     await prefiller.until_metric(1, "headrace_cancel_seconds_count", phase="remote_prefill")
 
 
+async def test_a_draining_worker_computes_for_nobody_and_hands_out_what_it_has() -> None:
+    stack = Stack(drain_grace_s=0.0)
+    await stack.start()
+    await run(stack)
+    stack.hold(after=1)
+    stub = worker_pb2_grpc.WorkerStub(stack.channel)
+    other = PROMPT[::-1]
+    request = worker_pb2.PrefillRequest(request_id="p", attempt=1, kv_format="format", prompt_ids=pack(other))
+    running = stub.Prefill(request)
+    for _ in range(4):
+        await running.read()
+    stack.direct(set_draining=True)
+    with pytest.raises(grpc.aio.AioRpcError, match="This worker is draining"):
+        while await running.read() is not grpc.aio.EOF:
+            pass
+    stack.release()
+    await stack.idle()
+    with pytest.raises(grpc.aio.AioRpcError, match="This worker is draining") as refused:
+        await stub.Prefill(request).read()
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert [chunk.block_hash for chunk in await fetch(stack, NAMES[:BLOCKS])] == NAMES[:BLOCKS]
+    await stack.stop()
+    await stack.close()
+
+
 async def test_requests_of_the_same_prompt_fetch_it_once(two: tuple[Stack, Stack]) -> None:
     peer, worker = two
     await run(peer)

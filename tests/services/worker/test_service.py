@@ -285,6 +285,82 @@ async def test_after_the_grace_what_still_runs_goes_on_elsewhere() -> None:
     await stack.close()
 
 
+async def test_a_directive_drains_the_worker_and_another_takes_it_back(stack: Stack) -> None:
+    gateway = Gateway(stack.channel)
+    stack.hold(after=3)
+    gateway.start("r1", [1], [3, 4], max_tokens=190)
+    await gateway.until(lambda: 1 in gateway.tokens)
+    stack.direct(set_draining=True)
+    state = await stack.scheduler.until(lambda state: state.draining)
+    assert state.running_sequences == 1
+    assert state.credits == scheduler_pb2.Credits()
+    assert await stack.health() == health_pb2.HealthCheckResponse.SERVING
+    gateway.start("r2", [2], [3])
+    await gateway.finish(2)
+    assert gateway.ended[2].outcome == Ended.OUTCOME_DRAINING
+    stack.direct(set_draining=True)
+    stack.release()
+    await gateway.finish(1)
+    assert gateway.tokens[1] == stack.expected([3, 4], 190)
+    await stack.scheduler.until(lambda state: state.draining and not state.running_sequences)
+    stack.direct(set_draining=False)
+    await stack.scheduler.until(lambda state: state.credits.sequences == 4)
+    gateway.start("r3", [3], [3])  # its stream has lasted
+    await gateway.finish(3)
+    assert gateway.tokens[3] == stack.expected([3])
+
+
+async def test_a_drained_worker_hands_on_what_outlasts_the_grace() -> None:
+    stack = Stack(drain_grace_s=0.0)
+    await stack.start()
+    gateway = Gateway(stack.channel)
+    stack.hold(after=3)
+    gateway.start("r1", [1], [3, 4], max_tokens=190)
+    await gateway.until(lambda: 1 in gateway.tokens)
+    stack.direct(set_draining=True)
+    await gateway.finish(1)
+    assert gateway.ended[1].outcome == Ended.OUTCOME_DRAINING
+    stack.release()
+    await stack.idle()
+    stopping = asyncio.create_task(stack.stop())
+    assert await gateway.call.read() is grpc.aio.EOF
+    await stopping
+    await stack.close()
+
+
+async def test_what_runs_goes_on_here_if_the_drain_is_undone(stack: Stack) -> None:
+    gateway = Gateway(stack.channel)
+    stack.hold(after=3)
+    gateway.start("r1", [1], [3, 4], max_tokens=190)
+    await gateway.until(lambda: 1 in gateway.tokens)
+    stack.direct(set_draining=True)
+    await stack.scheduler.until(lambda state: state.draining)
+    stack.direct(set_draining=False)
+    await stack.scheduler.until(lambda state: not state.draining)
+    stack.release()
+    await gateway.finish(1)
+    assert gateway.tokens[1] == stack.expected([3, 4], 190)
+
+
+async def test_a_worker_that_is_about_to_end_does_not_come_back() -> None:
+    stack = Stack()
+    await stack.start()
+    gateway = Gateway(stack.channel)
+    stack.hold(after=3)
+    gateway.start("r1", [1], [3, 4], max_tokens=190)
+    await gateway.until(lambda: 1 in gateway.tokens)
+    stopping = asyncio.create_task(stack.stop(drain_grace_s=60.0))
+    await stack.scheduler.until(lambda state: state.draining)
+    stack.direct(set_draining=False)
+    stack.direct(set_role=scheduler_pb2.WORKER_ROLE_DECODE)  # once it is heard, so is the one before
+    await stack.scheduler.until(lambda state: state.role == scheduler_pb2.WORKER_ROLE_DECODE)
+    assert stack.scheduler.states[-1].draining
+    stack.release()
+    await gateway.finish(1)
+    await stopping
+    await stack.close()
+
+
 async def test_a_dead_engine_ends_the_worker() -> None:
     stack = Stack()
     await stack.start()
@@ -309,11 +385,10 @@ async def test_a_dead_engine_ends_the_worker() -> None:
 
 async def test_a_directive_changes_the_role_and_what_is_taken_on(stack: Stack) -> None:
     await stack.scheduler.until(lambda state: state.role == scheduler_pb2.WORKER_ROLE_BOTH)
-    directive = scheduler_pb2.WorkerDirective(set_role=scheduler_pb2.WORKER_ROLE_DECODE)
-    stack.scheduler.directives.put(directive)
+    stack.direct(set_role=scheduler_pb2.WORKER_ROLE_DECODE)
     state = await stack.scheduler.until(lambda state: state.role == scheduler_pb2.WORKER_ROLE_DECODE)
     assert state.credits.prefill_tokens == 16, "one step's worth"
-    stack.scheduler.directives.put(scheduler_pb2.WorkerDirective())
-    stack.scheduler.directives.put(scheduler_pb2.WorkerDirective(set_role=scheduler_pb2.WORKER_ROLE_PREFILL))
+    stack.direct()
+    stack.direct(set_role=scheduler_pb2.WORKER_ROLE_PREFILL)
     state = await stack.scheduler.until(lambda state: state.role == scheduler_pb2.WORKER_ROLE_PREFILL)
     assert state.credits.prefill_tokens == 64

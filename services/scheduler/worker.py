@@ -1,0 +1,161 @@
+"""One connected worker: how it does, what of its credits is spoken for, and what placement sees of it.
+
+Its grant counts what is free now, so this scheduler subtracts the placements it has made since that the grant does not
+reflect yet.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from headrace.v1 import scheduler_pb2
+from services.common.channel import Outbox
+from services.scheduler.breaker import Breaker, State
+from services.scheduler.kv_plans import Candidate, Credits, Role
+
+PlacementKey = tuple[str, int]
+"""Request id and attempt."""
+Condition = Literal["healthy", "draining", "drained", "silent", "breaker_open", "breaker_half_open"]
+"""As `FleetWorker.Condition` has it."""
+
+_CONDITIONS: dict[State, Condition] = {
+    "closed": "healthy",
+    "open": "breaker_open",
+    "half_open": "breaker_half_open",
+}
+_ROLES: dict[int, Role] = {
+    scheduler_pb2.WORKER_ROLE_PREFILL: "prefill",
+    scheduler_pb2.WORKER_ROLE_DECODE: "decode",
+}
+_ASSUMED_TOKENS_PER_S = 500.0  # of a worker that does not say
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds. `silence_s`: without a report, until a worker gets no work; `placement_s`: until a placement that it has
+    not reported is not on its way any more.
+    """
+
+    silence_s: float
+    placement_s: float
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    cost: Credits
+    placed_at: float
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """Whoever opened its stream holds it and gives it back to the fleet. `now` is by the breaker's clock."""
+
+    registration: scheduler_pb2.Registration
+    breaker: Breaker
+    patience: Patience
+    heard_at: float
+    state: scheduler_pb2.WorkerState | None = None
+    reports: int = 0
+    """Counts its states, so that "has reported since" can be asked."""
+    outbox: Outbox[scheduler_pb2.WorkerDirective] = field(default_factory=Outbox)
+    _outstanding: dict[PlacementKey, _Outstanding] = field(default_factory=dict)
+    _candidate: Candidate | None = None
+    """As placement sees it, until something changes: a fleet of a thousand is looked at for every job."""
+    _candidate_until: float = 0.0
+
+    @property
+    def id(self) -> str:
+        return self.registration.worker_id
+
+    @property
+    def incarnation(self) -> str:
+        return self.registration.incarnation
+
+    @property
+    def model(self) -> str:
+        return self.registration.model.name
+
+    def take_over(self, old: "Worker") -> None:
+        """It is a new stream of the same process: placements are on their way, and its failures were its own."""
+        self._outstanding, self.breaker = old._outstanding, old.breaker
+
+    def report(self, state: scheduler_pb2.WorkerState, now: float) -> None:
+        """Takes in its state."""
+        self.state, self.heard_at = state, now
+        self.reports += 1
+        for settled in state.settled:
+            self._outstanding.pop((settled.request_id, settled.attempt), None)
+        self.changed()
+
+    def reserve(self, key: PlacementKey, cost: Credits, now: float) -> None:
+        """Counts a placement until it is reported, settled or too old. It is the probe of a half-open breaker."""
+        if self.breaker.state == "half_open":
+            self.breaker.begin_probe(key)
+        self._outstanding[key] = _Outstanding(cost, now)
+        self.changed()
+
+    def settle(self, key: PlacementKey) -> None:
+        """Ends a placement that will not reach the worker."""
+        self._outstanding.pop(key, None)
+        self.breaker.withdraw_probe(key)
+        self.changed()
+
+    def changed(self) -> None:
+        """It is to be looked at anew."""
+        self._candidate = None
+
+    def condition(self, now: float) -> Condition:
+        state = self.state
+        if state is None or now - self.heard_at > self.patience.silence_s:
+            return "silent"
+        if state.draining:
+            return "draining" if state.running_sequences or state.waiting_sequences else "drained"
+        return _CONDITIONS[self.breaker.state]
+
+    def candidate(self, now: float) -> Candidate | None:
+        """As placement sees it; None until it has reported."""
+        if self.state is not None and (self._candidate is None or now > self._candidate_until):
+            self._candidate = self._to_candidate(self.state, now)
+            self._candidate_until = self._changes_at()
+        return self._candidate
+
+    def _changes_at(self) -> float:
+        """When time alone makes it another candidate."""
+        placements = (placement.placed_at + self.patience.placement_s for placement in self._outstanding.values())
+        silent = self.heard_at + self.patience.silence_s
+        known_silent = self._candidate is not None and not self._candidate.healthy
+        return min([*placements, math.inf if known_silent else silent, self.breaker.changes_at])
+
+    def _spoken_for(self, now: float) -> Credits:
+        """What outstanding placements take. Those too old to be on their way any more are forgotten."""
+        total = Credits()
+        for key, placement in list(self._outstanding.items()):
+            if now - placement.placed_at > self.patience.placement_s:
+                del self._outstanding[key]
+            else:
+                total += placement.cost
+        return total
+
+    def _to_candidate(self, state: scheduler_pb2.WorkerState, now: float) -> Candidate:
+        registration = self.registration
+        condition, spoken_for = self.condition(now), self._spoken_for(now)
+        sequences = state.running_sequences + state.waiting_sequences
+        granted = Credits(state.credits.sequences, state.credits.blocks, state.credits.prefill_tokens)
+        return Candidate(
+            id=self.id,
+            incarnation=self.incarnation,
+            kv_format=registration.kv_format,
+            block_size=registration.model.block_size,
+            block_bytes=registration.block_bytes,
+            max_sequences=registration.max_sequences,
+            total_blocks=registration.total_blocks,
+            healthy=condition in ("healthy", "breaker_half_open") and self.breaker.takes_work,
+            probe=condition == "breaker_half_open",
+            role=_ROLES.get(state.role or registration.role, "both"),
+            credits=granted - spoken_for,
+            free_blocks=state.free_blocks - sequences - spoken_for.blocks,
+            sequences=sequences + spoken_for.sequences,
+            pending_prefill_tokens=state.pending_prefill_tokens + spoken_for.prefill_tokens,
+            prefill_tokens_per_s=state.prefill_tokens_per_s or _ASSUMED_TOKENS_PER_S,
+            deterministic=registration.deterministic,
+        )
