@@ -1,4 +1,4 @@
-"""Names of everything Headrace keeps in Redis for its queue.
+"""Names of everything Headrace keeps in Redis.
 
 key                                      type     meaning
 headrace:queue:{MODEL}:PRIORITY          stream   a model's jobs of one priority (high, normal, low), oldest first.
@@ -8,9 +8,16 @@ headrace:queue:{MODEL}:PRIORITY          stream   a model's jobs of one priority
     consumer s:ID:INCARNATION                     a scheduler, from pop to the gateway's acceptance
     consumer g:ID:INCARNATION                     a gateway, which runs the job
 headrace:gateway:ID:INCARNATION          string   "1", expires (PX): this gateway is alive
+headrace:api-keys                        hash     the API keys: visible prefix -> JSON, with the key's hash
+headrace:key-groups                      hash     limits that the keys of a group share: its name -> JSON
+headrace:limits:{SCOPE}:meters           hash     what a key, or a group and its keys, has used and holds
+headrace:limits:{SCOPE}:reservations     hash     what each running request holds
+headrace:limits:{SCOPE}:leases           sorted   when the reservations run out if their gateway does not renew them
+                                         set      (meters.lua says what is in the three)
 
 An owner's lease on an entry is the entry's idle time in the pending-entries list: whoever renews sets it to 0.
-The braces are a hash tag: all streams of one model are in one slot of a Redis Cluster, so that a script may use them.
+The braces are a hash tag: all streams of one model, and all keys of one scope, are in one slot of a Redis Cluster, so
+that a script may use them.
 """
 
 from dataclasses import dataclass
@@ -21,6 +28,8 @@ from headrace.v1 import sampling_pb2
 
 GROUP = "schedulers"
 JOB_FIELD = "job"
+API_KEYS = "headrace:api-keys"
+KEY_GROUPS = "headrace:key-groups"
 
 PRIORITIES = (sampling_pb2.PRIORITY_HIGH, sampling_pb2.PRIORITY_NORMAL, sampling_pb2.PRIORITY_LOW)
 """Highest first; a smaller number is served before a larger one."""
@@ -58,3 +67,9 @@ def queue_streams(model: str) -> list[str]:
 
 def gateway_heartbeat(gateway_id: str, incarnation: str) -> str:
     return f"headrace:gateway:{gateway_id}:{incarnation}"
+
+
+def limit_keys(scope: str) -> list[str]:
+    """Meters, reservations and leases of one scope, as the scripts of limits take them."""
+    prefix = f"headrace:limits:{{{quote(scope, safe=':')}}}"
+    return [f"{prefix}:{kind}" for kind in ("meters", "reservations", "leases")]

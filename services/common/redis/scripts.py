@@ -12,10 +12,15 @@ class Script:
     text: str
     sha: str
 
+    @classmethod
+    def of(cls, text: str) -> "Script":
+        return cls(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
-def _load(name: str) -> Script:
-    text = files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
-    return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+def _load(*names: str) -> Script:
+    """The script of that name, after what it shares with others."""
+    folder = files(__package__).joinpath("lua")
+    return Script.of("\n".join(folder.joinpath(f"{name}.lua").read_text(encoding="utf-8") for name in names))
 
 
 POP = _load("pop")
@@ -28,3 +33,5 @@ CLOSE = _load("close")
 DEPTHS = _load("depths")
 MISSING = _load("missing")
 TIDY = _load("tidy")
+RESERVE = _load("meters", "reserve")
+CHARGE = _load("meters", "charge")
