@@ -14,7 +14,9 @@ from headrace.v1 import inference_pb2, inference_pb2_grpc
 from headrace.v1.scheduler_pb2 import GatewayHello
 from headrace.v1.worker_pb2 import ExecuteHello
 from services.common.errors import Unavailable
+from services.common.redis.key_store import KeyStore
 from services.common.redis.keys import Owner
+from services.common.redis.limits import LimitStore
 from services.common.redis.queue import JobQueue
 from services.common.serve import GrpcServer, Registration, Stop
 from services.gateway.active_request import ActiveRequests
@@ -25,11 +27,15 @@ from services.gateway.generate import Generator
 from services.gateway.http_app import HttpApp
 from services.gateway.http_server import HttpServer
 from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.key_file import KeyFile
+from services.gateway.keys import Keys
 from services.gateway.leases import Leases
+from services.gateway.limits import KeyLimits
 from services.gateway.metrics import Metrics
 from services.gateway.openai_api import CompletionRoute, chat_kind, completion_kind
 from services.gateway.openai_requests import RequestReader
 from services.gateway.placement_links import PlacementLinks
+from services.gateway.prices import read_prices
 from services.gateway.readiness import Readiness
 from services.gateway.shedder import Shedder
 from services.gateway.tracing import Tracing
@@ -41,7 +47,7 @@ _LAST_WORDS_S = 5.0
 
 
 class Gateway:
-    """One gateway instance. `start`, then `run`."""
+    """One gateway instance. `start`, then `run`. Raises ConfigError for a bad file of keys or prices."""
 
     def __init__(self, settings: GatewaySettings, registry: CollectorRegistry) -> None:
         self._settings = settings
@@ -57,6 +63,8 @@ class Gateway:
         hello = GatewayHello(gateway_id=settings.id, incarnation=incarnation)
         self._placements = PlacementLinks(settings.schedulers, hello, self._active, self._catalog)
         self._leases = Leases(self._queue, self._active, allow_volatile=settings.allow_volatile_redis)
+        self._keys = Keys(KeyStore(self._queue.redis), KeyFile(settings.keys_file), settings)
+        self._limits = KeyLimits(LimitStore(self._queue.redis), read_prices(settings.prices))
         shedder = Shedder(max_wait_s=settings.max_wait_s, clock=time.monotonic, draw=random.random)
         self._admission = Admission(
             self._active, shedder, max_requests=settings.max_requests, gateway_id=settings.id, incarnation=incarnation
@@ -68,6 +76,7 @@ class Gateway:
             active=self._active,
             queue=self._queue,
             leases=self._leases,
+            limits=self._limits,
             placements=self._placements,
             workers=self._workers,
             metrics=metrics,
@@ -77,7 +86,7 @@ class Gateway:
         )
         self._http = HttpServer(self._http_app(generator, metrics), settings.host, settings.http_port)
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        servicer = InferenceServicer(generator, self._admission, self._catalog, settings)
+        servicer = InferenceServicer(generator, self._admission, self._keys, self._catalog, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)]
         )
@@ -85,11 +94,11 @@ class Gateway:
     def _http_app(self, generator: Generator, metrics: Metrics) -> HttpApp:
         reader = RequestReader(self._catalog, self._settings)
         completion_path, chat_path = "/v1/completions", "/v1/chat/completions"
-        completions = CompletionRoute(
-            completion_path, completion_kind(reader), generator, self._admission, metrics, self._settings
-        )
-        chat = CompletionRoute(chat_path, chat_kind(reader), generator, self._admission, metrics, self._settings)
-        return HttpApp({completion_path: completions, chat_path: chat}, self._catalog, self._readiness, metrics)
+        shared = (generator, self._admission, self._keys, metrics, self._settings)
+        completions = CompletionRoute(completion_path, completion_kind(reader), *shared)
+        chat = CompletionRoute(chat_path, chat_kind(reader), *shared)
+        routes: dict[str, CompletionRoute[Any]] = {completion_path: completions, chat_path: chat}
+        return HttpApp(routes, self._keys, self._catalog, self._readiness, metrics)
 
     async def start(self) -> tuple[int, int]:
         """Opens both fronts, not ready yet. Returns the HTTP and the gRPC port. Raises OSError."""
@@ -104,6 +113,8 @@ class Gateway:
             self._workers.run(),
             self._catalog.run(),
             self._leases.run(),
+            self._keys.run(),
+            self._limits.run(),
             self._readiness.follow(self._tell_readiness),
         )
         background = [asyncio.create_task(part) for part in parts]
@@ -136,7 +147,7 @@ class Gateway:
 
     async def _close(self, background: list["asyncio.Task[Any]"]) -> None:
         await asyncio.gather(self._http.stop(), self._grpc.stop(_LAST_WORDS_S))
-        await self._leases.wait_acknowledged(_LAST_WORDS_S)
+        await asyncio.gather(self._leases.wait_acknowledged(_LAST_WORDS_S), self._limits.wait_settled(_LAST_WORDS_S))
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)

@@ -17,6 +17,7 @@ from services.gateway.active_request import ActiveRequest, ActiveRequests, Recei
 from services.gateway.admission import Admission, seconds_left
 from services.gateway.choice import Choice
 from services.gateway.leases import Leases
+from services.gateway.limits import KeyLimits
 from services.gateway.metrics import Metrics, ModelMetrics
 from services.gateway.placement_links import PlacementLinks
 from services.gateway.request import Delta, GenerationRequest, pack_ids
@@ -60,6 +61,7 @@ class Generator:
         active: ActiveRequests,
         queue: JobQueue,
         leases: Leases,
+        limits: KeyLimits,
         placements: PlacementLinks,
         workers: WorkerLinks,
         metrics: Metrics,
@@ -71,6 +73,7 @@ class Generator:
         self._active = active
         self._queue = queue
         self._leases = leases
+        self._limits = limits
         self._placements = placements
         self._workers = workers
         self._metrics = metrics
@@ -89,6 +92,7 @@ class Generator:
         try:
             metrics.active.inc()
             active.limit(seconds_left(request), _deadline_error(request))
+            await self._limits.reserve(active)
             active.entry_id = await self._queue.enqueue(active.job)  # it is accepted once Redis has answered
             while not active.finished:
                 placement = await self._place(active, metrics)
@@ -216,6 +220,7 @@ class Generator:
         self._placements.forget(active.id)
         if active.entry_id:
             self._leases.acknowledge(active)
+        self._limits.settle(active)
         self._active.remove(active)
         active.load.ended(was_placed=active.placed_at is not None)
         metrics.active.dec()

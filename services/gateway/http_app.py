@@ -12,10 +12,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from services.common.errors import HeadraceError, NotFound, RequestFailed
+from services.gateway.account import Account
 from services.gateway.caller import sane_request_id
 from services.gateway.catalog import Catalog, Model
 from services.gateway.errors import MethodNotAllowed
 from services.gateway.http_exchange import Message, Receive, Scope, Send
+from services.gateway.keys import Keys, credential_of
 from services.gateway.metrics import Metrics
 from services.gateway.openai_api import CompletionRoute
 from services.gateway.openai_errors import error_body, error_headers
@@ -27,11 +29,16 @@ class HttpApp:
     """The whole ASGI application."""
 
     def __init__(
-        self, hot_routes: Mapping[str, CompletionRoute[Any]], catalog: Catalog, readiness: Readiness, metrics: Metrics
+        self,
+        hot_routes: Mapping[str, CompletionRoute[Any]],
+        keys: Keys,
+        catalog: Catalog,
+        readiness: Readiness,
+        metrics: Metrics,
     ) -> None:
         self._hot_routes = hot_routes
         self._metrics = metrics
-        self._rest = _rest(catalog, readiness, metrics)
+        self._rest = _rest(keys, catalog, readiness, metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if hot := self._hot_routes.get(scope["path"]):
@@ -53,12 +60,20 @@ class HttpApp:
         await self._rest(scope, receive, send_with_id)
 
 
-def _rest(catalog: Catalog, readiness: Readiness, metrics: Metrics) -> Starlette:
-    async def list_models(_: Request) -> Response:
-        return _json(ModelList([_model_object(model) for model in catalog.usable()]))
+def _rest(keys: Keys, catalog: Catalog, readiness: Readiness, metrics: Metrics) -> Starlette:
+    async def identify(request: Request) -> Account:
+        headers = request.headers
+        return await keys.identify(credential_of(headers.get("authorization"), headers.get("x-api-key")), "models")
+
+    async def list_models(request: Request) -> Response:
+        account = await identify(request)
+        allowed = (model for model in catalog.usable() if account.allows_model(model.name))
+        return _json(ModelList([_model_object(model) for model in allowed]))
 
     async def get_model(request: Request) -> Response:
-        return _json(_model_object(catalog.get(request.path_params["name"])))
+        name = request.path_params["name"]
+        (await identify(request)).check_model(name)
+        return _json(_model_object(catalog.get(name)))
 
     async def live(_: Request) -> Response:
         return _json({"status": "live"})

@@ -16,6 +16,8 @@ LEASE_S = 15.0
 """How long a reservation outlives the last sign of life of its gateway. Three times the queue's lease, so that a
 gateway that stood still for some seconds finds its reservations as it left them."""
 
+_BUCKETS = 120  # of a window, as in meters.lua
+
 
 @dataclass(frozen=True, slots=True)
 class Meter:
@@ -25,6 +27,11 @@ class Meter:
     name: str
     limit: int
     window_ms: int
+
+    @property
+    def longest_ms(self) -> int:
+        """For how long what is used may count: to the end of its bucket, and the window from there."""
+        return self.window_ms + self.window_ms // _BUCKETS
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,186 @@
+"""What a key may use: reserves the most that a request can take, charges what it took, and says how its limits stand.
+
+A request is held to its limits by two scripts in Redis, one before it is enqueued and one at its end; in between, while
+it runs, the tokens it has so far are reported every few seconds with the renewals of all reservations. A request that
+begins pays for its prompt and for what was produced, one that never does pays nothing, and all count as requests.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.common.errors import HeadraceError, Unavailable
+from services.common.redis.limits import LEASE_S, Charge, Claim, LimitStore
+from services.gateway.account import Limit
+from services.gateway.active_request import ActiveRequest
+from services.gateway.limit_answers import check_size, refusal
+from services.gateway.prices import Price, Prices
+from services.gateway.request import Usage
+
+log = logging.getLogger(__name__)
+
+_RENEW_EVERY_S = LEASE_S / 3
+_RETRY_EVERY_S = 1.0
+_CHARGES_PER_SCRIPT = 100
+
+
+@dataclass(slots=True)
+class _Reservation:
+    """What an unfinished request has reserved."""
+
+    active: ActiveRequest
+    scope: str
+    limits: Sequence[Limit]
+    claims: Sequence[Claim]
+    price: Price | None
+    # Redis has said that it is reserved.
+    confirmed: bool = False
+    ended: bool = False
+
+    def charge(self) -> Charge:
+        usage = self.active.usage() if self.active.begun else Usage(0, 0, 0)
+        held = [limit for limit, claim in zip(self.limits, self.claims, strict=True) if claim.hold]
+        return Charge(self.active.id, self.claims, [self._used(limit, usage) for limit in held], self.ended)
+
+    def _used(self, limit: Limit, usage: Usage) -> int:
+        if limit.name == "concurrent":
+            return 0
+        if limit.name == "money_per_month":
+            assert self.price is not None, "a budget of money needs a price"
+            return self.price.cost(usage)
+        return usage.prompt_tokens + usage.completion_tokens
+
+
+class KeyLimits:
+    """The reservations of this gateway's requests. `run` charges and renews them."""
+
+    def __init__(self, store: LimitStore, prices: Prices) -> None:
+        self._store = store
+        self._prices = prices
+        self._open: dict[str, _Reservation] = {}
+        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
+        # Why nothing can be reserved now: Redis may have lost what is reserved already.
+        self._problem: str | None = None
+
+    async def reserve(self, active: ActiveRequest) -> None:
+        """Reserves what a request may take; without limits it asks nobody. `settle` follows, however it ends.
+
+        Raises LimitReached, QuotaExhausted, InvalidRequest for what never fits, NotAllowed, Unavailable.
+        """
+        account = active.request.caller.account
+        if account.used is None or not account.used.limits:
+            return
+        if self._problem is not None:
+            raise Unavailable(self._problem)
+        reservation = self._plan(active, account.used.limits, account.used.scope)
+        self._open[active.id] = reservation
+        try:
+            reserved, standings = await self._store.reserve(reservation.scope, active.id, reservation.claims)
+        except Unavailable as error:
+            self._lost_touch(error)
+            raise
+        account.standings = list(zip(reservation.limits, standings, strict=True))
+        account.reserved = reservation.confirmed = reserved
+        if not reserved:
+            del self._open[active.id]
+            raise refusal(account.standings)
+
+    def settle(self, active: ActiveRequest) -> None:
+        """Charges what a request took and gives the rest back, in the background."""
+        if (reservation := self._open.get(active.id)) is not None:
+            reservation.ended = True
+            self._news.set()
+
+    async def run(self) -> None:
+        """Charges what has ended at once, and what goes on with the renewals, until cancelled."""
+        loop = asyncio.get_running_loop()
+        renew_at = loop.time()
+        while True:
+            await _wait(self._news, renew_at)
+            self._news.clear()
+            due = loop.time() >= renew_at
+            try:
+                await self._charge(everything=due or self._problem is not None)
+                self._problem = None
+            except Unavailable as error:
+                self._lost_touch(error)
+                await asyncio.sleep(_RETRY_EVERY_S)
+            except Exception:
+                log.exception("the reservations could not be charged")
+                self._news.set()
+                await asyncio.sleep(_RETRY_EVERY_S)
+            if due:
+                renew_at = loop.time() + _RENEW_EVERY_S
+
+    async def wait_settled(self, timeout_s: float) -> None:
+        """Waits until nothing is reserved any more."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._open:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            log.warning("%d requests could not be settled in Redis: they are charged whole", len(self._open))
+
+    def _plan(self, active: ActiveRequest, limits: Sequence[Limit], scope: str) -> _Reservation:
+        """What to reserve. Raises InvalidRequest if some limit is too small for the request alone."""
+        request = active.request
+        completion_tokens = request.choices * request.stopping.max_tokens
+        needs_price = any(limit.name == "money_per_month" for limit in limits)
+        price = self._prices.of(request.model.name) if needs_price else None
+        amounts = {
+            "requests_per_minute": 1,
+            "concurrent": 1,
+            "tokens_per_minute": len(request.prompt_ids) + completion_tokens,
+            "tokens_per_day": len(request.prompt_ids) + completion_tokens,
+            "money_per_month": price.worst(len(request.prompt_ids), completion_tokens) if price else 0,
+        }
+        for limit in limits:
+            check_size(limit, amounts[limit.name])
+        claims = [_claim(limit, amounts[limit.name]) for limit in limits]
+        return _Reservation(active, scope, limits, claims, price)
+
+    async def _charge(self, *, everything: bool) -> None:
+        """Reports what reservations have used; those that have ended are over then."""
+        by_scope: dict[str, list[_Reservation]] = defaultdict(list)
+        for reservation in self._open.values():
+            if reservation.ended or (everything and reservation.confirmed):
+                by_scope[reservation.scope].append(reservation)
+        parts = [
+            (scope, due[start : start + _CHARGES_PER_SCRIPT])
+            for scope, due in by_scope.items()
+            for start in range(0, len(due), _CHARGES_PER_SCRIPT)
+        ]
+        await asyncio.gather(*(self._charge_part(scope, part) for scope, part in parts))
+
+    async def _charge_part(self, scope: str, part: Sequence[_Reservation]) -> None:
+        ended = [reservation for reservation in part if reservation.ended]
+        await self._store.charge(scope, [reservation.charge() for reservation in part])
+        for reservation in ended:
+            del self._open[reservation.active.id]
+        self._changed.set()
+
+    def _lost_touch(self, error: HeadraceError) -> None:
+        """Nothing is reserved until all that is reserved already has been told to Redis again."""
+        if self._problem is None:
+            log.warning("limits: %s", error.message)
+        self._problem = error.message
+        self._news.set()
+
+
+def _claim(limit: Limit, amount: int) -> Claim:
+    """A request counts when it comes in; what it takes beside that is held until it is known."""
+    if limit.name == "requests_per_minute":
+        return Claim(limit.meter, count=amount)
+    return Claim(limit.meter, hold=amount)
+
+
+async def _wait(news: asyncio.Event, until: float) -> None:
+    """Returns when there is news, or at that loop time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(until):
+            await news.wait()
