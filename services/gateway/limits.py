@@ -9,10 +9,10 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.common.errors import HeadraceError, Unavailable
+from services.common.errors import Unavailable
 from services.common.redis.limits import LEASE_S, Charge, Claim, LimitStore
 from services.gateway.account import Limit
 from services.gateway.active_request import ActiveRequest
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 _RENEW_EVERY_S = LEASE_S / 3
 _RETRY_EVERY_S = 1.0
 _CHARGES_PER_SCRIPT = 100
+# For so long after its last request of a scope a gateway sees to what others left behind there.
+_SWEEPS_S = 3 * LEASE_S
 
 
 @dataclass(slots=True)
@@ -61,6 +63,8 @@ class KeyLimits:
         self._store = store
         self._prices = prices
         self._open: dict[str, _Reservation] = {}
+        # Scopes of late, each with the loop time of its last request.
+        self._scopes: dict[str, float] = {}
         self._news = asyncio.Event()
         self._changed = asyncio.Event()
         # Why nothing can be reserved now: Redis may have lost what is reserved already.
@@ -78,6 +82,7 @@ class KeyLimits:
             raise Unavailable(self._problem)
         reservation = self._plan(active, account.used.limits, account.used.scope)
         self._open[active.id] = reservation
+        self._scopes[reservation.scope] = asyncio.get_running_loop().time()
         try:
             reserved, standings = await self._store.reserve(reservation.scope, active.id, reservation.claims)
         except Unavailable as error:
@@ -102,10 +107,10 @@ class KeyLimits:
         while True:
             await _wait(self._news, renew_at)
             self._news.clear()
-            due = loop.time() >= renew_at
+            if due := loop.time() >= renew_at:
+                renew_at = loop.time() + _RENEW_EVERY_S
             try:
-                await self._charge(everything=due or self._problem is not None)
-                self._problem = None
+                await self._tell(everything=due)
             except Unavailable as error:
                 self._lost_touch(error)
                 await asyncio.sleep(_RETRY_EVERY_S)
@@ -113,8 +118,6 @@ class KeyLimits:
                 log.exception("the reservations could not be charged")
                 self._news.set()
                 await asyncio.sleep(_RETRY_EVERY_S)
-            if due:
-                renew_at = loop.time() + _RENEW_EVERY_S
 
     async def wait_settled(self, timeout_s: float) -> None:
         """Waits until nothing is reserved any more."""
@@ -144,31 +147,43 @@ class KeyLimits:
         claims = [_claim(limit, amounts[limit.name]) for limit in limits]
         return _Reservation(active, scope, limits, claims, price)
 
-    async def _charge(self, *, everything: bool) -> None:
-        """Reports what reservations have used; those that have ended are over then."""
+    async def _tell(self, *, everything: bool) -> None:
+        """Tells Redis of what has ended; or of all there is, and always of all when it may have lost some."""
+        problem = self._problem
+        everything = everything or problem is not None
         by_scope: dict[str, list[_Reservation]] = defaultdict(list)
+        if everything:
+            by_scope.update((scope, []) for scope in self._recent_scopes())
         for reservation in self._open.values():
             if reservation.ended or (everything and reservation.confirmed):
                 by_scope[reservation.scope].append(reservation)
-        parts = [
-            (scope, due[start : start + _CHARGES_PER_SCRIPT])
-            for scope, due in by_scope.items()
-            for start in range(0, len(due), _CHARGES_PER_SCRIPT)
-        ]
-        await asyncio.gather(*(self._charge_part(scope, part) for scope, part in parts))
+        await asyncio.gather(
+            *(
+                self._charge(scope, due[start : start + _CHARGES_PER_SCRIPT])
+                for scope, due in by_scope.items()
+                for start in range(0, max(1, len(due)), _CHARGES_PER_SCRIPT)
+            )
+        )
+        if self._problem is problem:  # and no other has come up meanwhile
+            self._problem = None
 
-    async def _charge_part(self, scope: str, part: Sequence[_Reservation]) -> None:
+    def _recent_scopes(self) -> Iterable[str]:
+        oldest = asyncio.get_running_loop().time() - _SWEEPS_S
+        self._scopes = {scope: used_at for scope, used_at in self._scopes.items() if used_at > oldest}
+        return self._scopes
+
+    async def _charge(self, scope: str, part: Sequence[_Reservation]) -> None:
         ended = [reservation for reservation in part if reservation.ended]
         await self._store.charge(scope, [reservation.charge() for reservation in part])
         for reservation in ended:
-            del self._open[reservation.active.id]
+            self._open.pop(reservation.active.id, None)
         self._changed.set()
 
-    def _lost_touch(self, error: HeadraceError) -> None:
+    def _lost_touch(self, error: Unavailable) -> None:
         """Nothing is reserved until all that is reserved already has been told to Redis again."""
         if self._problem is None:
-            log.warning("limits: %s", error.message)
-        self._problem = error.message
+            log.warning("nothing can be reserved now: %s", error.message)
+        self._problem = f"The limits of keys cannot be looked at now: {error.message}"
         self._news.set()
 
 

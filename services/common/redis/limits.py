@@ -75,7 +75,7 @@ class LimitStore:
 
     async def reserve(self, scope: str, reservation_id: str, claims: Sequence[Claim]) -> tuple[bool, list[Standing]]:
         """Reserves all claims or none, and says how each meter stood."""
-        arguments: list[Argument] = [reservation_id, self._lease_ms]
+        arguments: list[Argument] = [reservation_id, self._lease_ms, self._may_expire()]
         for claim in claims:
             arguments += (claim.meter.name, claim.meter.limit, claim.meter.window_ms, claim.hold, claim.count)
         reserved, *rows = await self._redis.script(scripts.RESERVE, limit_keys(scope), arguments)
@@ -88,15 +88,19 @@ class LimitStore:
 
     async def charge(self, scope: str, charges: Iterable[Charge]) -> None:
         """Charges what was used, renews the leases of what goes on, and gives back what ended reservations still hold.
-        Doing it again changes nothing.
+        Doing it again changes nothing. Without charges it only sees to the leases of others that ran out.
         """
-        arguments: list[Argument] = [self._lease_ms]
+        arguments: list[Argument] = [self._lease_ms, self._may_expire()]
         for charge in charges:
             holding = [claim for claim in charge.claims if claim.hold]
             arguments += (charge.id, int(charge.ended), len(holding))
             for claim, used in zip(holding, charge.used, strict=True):
                 arguments += (claim.meter.name, claim.meter.window_ms, claim.hold, used)
         await self._redis.script(scripts.CHARGE, limit_keys(scope), arguments)
+
+    def _may_expire(self) -> int:
+        """1 once Redis has answered for a full lease: every gateway that lives has renewed its reservations since."""
+        return int(self._redis.answering_s * 1000 >= self._lease_ms)
 
 
 def _standing(claim: Claim, row: Sequence[int]) -> Standing:

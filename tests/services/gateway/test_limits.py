@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc.aio
@@ -175,30 +176,84 @@ async def test_a_key_without_limits_asks_nothing_of_redis(stack: Stack) -> None:
     assert await stack.redis.command("KEYS", "headrace:limits:*") == []
 
 
-async def test_many_callers_of_two_gateways_share_one_limit_to_the_token(redis_url: str) -> None:
-    limit = 2_000
-    workers = [FakeWorker("w0", says(TEXT), tokens_per_step=8)]
-    async with running_stack(redis_url, workers) as first:
-        async with running_stack(redis_url, [], schedulers=[first.scheduler.address]) as second:
-            await second.scheduler.stop_popping()
-            key = await make_key(first.redis, tokens_per_minute=limit, concurrent=24)
-            spent = 0
+@contextlib.asynccontextmanager
+async def three_gateways(redis_url: str, **settings: object) -> AsyncIterator[list[Stack]]:
+    """Of one scheduler and one worker."""
+    worker = FakeWorker("w0", says(TEXT), tokens_per_step=8)
+    async with contextlib.AsyncExitStack() as entered:
+        first = await entered.enter_async_context(running_stack(redis_url, [worker], **settings))
+        stacks = [first]
+        for _ in range(2):
+            beside = running_stack(redis_url, [], schedulers=[first.scheduler.address], **settings)
+            stacks.append(await entered.enter_async_context(beside))
+            await stacks[-1].scheduler.stop_popping()
+        yield stacks
 
-            async def call(number: int) -> None:
-                nonlocal spent
-                answer = await key.complete((first, second)[number % 2], PROMPT, max_tokens=10 + number % 30)
-                if answer.status_code == 200:
-                    spent += answer.json()["usage"]["total_tokens"]
-                    assert spent <= limit
-                else:
-                    assert answer.status_code == 429
 
-            async def spent_out() -> bool:
-                await asyncio.gather(*(call(number) for number in range(64)))
-                return spent >= 0.95 * limit
+@dataclass
+class Spent:
+    """What callers were given."""
 
-            await eventually(spent_out)
-            assert await key.settled() == {"tokens_per_minute": (spent, 0), "concurrent": (0, 0)}
+    requests: int = 0
+    tokens: int = 0
+    micros: int = 0
+
+    def add(self, usage: dict[str, int]) -> None:
+        self.tokens += usage["total_tokens"]
+        self.micros += 1000 * usage["prompt_tokens"] + 2000 * usage["completion_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "granted"),
+    [
+        ({"requests_per_minute": 60}, lambda spent: spent.requests / 60),
+        ({"tokens_per_minute": 2_000}, lambda spent: spent.tokens / 2_000),
+        ({"tokens_per_day": 2_000}, lambda spent: spent.tokens / 2_000),
+        ({"money_per_month": "4"}, lambda spent: spent.micros / 4_000_000),
+    ],
+)
+async def test_64_callers_of_three_gateways_get_a_limit_and_nothing_more(
+    redis_url: str, tmp_path: Path, limits: dict[str, object], granted: Callable[[Spent], float]
+) -> None:
+    prices = tmp_path / "prices.toml"
+    prices.write_text(PRICES)
+    async with three_gateways(redis_url, prices=prices) as stacks:
+        key = await make_key(stacks[0].redis, **limits)
+        spent = Spent()
+
+        async def call(number: int) -> None:
+            answer = await key.complete(stacks[number % 3], PROMPT, max_tokens=5 + number % 25)
+            if answer.status_code == 200:
+                spent.requests += 1
+                spent.add(answer.json()["usage"])
+                assert granted(spent) <= 1
+            else:
+                assert answer.status_code == 429, answer.text
+
+        async def spent_out() -> bool:
+            await asyncio.gather(*(call(number) for number in range(64)))
+            return granted(spent) >= 0.95
+
+        await eventually(spent_out)
+        await key.settled()
+
+
+async def test_of_64_callers_of_three_gateways_as_many_run_as_may(redis_url: str) -> None:
+    async with three_gateways(redis_url) as stacks:
+        key = await make_key(stacks[0].redis, concurrent=8)
+        worker = stacks[0].workers[0]
+        worker.go.clear()
+        calls = [asyncio.create_task(key.complete(stacks[number % 3], PROMPT)) for number in range(64)]
+
+        async def others_refused() -> bool:
+            return sum(call.done() and call.result().status_code == 429 for call in calls) == 56
+
+        await eventually(others_refused)
+        worker.go.set()
+        answers = await asyncio.gather(*calls)
+        assert sum(answer.status_code == 200 for answer in answers) == 8
+        assert len(worker.starts) == 8
+        assert await key.settled() == {"concurrent": (0, 0)}
 
 
 async def test_what_ends_while_redis_is_away_is_charged_when_it_is_back(

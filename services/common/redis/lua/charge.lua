@@ -2,6 +2,7 @@
 -- One that Redis has forgotten is there again if it goes on; one whose lease ran out is charged already.
 --
 -- ARGV[1]  lease in ms
+-- ARGV[2]  1: leases may run out
 -- then for each reservation: its id, 1 if it has ended, its number of meters, and for each of these its name, window in
 -- ms, what was reserved, what is used so far in all
 local function record_of(id, first, last)
@@ -36,8 +37,8 @@ local function release(id, left)
   redis.call('ZREM', leases, id)
 end
 
-expire_leases()
-local i = 2
+expire_leases(ARGV[2])
+local i = 3
 while i <= #ARGV do
   local id, ended = ARGV[i], ARGV[i + 1] == '1'
   local first = i + 3

@@ -61,8 +61,10 @@ local function slide(name, window)
   return used - gone
 end
 
--- Charges all that is still held by reservations whose lease ran out, at the time when it did.
-local function expire_leases()
+-- Charges all that is still held by reservations whose lease ran out, at the time when it did. Not just after Redis was
+-- away, since then gateways that live have not renewed theirs either.
+local function expire_leases(may_expire)
+  if may_expire ~= '1' then return end
   local expired = redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'WITHSCORES', 'LIMIT', 0, MOST_EXPIRED)
   for i = 1, #expired, 2 do
     local id, at = expired[i], tonumber(expired[i + 1])

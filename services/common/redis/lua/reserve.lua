@@ -2,6 +2,7 @@
 --
 -- ARGV[1]  reservation id
 -- ARGV[2]  lease in ms
+-- ARGV[3]  1: leases may run out
 -- then for each meter: its name, limit, window in ms, what to hold until the end, what to count as used now
 -- Returns {1 if reserved, {used, held, ms until nothing is used, ms until this fits} of each meter}, used and held as
 -- they were before. 0 ms: it fits; -1: it waits for what running requests hold.
@@ -25,7 +26,7 @@ end
 
 local function take(id, lease)
   local left = {}
-  for i = 3, #ARGV, 5 do
+  for i = 4, #ARGV, 5 do
     local name, window, held, counted = ARGV[i], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
     hold(name, held)
     count(name, window, counted, now)
@@ -42,10 +43,10 @@ local function take(id, lease)
   keep()
 end
 
-expire_leases()
+expire_leases(ARGV[3])
 local fits = 1
 local reply = {0}
-for i = 3, #ARGV, 5 do
+for i = 4, #ARGV, 5 do
   local name, limit, window = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   local used, held = slide(name, window), get(name, 'held') or 0
   local excess = used + held + tonumber(ARGV[i + 3]) + tonumber(ARGV[i + 4]) - limit
