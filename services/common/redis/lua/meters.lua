@@ -15,50 +15,82 @@ local MOST_EXPIRED = 100 -- in one call
 
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+local loaded = {} -- the meters of this call, by name; `save` writes them back
 
-local function get(name, field) return tonumber(redis.call('HGET', meters, name .. ':' .. field) or nil) end
-local function set(name, field, value) redis.call('HSET', meters, name .. ':' .. field, value) end
-local function add(name, field, amount) redis.call('HINCRBY', meters, name .. ':' .. field, amount) end
-
-local function bucket_at(window, at) return math.floor(at / (window / BUCKETS)) end
+local function bucket_at(meter, at) return math.floor(at / (meter.window / BUCKETS)) end
 
 -- Ms until a bucket has left the window.
-local function leaves_in(window, bucket) return (bucket + BUCKETS + 1) * (window / BUCKETS) - now end
+local function leaves_in(meter, bucket) return (bucket + BUCKETS + 1) * (meter.window / BUCKETS) - now end
 
-local function hold(name, amount)
-  if amount ~= 0 then add(name, 'held', amount) end
+local function used_in(meter, bucket)
+  local stored = redis.call('HGET', meters, meter.name .. ':' .. bucket)
+  return (tonumber(stored or nil) or 0) + (meter.added[bucket] or 0)
+end
+
+-- Forgets what has left the window.
+local function slide(meter)
+  local first = bucket_at(meter, now) - BUCKETS
+  if meter.oldest >= first then return end
+  for bucket = meter.oldest, math.min(first - 1, meter.newest) do
+    local gone = used_in(meter, bucket)
+    if gone > 0 then
+      meter.used = meter.used - gone
+      redis.call('HDEL', meters, meter.name .. ':' .. bucket)
+    end
+  end
+  meter.oldest = first
+  meter.changed = true
+end
+
+local function load(name, window)
+  if loaded[name] then return loaded[name] end
+  local fields = {name .. ':used', name .. ':held', name .. ':oldest', name .. ':newest'}
+  local stored = redis.call('HMGET', meters, unpack(fields))
+  for i = 1, 4 do stored[i] = tonumber(stored[i] or nil) end
+  local meter = {
+    name = name, window = window, added = {}, changed = false,
+    used = stored[1] or 0, held = stored[2] or 0, oldest = stored[3], newest = stored[4],
+  }
+  if meter.oldest then slide(meter) end
+  loaded[name] = meter
+  return meter
+end
+
+local function hold(meter, amount)
+  if amount == 0 then return end
+  meter.held = meter.held + amount
+  meter.changed = true
 end
 
 -- Counts an amount as used at that time. A window of 0 ms counts nothing.
-local function count(name, window, amount, at)
-  if window == 0 or amount == 0 then return end
-  local bucket = bucket_at(window, at)
-  if bucket < bucket_at(window, now) - BUCKETS then return end
-  add(name, bucket, amount)
-  add(name, 'used', amount)
-  local oldest, newest = get(name, 'oldest'), get(name, 'newest')
-  if not oldest or bucket < oldest then set(name, 'oldest', bucket) end
-  if not newest or bucket > newest then set(name, 'newest', bucket) end
+local function count(meter, amount, at)
+  if meter.window == 0 or amount == 0 then return end
+  local bucket = bucket_at(meter, at)
+  if bucket < bucket_at(meter, now) - BUCKETS then return end
+  meter.added[bucket] = (meter.added[bucket] or 0) + amount
+  meter.used = meter.used + amount
+  meter.oldest = math.min(meter.oldest or bucket, bucket)
+  meter.newest = math.max(meter.newest or bucket, bucket)
+  meter.changed = true
 end
 
--- Forgets what has left the window. Returns what is used within it.
-local function slide(name, window)
-  local used = get(name, 'used') or 0
-  local oldest = get(name, 'oldest')
-  if not oldest then return used end
-  local first = bucket_at(window, now) - BUCKETS
-  if oldest >= first then return used end
-  local gone = 0
-  for bucket = oldest, math.min(first - 1, get(name, 'newest')) do
-    local amount = get(name, bucket)
-    if amount then
-      gone = gone + amount
-      redis.call('HDEL', meters, name .. ':' .. bucket)
-    end
+local function save_meter(meter)
+  local name = meter.name
+  for bucket, amount in pairs(meter.added) do redis.call('HINCRBY', meters, name .. ':' .. bucket, amount) end
+  local sums = {name .. ':used', meter.used, name .. ':held', meter.held}
+  local span = meter.oldest and {name .. ':oldest', meter.oldest, name .. ':newest', meter.newest} or {}
+  for _, value in ipairs(span) do sums[#sums + 1] = value end
+  redis.call('HSET', meters, unpack(sums))
+end
+
+local function save()
+  for _, meter in pairs(loaded) do
+    if meter.changed then save_meter(meter) end
   end
-  set(name, 'oldest', first)
-  if gone > 0 then add(name, 'used', -gone) end
-  return used - gone
+end
+
+local function keep()
+  for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, KEEP_MS) end
 end
 
 -- Charges all that is still held by reservations whose lease ran out, at the time when it did. Not just after Redis was
@@ -75,15 +107,12 @@ local function expire_leases(may_expire)
     else
       local left = cmsgpack.unpack(record)
       for m = 1, #left, 3 do
-        hold(left[m], -left[m + 2])
-        count(left[m], left[m + 1], left[m + 2], at)
+        local meter = load(left[m], left[m + 1])
+        hold(meter, -left[m + 2])
+        count(meter, left[m + 2], at)
       end
       redis.call('HSET', reservations, id, '')
       redis.call('ZADD', leases, now + LAST_WORDS_MS, id)
     end
   end
-end
-
-local function keep()
-  for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, KEEP_MS) end
 end
