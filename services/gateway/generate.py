@@ -231,6 +231,9 @@ class Generator:
         elif active.cancelled:
             metrics.cancelled.inc()
             outcome = "cancelled"
+        elif not active.entry_id:  # never accepted
+            metrics.refused.inc()
+            outcome = "refused"
         else:
             metrics.errored.inc()
             log.info("request %s: ended with an error: %s", active.id, active.error)

@@ -43,6 +43,8 @@ async def test_requests_per_minute(stack: Stack) -> None:
     assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
     assert "The limit of this key is 2 requests per minute, of which 2 are used" in error["message"]
     assert 0 < int(answers[2].headers["retry-after"]) == error["retry_after_seconds"] <= 61
+    outcomes = [stack.sample("llm_requests_total", model=MODEL, status=status) for status in ("success", "refused")]
+    assert (outcomes, stack.sample("llm_requests_total", model=MODEL, status="error")) == ([2, 1], 0)
 
 
 async def test_tokens_are_reserved_at_their_most_and_charged_as_they_were(stack: Stack) -> None:
