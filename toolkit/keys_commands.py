@@ -107,7 +107,8 @@ def show(key: Which, redis_url: RedisUrl = None, as_json: AsJson = False) -> Non
         typer.echo(json.dumps({**key_json(found), "state": state_of(found), "use": use}))
         return
     for name, value in {**key_json(found), "state": state_of(found)}.items():
-        typer.echo(f"{name:22} {', '.join(value) if isinstance(value, list) else value}")
+        if value and name not in use:
+            typer.echo(f"{name:22} {', '.join(value) if isinstance(value, list) else value}")
     for name, told in use.items():
         typer.echo(f"{name:22} {told['used']} used, {told['held']} held, of {told['limit']}")
 

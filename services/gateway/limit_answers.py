@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 
 from services.common.api_keys import MICROS
 from services.common.errors import InvalidRequest, Overloaded
@@ -36,17 +37,25 @@ def check_size(limit: Limit, amount: int) -> None:
 
 def refusal(rows: Sequence[Row]) -> Overloaded:
     """The error for a request that does not fit now, about the limit that has room for it last."""
-    limit, standing = max((row for row in rows if row[1].fits_in_ms != 0), key=lambda row: _wait_ms(row[1]))
-    wait_ms, wanted = standing.fits_in_ms, standing.claim.hold + standing.claim.count
+    limit, standing = max((row for row in rows if row[1].fits_in_ms != 0), key=lambda row: row[1].fits_in_ms or 0)
+    wait_ms = standing.fits_in_ms
     retry_after_s = _RETRY_WHEN_HELD_S if wait_ms is None else math.ceil(wait_ms / 1000)
-    room = "as soon as some of those end" if wait_ms is None else f"in {retry_after_s} s"
-    message = (
-        f"The limit of {limit.owner} is {_amount(limit, limit.meter.limit)} {_UNITS[limit.name]}, of which "
-        f"{_amount(limit, standing.used)} are used and {_amount(limit, standing.held)} held by unfinished requests; "
-        f"{_amount(limit, wanted)} more, which this one may take, are free {room}."
-    )
+    room = "when some of these end" if wait_ms is None else f"in {retry_after_s} s"
+    most = _amount(limit, limit.meter.limit)
+    message = f"The limit of {limit.owner} is {most} {_UNITS[limit.name]}: {_taken(limit, standing)}; it fits {room}."
     kind = QuotaExhausted if limit.name in _BUDGETS else LimitReached
     return kind(message, retry_after_s=retry_after_s)
+
+
+def _taken(limit: Limit, standing: Standing) -> str:
+    """What stands in the way of a request, and what it may take itself."""
+    used, held = _amount(limit, standing.used), _amount(limit, standing.held)
+    if limit.name == "concurrent":
+        return f"{held} are unfinished, and this is one more"
+    if limit.name == "requests_per_minute":
+        return f"{used} are used, and this is one more"
+    unfinished = f", {held} are held by unfinished requests" if standing.held else ""
+    return f"{used} are used{unfinished}, and this request may take {_amount(limit, standing.claim.hold)}"
 
 
 def rate_limit_headers(account: Account) -> list[tuple[bytes, bytes]]:
@@ -83,9 +92,5 @@ def _reset_ms(standing: Standing, reserved: bool) -> int:
     return standing.claim.meter.longest_ms if reserved else standing.unused_in_ms
 
 
-def _wait_ms(standing: Standing) -> int:
-    return standing.fits_in_ms or 0
-
-
 def _amount(limit: Limit, amount: int) -> str:
-    return f"{amount / MICROS:g}" if limit.name == "money_per_month" else str(amount)
+    return f"{Decimal(amount) / MICROS:f}" if limit.name == "money_per_month" else str(amount)

@@ -1,5 +1,6 @@
-"""API keys on the whole stack with two gateways: made by the command, used by the openai client, exceeded, revoked."""
+"""API keys on the whole stack with two gateways: made by the command, used by clients, exceeded, revoked."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,12 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import openai
 import pytest
 
+from headrace.v1.inference_pb2 import GenerateRequest, TokenIds
+from headrace.v1.inference_pb2_grpc import InferenceStub
+from headrace.v1.sampling_pb2 import Stopping
+from services.common.api_keys import new_key, visible_part
 from tests.flows.conftest import WORKER_OPTIONS
 from tests.flows.headrace_up import HeadraceUp, eventually
+from tests.flows.node_program import install, run
 
+MODEL = "SmolLM2-135M-Instruct"
 PROMPT = [100, 200, 300]
 
 
@@ -27,15 +35,17 @@ class KeyedStack:
         assert isinstance(told, dict)
         return told
 
+    def base_url(self, gateway: int) -> str:
+        return str(self.up.member(f"gateway-{gateway}").metrics_url).removesuffix("/metrics") + "/v1"
+
     def client(self, key: str, gateway: int = 1) -> openai.OpenAI:
-        url = str(self.up.member(f"gateway-{gateway}").metrics_url).removesuffix("/metrics")
-        return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+        return openai.OpenAI(base_url=self.base_url(gateway), api_key=key, max_retries=0, timeout=120)
 
     def complete(self, key: str, gateway: int = 1, max_tokens: int = 4) -> int:
         """Tokens that a call took."""
         with self.client(key, gateway) as client:
             answer = client.completions.create(
-                model="SmolLM2-135M-Instruct", prompt=PROMPT, max_tokens=max_tokens, extra_body={"ignore_eos": True}
+                model=MODEL, prompt=PROMPT, max_tokens=max_tokens, extra_body={"ignore_eos": True}
             )
         assert answer.usage is not None
         return answer.usage.total_tokens
@@ -83,12 +93,40 @@ def test_a_rotated_key_works_and_the_old_one_does_not(stack: KeyedStack) -> None
     assert stack.complete(new) == len(PROMPT) + 4
 
 
+def test_openais_node_client(stack: KeyedStack, tmp_path: Path) -> None:
+    client = install(Path(__file__).parent / "node_openai", tmp_path)
+    key = stack.keys("create", "node", "--requests-per-minute", "2")["key"]
+    answer = json.loads(run(client, stack.base_url(1), key, MODEL, "3"))
+    assert (len(answer["texts"]), answer["remaining"]) == (2, ["1", "0"])
+    assert answer["refusal"] == {"name": "RateLimitError", "status": 429, "code": "rate_limit_exceeded"}
+    stack.up.run("keys", "revoke", "node")
+    eventually(lambda: stack.is_refused(key, 1), "a revoked key ends")
+    answer = json.loads(run(client, stack.base_url(1), key, MODEL, "1"))
+    assert answer["refusal"] == {"name": "AuthenticationError", "status": 401, "code": "invalid_api_key"}
+
+
+def test_a_grpc_client_with_a_key(stack: KeyedStack) -> None:
+    key = stack.keys("create", "grpc", "--tokens-per-minute", "20")["key"]
+    request = GenerateRequest(model=MODEL, token_ids=TokenIds(ids=PROMPT), stopping=Stopping(max_tokens=15))
+    with grpc.insecure_channel(stack.up.grpc_address) as channel:
+        inference = InferenceStub(channel)
+        for wanted, metadata in (
+            (grpc.StatusCode.OK, (("authorization", f"Bearer {key}"),)),
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, (("x-api-key", key),)),
+            (grpc.StatusCode.UNAUTHENTICATED, (("x-api-key", new_key(visible_part(key) or "")),)),
+        ):
+            call = inference.Generate(request, metadata=metadata, timeout=120)
+            with contextlib.suppress(grpc.RpcError):
+                list(call)
+            assert call.code() == wanted
+
+
 def test_a_killed_gateway_pays_for_all_it_had_reserved(stack: KeyedStack) -> None:
     key = stack.keys("create", "killed", "--tokens-per-minute", "2000", "--concurrent", "2")["key"]
     used = stack.complete(key)
     with stack.client(key, gateway=2) as client:
         stream = client.completions.create(
-            model="SmolLM2-135M-Instruct", prompt=PROMPT, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+            model=MODEL, prompt=PROMPT, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
         )
         next(iter(stream))
         os.kill(stack.up.pid_of("gateway-2"), signal.SIGKILL)
