@@ -26,6 +26,7 @@ from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
 from toolkit.directives import NotTold, set_role
 from toolkit.directives import drain as drain_worker
+from toolkit.keys_commands import keys_app
 from toolkit.loadtest import ROWS, LoadFailed, Row
 from toolkit.log_tail import last_lines
 from toolkit.models import PullFailed, pull_model
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Models in the local store.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)

@@ -10,10 +10,11 @@ from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
 
-import httpx
 from rich.console import Console
 
-from services.common.channel import cancel_and_wait
+from headrace.v1.scheduler_pb2 import DescribeFleetRequest
+from headrace.v1.scheduler_pb2_grpc import SchedulerStub
+from services.common.channel import cancel_and_wait, dial
 from services.common.config import child_environment
 from toolkit.health import grpc_serves, http_ready, redis_answers
 from toolkit.process import Probe, ProcessSpec
@@ -26,7 +27,7 @@ from toolkit.supervisor import Supervisor
 _REDRAW_EVERY_S = 0.25
 # Longer than the services give their running requests to finish, so that a kill is the exception.
 _STOP_GRACE_S = 60.0
-# For the list of models, just after a start that kept every core busy.
+# For the scheduler's fleet, just after a start that kept every core busy.
 _FIRST_ANSWER_S = 30.0
 
 
@@ -57,7 +58,8 @@ async def _serve(stack: Stack, directory: RunDirectory, supervisor: Supervisor, 
         if tier[0].service == "redis":  # the others would only retry
             await supervisor.wait_ready()
     await supervisor.wait_ready()
-    console.print(_welcome(stack, await _first_model(stack.http_urls[0]), directory.path), markup=False, soft_wrap=True)
+    model = await _first_model(stack.scheduler_address)
+    console.print(_welcome(stack, model, directory.path), markup=False, soft_wrap=True)
     await asyncio.Event().wait()
 
 
@@ -119,10 +121,11 @@ async def _is_ready(member: Member) -> bool:
     return member.ready_url is None or await http_ready(member.ready_url)
 
 
-async def _first_model(http_url: str) -> str:
-    async with httpx.AsyncClient(trust_env=False, timeout=_FIRST_ANSWER_S) as client:
-        reply = await client.get(f"{http_url}/v1/models")
-        return str(reply.raise_for_status().json()["data"][0]["id"])
+async def _first_model(scheduler_address: str) -> str:
+    """Of the scheduler, since a gateway may need a key."""
+    async with dial(scheduler_address) as channel:
+        reply = await SchedulerStub(channel).DescribeFleet(DescribeFleetRequest(), timeout=_FIRST_ANSWER_S)
+    return next(worker.registration.model.name for worker in reply.workers)
 
 
 def _welcome(stack: Stack, model: str, directory: Path) -> str:
@@ -136,7 +139,7 @@ def _welcome(stack: Stack, model: str, directory: Path) -> str:
   curl -N {http_url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
 
 OpenAI API {http_url}/v1    gRPC {stack.grpc_address}    metrics {http_url}/metrics{more}
-logs {directory}    what runs: headrace ps    stop: Ctrl-C
+logs {directory}    what runs: headrace ps    API keys: headrace keys create    stop: Ctrl-C
 """
 
 

@@ -7,10 +7,12 @@ wins over the file, the narrower name over the wider. An unknown name or a bad v
 the message.
 """
 
+import json
 import os
 import sys
 import tomllib
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -95,6 +97,26 @@ def child_environment(service: str, settings: Mapping[str, object]) -> dict[str,
     """This process's environment with a service's settings added, for a child process."""
     names = {f"{PREFIX}{service.upper()}_{field.upper()}": str(value) for field, value in settings.items()}
     return {**os.environ, **names}
+
+
+def secret_variable(name: str) -> str | None:
+    """A variable that another file names as the place of a secret."""
+    return os.environ.get(name)
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """What a TOML file says, or one whose name ends in .json; numbers with a point as decimals. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        parse_text = json.loads if path.suffix == ".json" else tomllib.loads
+        tables = parse_text(text, parse_float=Decimal)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except ValueError as error:  # the bad syntax of either
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{path}: must be an object of tables")
+    return tables
 
 
 def home_directory(kind: Literal["cache", "state"]) -> Path:

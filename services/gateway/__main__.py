@@ -5,7 +5,7 @@ import logging
 from prometheus_client import REGISTRY
 
 from services.common import telemetry
-from services.common.config import load
+from services.common.config import ConfigError, load
 from services.common.redis.client import UnfitRedis
 from services.common.serve import Stop, run
 from services.gateway.config import GatewaySettings
@@ -29,6 +29,9 @@ def main() -> None:
     except UnfitRedis as error:
         log.error("gateway cannot start: %s", error.message)
         raise SystemExit(1) from None
+    except ConfigError as error:
+        log.error("gateway cannot start: %s", error)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from services.gateway.catalog import Catalog
 from services.gateway.errors import AnswerElsewhere, AnswerNotFound, IdempotencyKeyReused, RequestCancelled
 from services.gateway.generate import Adoption, Generator
 from services.gateway.journal import Journal
+from services.gateway.keys import Keys
 from services.gateway.merge import merge
 from services.gateway.metrics import Metrics
 from services.gateway.recording import Recording, new_choices, replay, restored_request, stored_request
@@ -102,6 +103,7 @@ class Answers:
         store: AnswerStore,
         generator: Generator,
         admission: Admission,
+        keys: Keys,
         active: ActiveRequests,
         queue: JobQueue,
         catalog: Catalog,
@@ -112,6 +114,7 @@ class Answers:
         self._store = store
         self._generator = generator
         self._admission = admission
+        self._keys = keys
         self._active = active
         self._queue = queue
         self._catalog = catalog
@@ -181,7 +184,6 @@ class Answers:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._store.close()
 
     # --- running
 
@@ -208,15 +210,16 @@ class Answers:
                 found = await self._take(job, entry_id)
                 if found is None:
                     return
+                stored = StoredRequest.FromString(found.request)
+                account = await self._keys.account(stored.key_id)
                 events = [AnswerEvent.FromString(event) for event in await self._all_events(job.answer_id)]
         except HeadraceError as error:
             log.warning("request %s: not adopted: %s", job.request_id, error.message)
             return
         log.info("request %s: adopted after %d events from %s", job.request_id, len(events), found.owner)
         self._metrics.adoptions.inc()
-        stored = StoredRequest.FromString(found.request)
         journal = Journal.adopted(self._store, Recording(job.answer_id, found.fingerprint), stored, events)
-        self._start(restored_request(stored, model), journal, Adoption(entry_id, found.attempt + 1))
+        self._start(restored_request(stored, model, account), journal, Adoption(entry_id, found.attempt + 1))
 
     async def _take(self, job: Job, entry_id: str) -> StoredAnswer | None:
         """The answer, if it is this gateway's now."""

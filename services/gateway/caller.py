@@ -6,9 +6,10 @@ traces and logs have `<caller's id>.<8 hex digits>`, which is unique. Where the 
 
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.common.errors import InvalidRequest
+from services.gateway.account import Account
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -28,6 +29,8 @@ class Caller:
     traceparent: str = ""
     # Names the API key that the call came with; empty for a caller without one.
     key_id: str = ""
+    # What that key allows.
+    account: Account = field(default_factory=Account)
 
 
 def sane_request_id(wanted: str | None) -> str:

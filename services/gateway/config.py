@@ -1,6 +1,7 @@
 """Settings of the gateway: `HEADRACE_GATEWAY_FIELD`."""
 
 import secrets
+from pathlib import Path
 
 from pydantic import Field
 
@@ -10,7 +11,8 @@ from services.common.config import CommonSettings, Port
 class GatewaySettings(CommonSettings):
     """Fields that the gateway alone has."""
 
-    # Address that both fronts listen on. Local by default: nothing here authenticates callers yet.
+    # Address that both fronts listen on. On a loopback address callers without an API key may come in as long as there
+    # is no key (`require_key`); on any other they may not, unless `allow_anonymous` says so.
     host: str = "127.0.0.1"
     # OpenAI-compatible HTTP. 0 takes a free port.
     http_port: Port = 8000
@@ -18,6 +20,20 @@ class GatewaySettings(CommonSettings):
     grpc_port: Port = 50051
     # Names this instance in jobs and leases.
     id: str = Field(default_factory=lambda: f"gateway-{secrets.token_hex(3)}", min_length=1)
+
+    # Treat callers without a key as on a loopback address, wherever the fronts listen: for a gateway in a container or
+    # behind a proxy that lets nobody else in.
+    allow_anonymous: bool = False
+    # Whether a key is needed where callers without one could come in: true, false, or by default as soon as there is a
+    # key in Redis or in the file, revoked or not. Who makes keys means them to be used.
+    require_key: bool | None = None
+    # File of keys beside those in Redis (services/gateway/key_file.py says what is in it).
+    keys_file: Path | None = None
+    # File of prices per 1,000 tokens (services/gateway/prices.py), for budgets of money.
+    prices: Path | None = None
+    # Output tokens of a chat or gRPC request that names no number and whose key has a limit on tokens or money: all it
+    # may take is reserved, and the rest of a context would often be the whole limit.
+    default_max_tokens: int = Field(default=1024, ge=1)
 
     # Largest HTTP body in bytes: twice what a 128k-token prompt of ids takes in JSON.
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)

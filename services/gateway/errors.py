@@ -8,7 +8,12 @@ InvalidRequest
 NotFound
 ├── ModelNotFound            404  model_not_found
 └── AnswerNotFound           404  answer_not_found
+Overloaded
+├── LimitReached             429  rate_limit_exceeded
+└── QuotaExhausted           429  insufficient_quota
 HeadraceError
+├── InvalidKey               401  invalid_api_key
+├── NotAllowed               403
 ├── AnswerElsewhere          503
 ├── MethodNotAllowed         405
 └── RequestCancelled         499
@@ -18,7 +23,7 @@ from typing import ClassVar
 
 import grpc
 
-from services.common.errors import HeadraceError, InvalidRequest, NotFound
+from services.common.errors import HeadraceError, InvalidRequest, NotFound, Overloaded
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -74,6 +79,43 @@ class RequestCancelled(HeadraceError):
 
     code = grpc.StatusCode.CANCELLED
     http_status = 499
+
+
+class LimitReached(Overloaded):
+    """A limit of the caller's key or of its group has no room for the request now."""
+
+    openai_code: ClassVar[str] = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message, reason="rate_limit", retry_after_s=retry_after_s)
+
+
+class QuotaExhausted(Overloaded):
+    """A budget of the caller's key or of its group has no room for the request now."""
+
+    openai_code: ClassVar[str] = "insufficient_quota"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message, reason="quota", retry_after_s=retry_after_s)
+
+
+class InvalidKey(HeadraceError):
+    """The call has no API key, or one that does not work. The message never tells more of it than its visible part."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    http_status = 401
+    openai_code: ClassVar[str] = "invalid_api_key"
+
+
+class NotAllowed(HeadraceError):
+    """The caller's key works, but not for this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    http_status = 403
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class MethodNotAllowed(HeadraceError):

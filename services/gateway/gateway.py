@@ -18,7 +18,9 @@ from headrace.v1.worker_pb2 import ExecuteHello
 from services.common.errors import Unavailable
 from services.common.redis.answers import AnswerStore
 from services.common.redis.dead_letters import DeadLetters
+from services.common.redis.key_store import KeyStore
 from services.common.redis.keys import Owner
+from services.common.redis.limits import LimitStore
 from services.common.redis.queue import JobQueue
 from services.common.serve import GrpcServer, Registration, Stop
 from services.gateway.active_request import ActiveRequest, ActiveRequests
@@ -30,11 +32,15 @@ from services.gateway.generate import Generator
 from services.gateway.http_app import HttpApp
 from services.gateway.http_server import HttpServer
 from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.key_file import KeyFile
+from services.gateway.keys import Keys
 from services.gateway.leases import Leases
+from services.gateway.limits import KeyLimits
 from services.gateway.metrics import Metrics
 from services.gateway.openai_api import CompletionRoute, chat_kind, completion_kind, whole_response
 from services.gateway.openai_requests import RequestReader
 from services.gateway.placement_links import PlacementLinks
+from services.gateway.prices import read_prices
 from services.gateway.readiness import Readiness
 from services.gateway.shedder import Shedder
 from services.gateway.tracing import Tracing
@@ -46,7 +52,7 @@ _LAST_WORDS_S = 5.0
 
 
 class Gateway:
-    """One gateway instance. `start`, then `run`."""
+    """One gateway instance. `start`, then `run`. Raises ConfigError for a bad file of keys or prices."""
 
     def __init__(self, settings: GatewaySettings, registry: CollectorRegistry) -> None:
         self._settings = settings
@@ -62,10 +68,12 @@ class Gateway:
         self._catalog = Catalog(memory_s=settings.model_memory_s, on_workers=self._workers.follow)
         hello = GatewayHello(gateway_id=settings.id, incarnation=incarnation)
         self._placements = PlacementLinks(settings.schedulers, hello, self._active, self._catalog)
-        self._dead_letters = DeadLetters(settings.redis_url)
+        self._dead_letters = DeadLetters(self._queue.redis)
         self._leases = Leases(
             self._queue, self._dead_letters, self._active, allow_volatile=settings.allow_volatile_redis
         )
+        self._keys = Keys(KeyStore(self._queue.redis), KeyFile(settings.keys_file), settings)
+        self._limits = KeyLimits(LimitStore(self._queue.redis), read_prices(settings.prices))
         shedder = Shedder(max_wait_s=settings.max_wait_s, clock=time.monotonic, draw=random.random)
         self._admission = Admission(
             self._active, shedder, max_requests=settings.max_requests, gateway_id=settings.id, incarnation=incarnation
@@ -77,6 +85,7 @@ class Gateway:
             active=self._active,
             queue=self._queue,
             leases=self._leases,
+            limits=self._limits,
             placements=self._placements,
             workers=self._workers,
             metrics=metrics,
@@ -85,9 +94,10 @@ class Gateway:
             resume_patience_s=settings.resume_patience_s,
         )
         self._answers = Answers(
-            AnswerStore(settings.redis_url, owner, ttl_s=settings.answer_ttl_s),
+            AnswerStore(self._queue.redis, owner, ttl_s=settings.answer_ttl_s),
             generator,
             self._admission,
+            self._keys,
             self._active,
             self._queue,
             self._catalog,
@@ -96,7 +106,7 @@ class Gateway:
         )
         self._http = HttpServer(self._http_app(metrics), settings.host, settings.http_port)
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        servicer = InferenceServicer(self._answers, self._admission, self._catalog, settings)
+        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)]
         )
@@ -104,13 +114,13 @@ class Gateway:
     def _http_app(self, metrics: Metrics) -> HttpApp:
         reader = RequestReader(self._catalog, self._settings)
         completion, chat = completion_kind(reader), chat_kind(reader)
-        common = (self._answers, self._admission, metrics, self._settings)
+        shared = (self._answers, self._admission, self._keys, metrics, self._settings)
         routes: dict[str, CompletionRoute[Any]] = {
-            "/v1/completions": CompletionRoute("/v1/completions", completion, *common),
-            "/v1/chat/completions": CompletionRoute("/v1/chat/completions", chat, *common),
+            "/v1/completions": CompletionRoute("/v1/completions", completion, *shared),
+            "/v1/chat/completions": CompletionRoute("/v1/chat/completions", chat, *shared),
         }
         whole = partial(whole_response, completion)
-        return HttpApp(routes, self._answers, whole, self._catalog, self._readiness, metrics)
+        return HttpApp(routes, self._answers, whole, self._keys, self._catalog, self._readiness, metrics)
 
     async def start(self) -> tuple[int, int]:
         """Opens both fronts, not ready yet. Returns the HTTP and the gRPC port. Raises OSError."""
@@ -125,6 +135,8 @@ class Gateway:
             self._workers.run(),
             self._catalog.run(),
             self._leases.run(),
+            self._keys.run(),
+            self._limits.run(),
             self._readiness.follow(self._tell_readiness),
         )
         background = [asyncio.create_task(part) for part in parts]
@@ -163,12 +175,11 @@ class Gateway:
 
     async def _close(self, background: list["asyncio.Task[Any]"]) -> None:
         await asyncio.gather(self._http.stop(), self._grpc.stop(_LAST_WORDS_S))
+        await asyncio.gather(self._leases.wait_ended(_LAST_WORDS_S), self._limits.wait_settled(_LAST_WORDS_S))
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
         await self._answers.close()
-        await self._leases.wait_ended(_LAST_WORDS_S)
         with contextlib.suppress(Unavailable):
             await self._queue.retire()
-        await self._dead_letters.close()
         await self._queue.close()

@@ -18,6 +18,7 @@ from services.gateway.admission import Admission, seconds_left
 from services.gateway.choice import Choice
 from services.gateway.journal import Journal
 from services.gateway.leases import Leases
+from services.gateway.limits import KeyLimits
 from services.gateway.metrics import Metrics, ModelMetrics
 from services.gateway.placement_links import PlacementLinks
 from services.gateway.request import Delta, GenerationRequest, pack_ids
@@ -72,6 +73,7 @@ class Generator:
         active: ActiveRequests,
         queue: JobQueue,
         leases: Leases,
+        limits: KeyLimits,
         placements: PlacementLinks,
         workers: WorkerLinks,
         metrics: Metrics,
@@ -83,6 +85,7 @@ class Generator:
         self._active = active
         self._queue = queue
         self._leases = leases
+        self._limits = limits
         self._placements = placements
         self._workers = workers
         self._metrics = metrics
@@ -138,12 +141,14 @@ class Generator:
 
     async def _accept(self, active: ActiveRequest) -> None:
         """It is accepted once Redis has answered."""
+        await self._limits.reserve(active)
         active.entry_id = await self._queue.enqueue(active.job)
         if active.journal is not None:
             active.journal.accepted = True
 
     async def _adopt(self, active: ActiveRequest, adoption: Adoption) -> None:
         """Takes over the entry of another gateway's request, and asks for a worker if there is more to come."""
+        self._limits.take_over(active)
         active.entry_id, active.owns_entry = adoption.entry_id, True
         active.attempt = adoption.attempt
         await self._queue.take_over(active.job, active.entry_id)  # one that is gone is added again by the renewals
@@ -263,6 +268,7 @@ class Generator:
             self._leases.release(active)
         elif active.entry_id:
             self._leases.acknowledge(active)
+        self._limits.settle(active)
         self._active.remove(active)
         active.load.ended(was_placed=active.placed_at is not None)
         metrics.active.dec()
@@ -273,6 +279,9 @@ class Generator:
         elif active.cancelled:
             metrics.cancelled.inc()
             outcome = "cancelled"
+        elif not active.entry_id:  # never accepted
+            metrics.refused.inc()
+            outcome = "refused"
         else:
             metrics.errored.inc()
             log.info("request %s: ended with an error: %s", active.id, active.error)

@@ -11,12 +11,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from services.common.api_keys import Scope as KeyScope
 from services.common.errors import HeadraceError, NotFound, RequestFailed
+from services.gateway.account import Account
 from services.gateway.answers import Answer, Answers
 from services.gateway.caller import sane_request_id
 from services.gateway.catalog import Catalog, Model
 from services.gateway.errors import MethodNotAllowed
 from services.gateway.http_exchange import Message, Receive, Scope, Send
+from services.gateway.keys import Keys, credential_of
 from services.gateway.metrics import Metrics
 from services.gateway.openai_api import CompletionRoute
 from services.gateway.openai_errors import error_body, error_headers
@@ -32,6 +35,7 @@ class HttpApp:
         hot_routes: Mapping[str, CompletionRoute[Any]],
         answers: Answers,
         whole: Callable[[Answer], Awaitable[bytes]],
+        keys: Keys,
         catalog: Catalog,
         readiness: Readiness,
         metrics: Metrics,
@@ -39,7 +43,7 @@ class HttpApp:
         """`whole`: the body that an answer in one piece is."""
         self._hot_routes = hot_routes
         self._metrics = metrics
-        self._rest = _rest(answers, whole, catalog, readiness, metrics)
+        self._rest = _rest(answers, whole, keys, catalog, readiness, metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if hot := self._hot_routes.get(scope["path"]):
@@ -64,22 +68,33 @@ class HttpApp:
 def _rest(
     answers: Answers,
     whole: Callable[[Answer], Awaitable[bytes]],
+    keys: Keys,
     catalog: Catalog,
     readiness: Readiness,
     metrics: Metrics,
 ) -> Starlette:
-    async def list_models(_: Request) -> Response:
-        return _json(ModelList([_model_object(model) for model in catalog.usable()]))
+    async def identify(request: Request, scope: KeyScope = "models") -> Account:
+        headers = request.headers
+        return await keys.identify(credential_of(headers.get("authorization"), headers.get("x-api-key")), scope)
+
+    async def list_models(request: Request) -> Response:
+        account = await identify(request)
+        allowed = (model for model in catalog.usable() if account.allows_model(model.name))
+        return _json(ModelList([_model_object(model) for model in allowed]))
 
     async def get_model(request: Request) -> Response:
-        return _json(_model_object(catalog.get(request.path_params["name"])))
+        name = request.path_params["name"]
+        (await identify(request)).check_model(name)
+        return _json(_model_object(catalog.get(name)))
 
     async def get_answer(request: Request) -> Response:
-        answer = await answers.resume(request.path_params["answer_id"], 0, "")
+        account = await identify(request, "generate")
+        answer = await answers.resume(request.path_params["answer_id"], 0, account.key_id)
         return Response(await whole(answer), media_type="application/json")
 
     async def cancel_answer(request: Request) -> Response:
-        await answers.cancel(request.path_params["answer_id"], "")
+        account = await identify(request, "generate")
+        await answers.cancel(request.path_params["answer_id"], account.key_id)
         return _json({"status": "cancelled"})
 
     async def live(_: Request) -> Response:

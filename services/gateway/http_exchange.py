@@ -6,8 +6,11 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from services.common.errors import HeadraceError
+from services.gateway.account import Account
 from services.gateway.caller import Caller, internal_id, sane_request_id, timeout_seconds
 from services.gateway.errors import BodyTimeout, BodyTooLarge
+from services.gateway.keys import credential_of
+from services.gateway.limit_answers import rate_limit_headers
 from services.gateway.openai_errors import error_body, error_headers
 from services.gateway.openai_events import COMMENT, error_event
 
@@ -52,11 +55,19 @@ class HttpExchange:
         self.internal_id = internal_id(self.request_id, wanted_id)
         # Of the answer, once it has begun.
         self.status = 0
+        # Set when it is known who calls; the answer tells how its limits stand.
+        self.account = Account()
+
+    @property
+    def credential(self) -> str | None:
+        """The API key that came with the call, or None."""
+        return credential_of(self.header(b"authorization"), self.header(b"x-api-key"))
 
     def caller(self, default_timeout_s: float) -> Caller:
         timeout_s = timeout_seconds(self.header(b"x-request-timeout-ms"), default_timeout_s)
         traceparent = self.header(b"traceparent") or ""
-        return Caller(self.request_id, self.internal_id, self._arrived, timeout_s, traceparent)
+        account = self.account
+        return Caller(self.request_id, self.internal_id, self._arrived, timeout_s, traceparent, account.key_id, account)
 
     async def read_body(self, limit_bytes: int, timeout_s: float) -> bytes:
         """The whole body. Raises BodyTooLarge as soon as it is known to be longer, BodyTimeout when it takes too long,
@@ -136,6 +147,7 @@ class HttpExchange:
     async def _begin(self, status: int, headers: list[Header]) -> None:
         self.status = status
         headers.append((b"x-request-id", self.request_id.encode()))
+        headers += rate_limit_headers(self.account)
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _send_body(self, body: bytes, *, last: bool = False) -> None:

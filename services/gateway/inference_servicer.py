@@ -10,13 +10,16 @@ import grpc.aio
 from headrace.v1 import inference_pb2
 from headrace.v1.inference_pb2_grpc import InferenceServicer as InferenceBase
 from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
+from services.common.api_keys import Scope
 from services.common.errors import InvalidRequest
 from services.gateway import validation
+from services.gateway.account import Account
 from services.gateway.admission import Admission
 from services.gateway.answers import Answer, Answers
 from services.gateway.caller import Caller, internal_id, sane_request_id, timeout_seconds
 from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
+from services.gateway.keys import Keys, credential_of
 from services.gateway.recording import recording
 from services.gateway.request import Delta, GenerationRequest, Usage
 
@@ -26,16 +29,19 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceServicer(InferenceBase):
     """Generate, Resume, Cancel, ListModels and Tokenize."""
 
-    def __init__(self, answers: Answers, admission: Admission, catalog: Catalog, settings: GatewaySettings) -> None:
+    def __init__(
+        self, answers: Answers, admission: Admission, keys: Keys, catalog: Catalog, settings: GatewaySettings
+    ) -> None:
         self._answers = answers
         self._admission = admission
+        self._keys = keys
         self._catalog = catalog
         self._settings = settings
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
-        caller = self._caller(context)
+        caller = self._caller(context, await self._identify(context, "generate"))
         await context.send_initial_metadata((("x-request-id", caller.request_id),))
         with self._admission.entering():
             wanted = await self._read(request, caller)
@@ -51,7 +57,7 @@ class InferenceServicer(InferenceBase):
     async def Resume(
         self, request: inference_pb2.ResumeRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
-        caller = self._caller(context)
+        caller = self._caller(context, await self._identify(context, "generate"))
         await context.send_initial_metadata((("x-request-id", caller.request_id),))
         answer = await self._answers.resume(request.answer_id, max(0, request.next_position), caller.key_id)
         async with contextlib.aclosing(answer.deltas) as deltas:
@@ -59,17 +65,21 @@ class InferenceServicer(InferenceBase):
                 yield _delta_message(delta, answer)
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
-        await self._answers.cancel(request.answer_id, self._caller(context).key_id)
+        account = await self._identify(context, "generate")
+        await self._answers.cancel(request.answer_id, account.key_id)
         return inference_pb2.CancelResponse()
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        return inference_pb2.ListModelsResponse(models=[_model_card(model) for model in self._catalog.usable()])
+        account = await self._identify(context, "models")
+        models = [_model_card(model) for model in self._catalog.usable() if account.allows_model(model.name)]
+        return inference_pb2.ListModelsResponse(models=models)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
+        (await self._identify(context, "models")).check_model(request.model)
         model = self._catalog.get(request.model)
         if request.WhichOneof("prompt") is None:
             raise InvalidRequest("prompt must be text or chat.", field="prompt")
@@ -77,7 +87,11 @@ class InferenceServicer(InferenceBase):
             return inference_pb2.TokenizeResponse(token_ids=await _encode_chat(request.chat, model))
         return inference_pb2.TokenizeResponse(token_ids=await model.tokenizer.encode_text(request.text))
 
-    def _caller(self, context: Context) -> Caller:
+    async def _identify(self, context: Context, scope: Scope) -> Account:
+        metadata = _metadata(context)
+        return await self._keys.identify(credential_of(metadata.get("authorization"), metadata.get("x-api-key")), scope)
+
+    def _caller(self, context: Context, account: Account) -> Caller:
         metadata = _metadata(context)
         timeout_s = timeout_seconds(metadata.get("x-request-timeout-ms"), self._settings.default_timeout_s)
         remaining_s = context.time_remaining()
@@ -89,9 +103,12 @@ class InferenceServicer(InferenceBase):
             arrived=asyncio.get_running_loop().time(),
             timeout_s=timeout_s if remaining_s is None else min(timeout_s, remaining_s),
             traceparent=metadata.get("traceparent", ""),
+            key_id=account.key_id,
+            account=account,
         )
 
     async def _read(self, request: inference_pb2.GenerateRequest, caller: Caller) -> GenerationRequest:
+        caller.account.check_model(request.model)
         model = self._catalog.get(request.model)
         _check_numbers(request.sampling, request.stopping)
         choices = request.n if request.HasField("n") else 1
@@ -106,7 +123,7 @@ class InferenceServicer(InferenceBase):
             model,
             len(prompt_ids),
             stopping.max_tokens if stopping.HasField("max_tokens") else None,
-            None,
+            caller.account.default_max_tokens,
             prompt_field=request.WhichOneof("prompt") or "prompt",
             max_tokens_field="max_tokens",
         )
@@ -121,10 +138,14 @@ class InferenceServicer(InferenceBase):
             sampling=sampling,
             stopping=stopping,
             choices=choices,
-            cache_salt=request.cache_salt,
-            priority=_priority(request.priority),
+            cache_salt=caller.account.cache_salt(request.cache_salt),
+            priority=caller.account.priority(_priority(request.priority)),
             deterministic=request.deterministic,
         )
+
+
+def _metadata(context: Context) -> dict[str, str]:
+    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def _check_numbers(sampling: Sampling, stopping: Stopping) -> None:
@@ -161,11 +182,7 @@ async def _encode_chat(chat: inference_pb2.Chat, model: Model) -> list[int]:
 def _priority(priority: Priority.ValueType) -> Priority.ValueType:
     if priority not in Priority.values():
         raise InvalidRequest(f"priority must be one of the enum's values, but is {priority}.", field="priority")
-    return priority or Priority.PRIORITY_NORMAL
-
-
-def _metadata(context: Context) -> dict[str, str]:
-    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    return priority
 
 
 def _delta_message(delta: Delta, answer: Answer) -> inference_pb2.GenerateDelta:

@@ -13,7 +13,7 @@ class Metrics:
         self.registry = registry
         self.requests = Counter(
             "llm_requests",
-            "Requests ended, by outcome: success, error or cancelled.",
+            "Requests ended, by outcome: success, error, cancelled, or refused (never accepted).",
             ("model", "status"),
             registry=registry,
         )
@@ -90,6 +90,7 @@ class ModelMetrics:
         self.succeeded = metrics.requests.labels(model, "success")
         self.errored = metrics.requests.labels(model, "error")
         self.cancelled = metrics.requests.labels(model, "cancelled")
+        self.refused = metrics.requests.labels(model, "refused")
         self.total_latency = metrics.latency.labels(model, "total")
         self.queue_latency = metrics.latency.labels(model, "queue")
         self.first_token_latency = metrics.latency.labels(model, "first_token")

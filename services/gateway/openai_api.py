@@ -16,6 +16,7 @@ from services.gateway.caller import Caller
 from services.gateway.config import GatewaySettings
 from services.gateway.errors import MethodNotAllowed
 from services.gateway.http_exchange import CLIENT_GONE_STATUS, ClientGone, HttpExchange, Receive, Scope, Send
+from services.gateway.keys import Keys
 from services.gateway.metrics import Metrics
 from services.gateway.openai_events import DONE, FINISH_REASONS, ChatEvents, CompletionEvents, usage_object
 from services.gateway.openai_requests import RequestReader, parse
@@ -58,6 +59,7 @@ class CompletionRoute(Generic[B]):
         kind: Kind[B],
         answers: Answers,
         admission: Admission,
+        keys: Keys,
         metrics: Metrics,
         settings: GatewaySettings,
     ) -> None:
@@ -65,6 +67,7 @@ class CompletionRoute(Generic[B]):
         self._kind = kind
         self._answers = answers
         self._admission = admission
+        self._keys = keys
         self._metrics = metrics
         self._settings = settings
 
@@ -92,6 +95,7 @@ class CompletionRoute(Generic[B]):
     async def _handle(self, exchange: HttpExchange) -> None:
         settings = self._settings
         with self._admission.entering():  # before the body takes up memory
+            exchange.account = await self._keys.identify(exchange.credential, "generate")
             caller = exchange.caller(settings.default_timeout_s)
             content = await exchange.read_body(settings.max_body_bytes, settings.read_timeout_s)
             body = parse(content, self._kind.decoder)

@@ -71,7 +71,7 @@ class RequestReader:
 
     async def completion(self, body: CompletionBody, caller: Caller) -> list[GenerationRequest]:
         """One request per prompt, in their order."""
-        model = self._check_common(body)
+        model = self._check_common(body, caller)
         prompts = _prompts(body.prompt)
         if len(prompts) > self._settings.max_prompts:
             raise InvalidRequest(
@@ -94,7 +94,7 @@ class RequestReader:
 
     async def chat(self, body: ChatBody, caller: Caller) -> list[GenerationRequest]:
         """The one request that a chat is."""
-        model = self._check_common(body)
+        model = self._check_common(body, caller)
         validation.check_ranges({"max_completion_tokens": body.max_completion_tokens})
         if not body.messages:
             raise InvalidRequest("messages must not be empty.", field="messages")
@@ -105,13 +105,14 @@ class RequestReader:
             model,
             len(ids),
             body.max_completion_tokens if new_name else body.max_tokens,
-            None,
+            caller.account.default_max_tokens,
             prompt_field="messages",
             max_tokens_field="max_completion_tokens" if new_name else "max_tokens",
         )
         return [_request(body, caller, model, ids, max_tokens)]
 
-    def _check_common(self, body: CommonBody) -> Model:
+    def _check_common(self, body: CommonBody, caller: Caller) -> Model:
+        caller.account.check_model(body.model)
         model = self._catalog.get(body.model)
         for field, neutral in _UNSUPPORTED.items():
             value = getattr(body, field, None)
@@ -153,8 +154,8 @@ def _request(body: CommonBody, caller: Caller, model: Model, ids: Sequence[int],
         sampling=sampling,
         stopping=stopping,
         choices=1 if body.n is None else body.n,
-        cache_salt=body.cache_salt or "",
-        priority=_priority(body.priority),
+        cache_salt=caller.account.cache_salt(body.cache_salt or ""),
+        priority=caller.account.priority(_priority(body.priority)),
         deterministic=bool(body.deterministic),
     )
 
@@ -213,8 +214,10 @@ def _stops(body: CommonBody) -> Sequence[str]:
 
 
 def _priority(priority: str | int | None) -> Priority.ValueType:
-    """By name, or as in vLLM by number: the smaller the earlier, 0 is normal."""
-    if priority is None or priority == 0:
+    """By name, or as in vLLM by number: the smaller the earlier, 0 is normal. Unspecified if there is none."""
+    if priority is None:
+        return Priority.PRIORITY_UNSPECIFIED
+    if priority == 0:
         return Priority.PRIORITY_NORMAL
     if isinstance(priority, int):
         return Priority.PRIORITY_HIGH if priority < 0 else Priority.PRIORITY_LOW

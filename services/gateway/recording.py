@@ -19,6 +19,7 @@ from services.common.errors import (
     RequestFailed,
     Unavailable,
 )
+from services.gateway.account import Account
 from services.gateway.caller import Caller
 from services.gateway.catalog import Model
 from services.gateway.choice import Choice
@@ -84,7 +85,7 @@ def stored_request(request: GenerationRequest) -> StoredRequest:
     )
 
 
-def restored_request(stored: StoredRequest, model: Model) -> GenerationRequest:
+def restored_request(stored: StoredRequest, model: Model, account: Account) -> GenerationRequest:
     """The request as a gateway goes on with it that did not take it in itself."""
     caller = Caller(
         request_id=stored.request_id,
@@ -93,6 +94,7 @@ def restored_request(stored: StoredRequest, model: Model) -> GenerationRequest:
         timeout_s=max(0.0, stored.deadline_unix_ms / 1000 - time.time()),
         traceparent=stored.traceparent,
         key_id=stored.key_id,
+        account=account,
     )
     return GenerationRequest(
         caller=caller,

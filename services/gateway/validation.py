@@ -87,6 +87,8 @@ def check_cache_salt(salt: str) -> None:
         raise InvalidRequest(
             f"cache_salt has at most {MAX_CACHE_SALT_CHARACTERS} characters, but has {len(salt)}.", field="cache_salt"
         )
+    if "\0" in salt:  # it sets the salts of keys apart
+        raise InvalidRequest("cache_salt must not have the character NUL.", field="cache_salt")
 
 
 def check_token_ids(token_ids: Sequence[int], model: Model, *, field: str) -> None:

@@ -50,8 +50,8 @@ class StoredAnswer:
 class AnswerStore:
     """The answers, as one gateway uses them. All raise Unavailable when Redis does not answer."""
 
-    def __init__(self, redis_url: str, owner: Owner, *, ttl_s: float) -> None:
-        self._redis = RedisClient(redis_url)
+    def __init__(self, redis: RedisClient, owner: Owner, *, ttl_s: float) -> None:
+        self._redis = redis
         self._owner = owner.consumer
         self._ttl_ms = int(ttl_s * 1000)
 
@@ -108,9 +108,6 @@ class AnswerStore:
         """Returns when there is an event at `position`, or after some seconds."""
         stream, after, block_ms = answer_events(answer_id), f"0-{position}", int(LONGEST_BLOCK_S * 1000)
         await self._redis.blocking_command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", stream, after)
-
-    async def close(self) -> None:
-        await self._redis.close()
 
 
 def _keys(answer_id: str) -> list[str]:

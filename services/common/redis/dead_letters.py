@@ -10,8 +10,7 @@ from headrace.v1.answer_pb2 import StoredRequest
 from headrace.v1.job_pb2 import Job
 from services.common.redis.answers import AnswerStore
 from services.common.redis.client import RedisClient
-from services.common.redis.keys import DEAD_LETTERS, Owner
-from services.common.redis.queue import JobQueue
+from services.common.redis.keys import DEAD_LETTERS, JOB_FIELD, Owner, queue_stream
 
 _MOST = 1000
 # Nobody's heartbeat: a scheduler finds the job without its gateway, and offers it for adoption.
@@ -37,9 +36,8 @@ class DeadLetter:
 class DeadLetters:
     """The dead letters of all models. All raise Unavailable when Redis does not answer."""
 
-    def __init__(self, redis_url: str) -> None:
-        self._redis_url = redis_url
-        self._redis = RedisClient(redis_url)
+    def __init__(self, redis: RedisClient) -> None:
+        self._redis = redis
 
     async def add(self, request: bytes, reason: str, failures: int) -> None:
         """Keeps a request, and forgets the oldest of very many."""
@@ -65,19 +63,13 @@ class DeadLetters:
         now_ms = int(time.time() * 1000)
         request.accepted_unix_ms, request.deadline_unix_ms = now_ms, now_ms + _TIMEOUT_MS
         answer_id = f"requeued-{uuid4().hex}"
-        answers = AnswerStore(self._redis_url, _NOBODY, ttl_s=_ANSWER_TTL_S)
-        queue = JobQueue(self._redis_url, _NOBODY)
-        try:
-            await answers.open(answer_id, request.SerializeToString(), b"")
-            await queue.enqueue(_job(request, answer_id))
-        finally:
-            await answers.close()
-            await queue.close()
+        await AnswerStore(self._redis, _NOBODY, ttl_s=_ANSWER_TTL_S).open(answer_id, request.SerializeToString(), b"")
+        job = _job(request, answer_id)
+        await self._redis.command(
+            "XADD", queue_stream(job.model, job.priority), "*", JOB_FIELD, job.SerializeToString()
+        )
         await self.remove(letter)
         return answer_id
-
-    async def close(self) -> None:
-        await self._redis.close()
 
 
 def _letter(entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:

@@ -16,10 +16,16 @@ headrace:answer:{ID}:events              stream   its events, expires. Event N h
                                                   `event`: a `headrace.v1.AnswerEvent`
 headrace:dead                            stream   requests that were given up, the newest thousand. Fields: `request`
                                                   (`headrace.v1.StoredRequest`), `reason`, `failures`
+headrace:api-keys                        hash     the API keys: visible prefix -> JSON, with the key's hash
+headrace:key-groups                      hash     limits that the keys of a group share: its name -> JSON
+headrace:limits:{SCOPE}:meters           hash     what a key, or a group and its keys, has used and holds
+headrace:limits:{SCOPE}:reservations     hash     what each running request holds
+headrace:limits:{SCOPE}:leases           sorted   when the reservations run out if their gateway does not renew them
+                                         set      (meters.lua says what is in the three)
 
 An owner's lease on an entry is the entry's idle time in the pending-entries list: whoever renews sets it to 0.
-The braces are a hash tag: all streams of one model are in one slot of a Redis Cluster, and so are the two keys of an
-answer, so that a script may use them.
+The braces are a hash tag: all streams of one model, both keys of an answer, and all keys of one scope, are in one slot
+of a Redis Cluster, so that a script may use them.
 """
 
 from dataclasses import dataclass
@@ -31,6 +37,8 @@ from headrace.v1 import sampling_pb2
 GROUP = "schedulers"
 JOB_FIELD = "job"
 DEAD_LETTERS = "headrace:dead"
+API_KEYS = "headrace:api-keys"
+KEY_GROUPS = "headrace:key-groups"
 
 PRIORITIES = (sampling_pb2.PRIORITY_HIGH, sampling_pb2.PRIORITY_NORMAL, sampling_pb2.PRIORITY_LOW)
 """Highest first; a smaller number is served before a larger one."""
@@ -82,3 +90,9 @@ def answer_request(answer_id: str) -> str:
 
 def answer_events(answer_id: str) -> str:
     return f"headrace:answer:{{{answer_id}}}:events"
+
+
+def limit_keys(scope: str) -> list[str]:
+    """Meters, reservations and leases of one scope, as the scripts of limits take them."""
+    prefix = f"headrace:limits:{{{quote(scope, safe=':')}}}"
+    return [f"{prefix}:{kind}" for kind in ("meters", "reservations", "leases")]

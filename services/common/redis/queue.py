@@ -107,6 +107,11 @@ class JobQueue:
         self._lease_ms = int(lease_s * 1000)
         self._handed_out: dict[str, str] = {}  # stream -> id of the last entry handed out when it was last popped
 
+    @property
+    def redis(self) -> RedisClient:
+        """The connection, for commands that are to travel with the queue's."""
+        return self._redis
+
     async def check(self, *, allow_volatile: bool = False) -> None:
         """Raises UnfitRedis for a Redis without AOF (unless `allow_volatile`), that evicts, or older than 6.2."""
         await self._redis.check(allow_volatile=allow_volatile)

@@ -12,10 +12,15 @@ class Script:
     text: str
     sha: str
 
+    @classmethod
+    def of(cls, text: str) -> "Script":
+        return cls(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
 
-def _load(name: str) -> Script:
-    text = files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
-    return Script(text, sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+def _load(*names: str) -> Script:
+    """The script of that name, after what it shares with others."""
+    folder = files(__package__).joinpath("lua")
+    return Script.of("\n".join(folder.joinpath(f"{name}.lua").read_text(encoding="utf-8") for name in names))
 
 
 POP = _load("pop")
@@ -33,3 +38,5 @@ ANSWER_APPEND = _load("answer_append")
 ANSWER_ADOPT = _load("answer_adopt")
 ANSWER_CANCEL = _load("answer_cancel")
 ANSWER_DISCARD = _load("answer_discard")
+RESERVE = _load("meters", "reserve")
+CHARGE = _load("meters", "charge")

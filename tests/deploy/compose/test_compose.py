@@ -83,6 +83,14 @@ def test_only_the_worker_image_gets_torch_and_none_runs_as_root() -> None:
         assert (" worker" in by_name[name].split("install_dependencies.py")[-1].split("\n")[0]) == (name == "worker")
 
 
+def test_a_gateway_whose_ports_are_local_lets_callers_in_without_a_key(services: dict[str, Any]) -> None:
+    gateway = services["gateway"]
+    assert gateway["environment"]["HEADRACE_GATEWAY_ALLOW_ANONYMOUS"] == "${ALLOW_ANONYMOUS:-true}"
+    mounted = {volume.split(":")[-2] for volume in gateway["volumes"]}
+    assert mounted == {gateway["environment"][f"HEADRACE_GATEWAY_{name}"] for name in ("KEYS_FILE", "PRICES")}
+    assert all(":-/dev/null}" in volume and volume.endswith(":ro") for volume in gateway["volumes"])
+
+
 def test_ports_are_published_on_loopback_alone(services: dict[str, Any]) -> None:
     published = [port for service in services.values() for port in service.get("ports", [])]
     assert published and all(port.startswith("127.0.0.1:") for port in published)

@@ -52,9 +52,8 @@ async def bench(redis_url: str) -> AsyncIterator[Bench]:
     active = ActiveRequest(request, Job(request_id="r", model="m"), ModelLoad(60.0, time.monotonic))
     active.entry_id, active.owns_entry = LOST, True
     requests.add(active)
-    letters = DeadLetters(redis_url)
+    letters = DeadLetters(redis)
     yield Bench(Leases(queue, letters, requests, allow_volatile=True), letters, requests, active, redis)
-    await letters.close()
     await queue.close()
     await redis.close()
 

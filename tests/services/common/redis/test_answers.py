@@ -13,23 +13,15 @@ OTHER = Owner("gateway", "other", "b")
 
 
 @pytest.fixture
-async def make(redis_url: str) -> AsyncIterator[MakeStore]:
-    stores: list[AnswerStore] = []
-
-    def make_store(owner: Owner) -> AnswerStore:
-        stores.append(AnswerStore(redis_url, owner, ttl_s=60))
-        return stores[-1]
-
-    yield make_store
-    for store in stores:
-        await store.close()
-
-
-@pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[RedisClient]:
     client = RedisClient(redis_url)
     yield client
     await client.close()
+
+
+@pytest.fixture
+def make(redis: RedisClient) -> MakeStore:
+    return lambda owner: AnswerStore(redis, owner, ttl_s=60)
 
 
 async def test_events_are_read_as_they_were_added(make: MakeStore) -> None:

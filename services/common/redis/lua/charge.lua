@@ -1,0 +1,57 @@
+-- Counts what reservations have used so far, and renews their leases or ends them. (meters.lua says what the keys are.)
+-- One that Redis has forgotten is there again if it goes on; one whose lease ran out is charged already.
+--
+-- ARGV[1]  lease in ms
+-- ARGV[2]  1: leases may run out
+-- then for each reservation: its id, 1 if it has ended, its number of meters, and for each of these its name, window in
+-- ms, what was reserved, what is used so far in all
+local function reserve_again(first, last)
+  local left = {}
+  for i = first, last, 4 do
+    local window, reserved = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
+    hold(load(ARGV[i], window), reserved)
+    left[#left + 1] = ARGV[i]
+    left[#left + 1] = window
+    left[#left + 1] = reserved
+  end
+  return left
+end
+
+-- Moves what was used since the last time from held to used. The meters of a record are in the order of its arguments.
+local function move(left, first)
+  for m = 1, #left, 3 do
+    local i = first + (m - 1) / 3 * 4
+    local reserved, used = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
+    local news = used - (reserved - left[m + 2])
+    local meter = load(left[m], left[m + 1])
+    hold(meter, -news)
+    count(meter, news, now)
+    left[m + 2] = left[m + 2] - news
+  end
+end
+
+local function finish(id, left)
+  for m = 1, #left, 3 do hold(load(left[m], left[m + 1]), -left[m + 2]) end
+  redis.call('HDEL', reservations, id)
+  redis.call('ZREM', leases, id)
+end
+
+local function charge(id, ended, first, last)
+  local record = redis.call('HGET', reservations, id)
+  if not record and ended then return end
+  local left = record ~= '' and (record and cmsgpack.unpack(record) or reserve_again(first, last))
+  if left then move(left, first) end
+  if ended then return finish(id, left or {}) end
+  redis.call('HSET', reservations, id, left and cmsgpack.pack(left) or '')
+  redis.call('ZADD', leases, now + (left and tonumber(ARGV[1]) or LAST_WORDS_MS), id)
+end
+
+expire_leases(ARGV[2])
+local i = 3
+while i <= #ARGV do
+  local first = i + 3
+  local last = first + 4 * tonumber(ARGV[i + 2]) - 1
+  charge(ARGV[i], ARGV[i + 1] == '1', first, last)
+  i = last + 1
+end
+save()
