@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,7 +12,6 @@ from services.common.redis.client import RedisClient
 from services.common.redis.key_limits import group_meters, key_meters, scope_of
 from services.common.redis.key_store import KeyStore
 from services.common.redis.limits import LimitStore, Standing
-from toolkit.run_directory import RunningStack
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -27,16 +26,6 @@ class MadeKey:
 
     secret: str
     key: ApiKey
-
-
-def redis_url_of(stacks: Sequence[RunningStack], given: str | None) -> str:
-    """The Redis that holds the keys. Raises KeyProblem if that is not clear."""
-    urls = {given} if given else {stack.redis_url for stack in stacks}
-    if not urls:
-        raise KeyProblem("No stack runs here: start one with `headrace up`, or name its Redis with --redis-url.")
-    if len(urls) > 1:
-        raise KeyProblem(f"Several stacks run here: choose one with --redis-url, of {', '.join(sorted(urls))}.")
-    return urls.pop()
 
 
 class KeyRing:

@@ -16,8 +16,8 @@ from services.common.api_keys import MICROS, ApiKey, Limits
 from services.common.config import home_directory
 from services.common.errors import HeadraceError
 from services.common.redis.limits import Standing
-from toolkit.keys import KeyProblem, KeyRing, MadeKey, expiry, key_json, open_ring, redis_url_of, state_of
-from toolkit.run_directory import running_stacks
+from toolkit.keys import KeyProblem, KeyRing, MadeKey, expiry, key_json, open_ring, state_of
+from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
 
 T = TypeVar("T")
 
@@ -173,7 +173,7 @@ def _with_ring(redis_url: str | None, work: Callable[[KeyRing], Awaitable[T]]) -
 
     try:
         return asyncio.run(run())
-    except KeyProblem as error:
+    except (KeyProblem, UnclearStack) as error:
         _fail(str(error))
     except HeadraceError as error:
         _fail(error.message)

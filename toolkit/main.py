@@ -34,6 +34,7 @@ from toolkit.ports import PortTaken, choose_public_port, free_ports
 from toolkit.process import ProcessFailed
 from toolkit.process_tree import NotStopped
 from toolkit.ps import show_stacks
+from toolkit.queue_commands import queue_app
 from toolkit.run_directory import RunDirectory, running_stacks
 from toolkit.stack import INTERNAL_HOST, StackOptions, plan_stack
 from toolkit.up import run_stack
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Models in the local store.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+app.add_typer(queue_app, name="queue")
 app.add_typer(keys_app, name="keys")
 
 _SHOWN_LOG_LINES = 20

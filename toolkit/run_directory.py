@@ -77,6 +77,20 @@ def running_stacks(runs: Path) -> list[RunningStack]:
     return [_read_state(path) for path in _run_paths(runs) if (path / _STATE_FILE).exists() and _is_alive(path)]
 
 
+class UnclearStack(Exception):
+    """Which stack is meant is not clear; one sentence for the person."""
+
+
+def redis_url_of(stacks: Sequence[RunningStack], given: str | None) -> str:
+    """The Redis of the stack that is meant, or the given one. Raises UnclearStack."""
+    urls = {given} if given else {stack.redis_url for stack in stacks}
+    if not urls:
+        raise UnclearStack("No stack runs here: start one with `headrace up`, or name its Redis with --redis-url.")
+    if len(urls) > 1:
+        raise UnclearStack(f"Several stacks run here: choose one with --redis-url, of {', '.join(sorted(urls))}.")
+    return urls.pop()
+
+
 def _read_state(path: Path) -> RunningStack:
     state = json.loads((path / _STATE_FILE).read_text())
     processes = tuple(RunningProcess(**process) for process in state.pop("processes"))
