@@ -66,14 +66,11 @@ class Store:
     def put(self, chain: Chain, block: BlockBytes) -> bool:
         """Keeps the next block of a chain that comes in. False if there is no room for it in either tier.
 
-        Never waits for the disk. A block that is held already is left as it is.
+        Never waits for the disk. A block that is held already is left as it is, but for a copy on disk if it has none.
         """
         key = BlockKey(chain.kv_format, block.name)
-        if not self._is_held(key):
-            evicted = self._put_in_ram(chain, key, block)
-            if self._disk is not None:
-                evicted += self._disk.put(key, block)
-            self._tell([key, *evicted])
+        evicted = [] if self._is_held(key) else self._put_in_ram(chain, key, block)
+        self._tell([key, *evicted, *self._put_on_disk(key, self._ram.get(key) or block)])
         return self._pass(chain, key)
 
     def end_put(self, chain: Chain) -> None:
@@ -86,7 +83,9 @@ class Store:
         key = BlockKey(chain.kv_format, name)
         tier = "ram"
         block = self._ram.get(key)
-        if block is None and self._disk is not None and key in self._disk:
+        if block is not None:
+            self._tell(self._put_on_disk(key, block))
+        elif self._disk is not None and key in self._disk:
             tier = "disk"
             block = await self._disk.read(key)
             evicted = self._put_in_ram(chain, key, block) if block is not None else []
@@ -127,6 +126,10 @@ class Store:
         self._metrics.stored_bytes.labels("ram").set(self._ram.bytes)
         self._metrics.stored_blocks.labels("ram").set(len(self._ram))
         return evicted
+
+    def _put_on_disk(self, key: BlockKey, block: BlockBytes) -> list[BlockKey]:
+        """Has a block written that is not on disk: also one that the disk was too busy for when it came, or let go."""
+        return self._disk.put(key, block) if self._disk is not None and key not in self._disk else []
 
     def _pass(self, chain: Chain, key: BlockKey) -> bool:
         """Goes on to a block of the chain, if it is held."""

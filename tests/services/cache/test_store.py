@@ -32,13 +32,13 @@ def block(number: int) -> BlockBytes:
 class Kept:
     """A store, and a copy of what it holds that is made of what it tells."""
 
-    def __init__(self, ram_blocks: int, disk: Path | None, disk_blocks: int) -> None:
+    def __init__(self, ram_blocks: int, disk: Path | None, disk_blocks: int, queue_blocks: int = 100) -> None:
         self._registry = CollectorRegistry()
         metrics = CacheMetrics(self._registry)
         self.copy: dict[tuple[str, bytes], bytes] = {}
         self.changes: list[HeldChange] = []
         self.ram = RamTier(ram_blocks * COST)
-        self.disk = DiskTier(disk, disk_blocks * FILE, 100 * FILE, metrics) if disk is not None else None
+        self.disk = DiskTier(disk, disk_blocks * FILE, queue_blocks * FILE, metrics) if disk is not None else None
         self.store = Store(self.ram, self.disk, metrics, self._follow)
 
     def _follow(self, change: HeldChange) -> None:
@@ -76,8 +76,10 @@ class Kept:
 
 
 @asynccontextmanager
-async def opened(ram_blocks: int = 3, disk: Path | None = None, disk_blocks: int = 6) -> AsyncIterator[Kept]:
-    kept = Kept(ram_blocks, disk, disk_blocks)
+async def opened(
+    ram_blocks: int = 3, disk: Path | None = None, disk_blocks: int = 6, queue_blocks: int = 100
+) -> AsyncIterator[Kept]:
+    kept = Kept(ram_blocks, disk, disk_blocks, queue_blocks)
     await kept.store.open()
     yield kept
     kept.check()
@@ -113,6 +115,22 @@ async def test_a_block_is_told_as_removed_when_both_tiers_have_let_it_go(tmp_pat
         kept.put(4, 5, 6)
         assert set(kept.disk or ()) == {BlockKey("f32", NAMES[number]) for number in (4, 5, 6)}
         assert kept.holds(4, 5, 6)
+
+
+@pytest.mark.parametrize("again", ["put", "fetch"])
+async def test_a_block_that_the_disk_was_too_busy_for_is_written_when_it_is_used_again(
+    tmp_path: Path, again: str
+) -> None:
+    async with opened(3, tmp_path, queue_blocks=1) as kept:
+        kept.put(0, 1)
+        assert kept.disk is not None and list(kept.disk) == [BlockKey("f32", NAMES[0])]
+        await kept.disk.close()  # it has written what waited
+        if again == "put":
+            kept.put(0, 1)
+        else:
+            assert await kept.fetch(0, 1) == [block(0), block(1)]
+        assert BlockKey("f32", NAMES[1]) in kept.disk
+        assert kept.holds(0, 1)
 
 
 async def test_a_restart_tells_what_the_disk_holds(tmp_path: Path) -> None:
