@@ -17,7 +17,7 @@ import resource
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -223,11 +223,22 @@ def _time_index(blocks: int = 1_000_000, length: int = 100) -> None:
         if first % (10 * length) == 0:
             chains.append([bytes(bytearray(name)) for name in chain])  # as a job brings them: objects of their own
     used = _rss_mib() - before - sum(map(len, chains)) * 57 / 2**20
+    rate = _rate(chains, lambda chain: index.match("f", chain).best(1))
+    bare = {source.randbytes(16): 1 for _ in range(blocks - len(chains) * length)}
+    bare |= {bytes(bytearray(name)): 1 for chain in chains for name in chain}
+    bare_rate = _rate(chains, lambda chain: list(map(bare.get, chain)))
+    print(
+        f"index: {blocks:,} blocks in {used:.0f} MiB, {rate:,.0f} look-ups a second of chains of {length} blocks"
+        f" ({bare_rate:,.0f} in a bare dict of as many names)"
+    )
+
+
+def _rate(chains: Sequence[list[bytes]], look_up: Callable[[list[bytes]], object]) -> float:
+    """Chains a second."""
     began = time.perf_counter()
     for chain in chains:
-        assert index.match("f", chain).best(1)
-    rate = len(chains) / (time.perf_counter() - began)
-    print(f"index: {blocks:,} blocks in {used:.0f} MiB, {rate:,.0f} look-ups a second of chains of {length} blocks")
+        assert look_up(chain)
+    return len(chains) / (time.perf_counter() - began)
 
 
 def _time_placement(workers: int = 1_000, jobs: int = 300) -> None:
