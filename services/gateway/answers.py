@@ -6,17 +6,14 @@ same deltas of them.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from headrace.v1.answer_pb2 import AnswerEvent, StoredRequest
 from headrace.v1.job_pb2 import Job
-from services.common.errors import HeadraceError, InvalidRequest, RequestFailed, Unavailable
+from services.common.errors import HeadraceError, InvalidRequest, Unavailable
 from services.common.redis.answers import AnswerStore, State, StoredAnswer
 from services.common.redis.queue import JobQueue
 from services.gateway.active_request import ActiveRequests
@@ -28,58 +25,11 @@ from services.gateway.journal import Journal
 from services.gateway.keys import Keys
 from services.gateway.merge import merge
 from services.gateway.metrics import Metrics
+from services.gateway.recorded_run import RecordedRun
 from services.gateway.recording import Recording, new_choices, replay, restored_request, stored_request
 from services.gateway.request import Delta, GenerationRequest
 
 log = logging.getLogger(__name__)
-
-
-class Run:
-    """A recorded request that runs here, whoever listens."""
-
-    def __init__(self, internal_id: str, journal: Journal) -> None:
-        self.internal_id = internal_id
-        self.journal = journal
-        self._deltas: list[Delta] = []
-        self._ended = False
-        self._error: HeadraceError | None = None
-        self._changed = asyncio.Event()
-
-    async def collect(self, deltas: AsyncGenerator[Delta, None]) -> None:
-        """Takes the deltas of the request until it ends."""
-        try:
-            async with contextlib.aclosing(deltas):
-                async for delta in deltas:
-                    self._deltas.append(delta)
-                    self._tell()
-        except HeadraceError as error:
-            self._error = error
-            if not self.journal.accepted:
-                await self.journal.discard()
-        except Exception:
-            log.exception("request %s failed", self.internal_id)
-            self._error = RequestFailed("The server failed while it handled this request; its log says why.")
-            raise
-        finally:
-            self._ended = True
-            self._tell()
-
-    async def deltas(self, position: int) -> AsyncGenerator[Delta, None]:
-        """The deltas from a position on, as they come. Raises what the request ends in."""
-        while True:
-            changed = self._changed
-            for delta in self._deltas[position:]:
-                yield msgspec.structs.replace(delta)  # whoever gets it may change it
-            position = max(position, len(self._deltas))
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                return
-            await changed.wait()
-
-    def _tell(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +70,7 @@ class Answers:
         self._catalog = catalog
         self._metrics = metrics
         self._max_recorded_tokens = max_recorded_tokens
-        self._runs: dict[str, Run] = {}
+        self._runs: dict[str, RecordedRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, requests: Sequence[GenerationRequest], recording: Recording | None) -> Answer:
@@ -188,11 +138,11 @@ class Answers:
     # --- running
 
     def _start(self, request: GenerationRequest, journal: Journal, adoption: Adoption | None) -> None:
-        run = Run(request.caller.internal_id, journal)
+        run = RecordedRun(request.caller.internal_id, journal)
         self._runs[journal.answer_id] = run
         self._in_background(self._run(run, self._generator.generate(request, journal, adoption)), run.internal_id)
 
-    async def _run(self, run: Run, deltas: AsyncGenerator[Delta, None]) -> None:
+    async def _run(self, run: RecordedRun, deltas: AsyncGenerator[Delta, None]) -> None:
         try:
             await run.collect(deltas)
             await run.journal.settled()
@@ -261,7 +211,7 @@ class Answers:
         )
 
     async def _deltas(
-        self, answer_id: str, stored: StoredRequest, position: int, run: Run | None
+        self, answer_id: str, stored: StoredRequest, position: int, run: RecordedRun | None
     ) -> AsyncGenerator[Delta, None]:
         """The deltas from a position on: of the run here, or of what Redis has, until the answer ends."""
         if run is not None:

@@ -13,7 +13,9 @@ from headrace.v1.inference_pb2 import CancelRequest, GenerateDelta, GenerateRequ
 from headrace.v1.sampling_pb2 import Stopping
 from tests.redis_server import RedisServer
 from tests.services.gateway.fakes import MODEL, FakeWorker, says
+from tests.services.gateway.keys_for_tests import make_key
 from tests.services.gateway.stack import TEXT, Stack, eventually, running_gateway, running_stack
+from tests.services.gateway.tokenizers_for_tests import byte_level_tokenizer
 
 PATH = "/v1/completions"
 
@@ -319,6 +321,48 @@ async def test_keys_have_a_length(stack: Stack, key: str) -> None:
     response = await stack.http.post(PATH, json=body(), headers={"idempotency-key": key})
     assert response.status_code == 400
     assert "idempotency key has 1 to 255 characters" in response.text
+
+
+# --- with API keys
+
+
+async def test_an_adopted_answer_is_charged_once_and_whole(stack: Stack, other: Stack) -> None:
+    key = await make_key(stack.redis, tokens_per_minute=500, concurrent=1)
+    worker, scheduler = stack.workers[0], stack.scheduler
+    worker.pause_after = 6
+    async with stack.http.stream("POST", PATH, json=body(prompt=[5, 6, 7]), headers=key.headers) as response:
+        reader = Reader(response)
+        await reader.next_event()
+        await scheduler.orphan(scheduler.jobs[0], scheduler.entry_ids[0])
+        await eventually(lambda: _is(len(scheduler.requests) == 1))
+        worker.let_go()
+        await reader.rest()
+    assert reader.text == TEXT
+    answer = len(byte_level_tokenizer().encode(TEXT).ids) + 1
+    assert await key.settled() == {"tokens_per_minute": (3 + answer, 0), "concurrent": (0, 0)}
+
+
+async def test_answers_are_their_keys_own(stack: Stack) -> None:
+    mine, yours = await make_key(stack.redis, tokens_per_minute=1000), await make_key(stack.redis)
+    request = {"model": MODEL, "prompt": "hello", "max_tokens": 100}
+    named = {"idempotency-key": "k"}
+    first = await stack.http.post(PATH, json=request, headers={**mine.headers, **named})
+    used = await mine.settled()
+    again = await stack.http.post(PATH, json=request, headers={**mine.headers, **named})
+    assert again.json() == first.json()
+    assert await mine.settled() == used, "what is computed once is charged once"
+    your_first = await stack.http.post(PATH, json=request, headers={**yours.headers, **named})
+    assert your_first.json()["id"] != first.json()["id"]
+    stack.workers[0].pause_after = 6
+    async with stack.http.stream("POST", PATH, json=body(), headers=mine.headers) as response:
+        reader = Reader(response)
+        await reader.next_event()
+    answer_id = reader.event_id.rpartition(":")[0]
+    for method, path in (("GET", f"/v1/answers/{answer_id}"), ("POST", f"/v1/answers/{answer_id}/cancel")):
+        assert (await stack.http.request(method, path, headers=yours.headers)).status_code == 404
+    stack.workers[0].let_go()
+    whole = await stack.http.get(f"/v1/answers/{answer_id}", headers=mine.headers)
+    assert whole.json()["choices"][0]["text"] == TEXT
 
 
 # --- the same over gRPC
