@@ -161,11 +161,14 @@ class Gateway:
         await self._grpc.set_serving(False)
         await asyncio.sleep(self._settings.drain_settle_s)
         self._admission.close()
+        # Connections are told that they take no new calls, which proxies then send elsewhere by themselves.
+        closing = asyncio.create_task(self._grpc.stop(self._settings.drain_grace_s + _LAST_WORDS_S))
         if not await self._active.wait_empty(self._settings.drain_grace_s):
             log.warning("%d requests did not finish in time", len(self._active))
             for active in self._active:
                 self._give_up(active)
             await self._active.wait_empty(_LAST_WORDS_S)
+        await asyncio.gather(self._grpc.stop(_LAST_WORDS_S), closing)
 
     def _give_up(self, active: ActiveRequest) -> None:
         if active.journal is None:

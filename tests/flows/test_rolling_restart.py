@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -13,14 +12,14 @@ from tests.chaos.callers import Callers
 from tests.chaos.cells import AT_ONCE, QUESTIONS, START_TIMEOUT_S, until_healthy
 from tests.flows.conftest import WORKER_OPTIONS
 from tests.flows.headrace_up import HeadraceUp, eventually
-from tests.nginx_server import NginxServer, nginx_binary
+from tests.proxies import Proxy, binary_of, gateways_of
 
 REPLICAS = ("--gateways", "2", "--schedulers", "2", "--workers", "2")
 IN_TURN = ("gateway-1", "gateway-2", "scheduler-1", "scheduler-2", "cache", "worker-1", "worker-2")
 
 pytestmark = [
     pytest.mark.timeout(400),
-    pytest.mark.skipif(not nginx_binary() and not os.environ.get("CI"), reason="there is no nginx here"),
+    pytest.mark.skipif(not binary_of("nginx") and not os.environ.get("CI"), reason="there is no nginx here"),
 ]
 
 
@@ -54,8 +53,7 @@ async def restart_all(stack: HeadraceUp, callers: Callers) -> None:
 def test_a_rolling_restart_fails_no_request(stack: HeadraceUp, tmp_path: Path) -> None:
     stack.wait_ready()
     until_healthy(stack, 2)
-    gateways = [member for member in stack.state.processes if member.service == "gateway"]
-    nginx = NginxServer(tmp_path, [urlsplit(str(gateway.metrics_url)).netloc for gateway in gateways])
+    nginx = Proxy("nginx", tmp_path, gateways_of(stack))
     try:
         model = stack.fleet().workers[0].registration.model.name
         callers = Callers([nginx.url], model, QUESTIONS[:3], AT_ONCE)
