@@ -91,11 +91,25 @@ async def test_an_expired_lease_is_charged_whole_and_only_once(bench: Bench) -> 
     assert await bench.sums(TOKENS) == (80, 0)
     assert await bench.sums(CONCURRENT) == (0, 0)
     both = [claim, Claim(CONCURRENT, hold=1)]
-    for ended in (False, True, True):  # its gateway wakes up
-        await bench.store.charge(SCOPE, [Charge("dead", both, [20, 0], ended)])
+    for _ in range(2):  # its gateway wakes up, and it has ended
+        await bench.store.charge(SCOPE, [Charge("dead", both, [20, 0], ended=True)])
         assert await bench.sums(TOKENS) == (80, 0)
     await bench.at(begin + 15_000 + 60_500)
     assert await bench.sums(TOKENS) == (0, 0)
+
+
+async def test_what_goes_on_after_its_lease_ran_out_holds_what_it_may_still_use(bench: Bench) -> None:
+    claims = [Claim(TOKENS, hold=40), Claim(CONCURRENT, hold=1)]
+    await bench.reserve("slept", *claims)
+    await bench.at(1_000_015_000)
+    assert await bench.sums(TOKENS) == (40, 0)
+    for used, sums in ((10, (40, 30)), (30, (60, 10))):
+        await bench.store.charge(SCOPE, [Charge("slept", claims, [used, 0], ended=False)])
+        assert await bench.sums(TOKENS) == sums
+        assert await bench.sums(CONCURRENT) == (0, 1)
+    await bench.store.charge(SCOPE, [Charge("slept", claims, [35, 0], ended=True)])
+    assert await bench.sums(TOKENS) == (65, 0)
+    assert await bench.sums(CONCURRENT) == (0, 0)
 
 
 async def test_no_lease_runs_out_before_redis_has_answered_for_as_long(bench: Bench, redis_url: str) -> None:
