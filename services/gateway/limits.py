@@ -76,11 +76,11 @@ class KeyLimits:
         Raises LimitReached, QuotaExhausted, InvalidRequest for what never fits, NotAllowed, Unavailable.
         """
         account = active.request.caller.account
-        if account.used is None or not account.used.limits:
+        if account.in_use is None or not account.in_use.limits:
             return
         if self._problem is not None:
             raise Unavailable(self._problem)
-        reservation = self._plan(active, account.used.limits, account.used.scope)
+        reservation = self._plan(active, account.in_use.limits, account.in_use.scope)
         self._open[active.id] = reservation
         self._scopes[reservation.scope] = asyncio.get_running_loop().time()
         try:
