@@ -51,7 +51,7 @@ class KeyInUse:
 class Account:
     """The key of one call, or none, and how its limits stood when a request of that call came to them."""
 
-    used: KeyInUse | None = None
+    in_use: KeyInUse | None = None
     # Output tokens of a request that names no number; None: what its front makes of that.
     default_max_tokens: int | None = None
     standings: Sequence[tuple[Limit, Standing]] = field(default_factory=tuple)
@@ -60,10 +60,10 @@ class Account:
 
     @property
     def key_id(self) -> str:
-        return self.used.key.id if self.used else ""
+        return self.in_use.key.id if self.in_use else ""
 
     def allows_model(self, model: str) -> bool:
-        return self.used is None or not self.used.key.models or model in self.used.key.models
+        return self.in_use is None or not self.in_use.key.models or model in self.in_use.key.models
 
     def check_model(self, model: str) -> None:
         if not self.allows_model(model):
@@ -71,13 +71,13 @@ class Account:
 
     def priority(self, wanted: Priority.ValueType) -> Priority.ValueType:
         """The priority of a request that names this one, or none (0): at most the key's."""
-        if self.used is None:
+        if self.in_use is None:
             return wanted or Priority.PRIORITY_NORMAL
-        return max(wanted, _PRIORITIES[self.used.key.priority])  # the smaller, the earlier
+        return max(wanted, _PRIORITIES[self.in_use.key.priority])  # the smaller, the earlier
 
     def cache_salt(self, wanted: str) -> str:
         """The salt of a request that names this one: within the key's own. No caller's salt has the NUL between."""
-        if self.used is None:
+        if self.in_use is None:
             return wanted
-        key = self.used.key
+        key = self.in_use.key
         return f"{key.cache_salt or key.id}\0{wanted}"

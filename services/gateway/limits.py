@@ -76,11 +76,11 @@ class KeyLimits:
         Raises LimitReached, QuotaExhausted, InvalidRequest for what never fits, NotAllowed, Unavailable.
         """
         account = active.request.caller.account
-        if account.used is None or not account.used.limits:
+        if account.in_use is None or not account.in_use.limits:
             return
         if self._problem is not None:
             raise Unavailable(self._problem)
-        reservation = self._plan(active, account.used.limits, account.used.scope)
+        reservation = self._plan(active, account.in_use.limits, account.in_use.scope)
         for limit, claim in zip(reservation.limits, reservation.claims, strict=True):
             check_size(limit, claim.hold + claim.count)
         self._open[active.id] = reservation
@@ -98,11 +98,11 @@ class KeyLimits:
 
     def take_over(self, active: ActiveRequest) -> None:
         """Goes on with what a dead gateway reserved for a request, from the next renewal on. `settle` follows."""
-        used = active.request.caller.account.used
-        if used is None or not used.limits:
+        in_use = active.request.caller.account.in_use
+        if in_use is None or not in_use.limits:
             return
-        self._open[active.id] = reservation = self._plan(active, used.limits, used.scope)
-        self._scopes[used.scope] = asyncio.get_running_loop().time()
+        self._open[active.id] = reservation = self._plan(active, in_use.limits, in_use.scope)
+        self._scopes[in_use.scope] = asyncio.get_running_loop().time()
         reservation.confirmed = True
 
     def settle(self, active: ActiveRequest) -> None:

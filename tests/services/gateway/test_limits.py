@@ -73,6 +73,7 @@ async def test_a_cancelled_stream_is_charged_what_was_produced(stack: Stack) -> 
     key = await make_key(stack.redis, tokens_per_minute=500, concurrent=1)
     stack.workers[0].pause_after = 3
     async with streaming(stack, key) as response:
+        assert response.headers["x-ratelimit-remaining-tokens"] == str(500 - 103)
         parts = response.aiter_bytes()
         await anext(parts)
         assert (await key.sums())["concurrent"] == (0, 1)

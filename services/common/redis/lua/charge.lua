@@ -1,18 +1,23 @@
 -- Counts what reservations have used so far, and renews their leases or ends them. (meters.lua says what the keys are.)
--- One that Redis has forgotten is there again if it goes on; one whose lease ran out is charged already.
+-- One that goes on although its lease ran out, or Redis has forgotten it, is there again; the first is charged as a
+-- whole beside that, since its gateway stood still for too long.
 --
 -- ARGV[1]  lease in ms
 -- ARGV[2]  1: leases may run out
 -- then for each reservation: its id, 1 if it has ended, its number of meters, and for each of these its name, window in
 -- ms, what was reserved, what is used so far in all
-local function reserve_again(first, last)
+
+-- Holds what such a one may still use.
+local function hold_again(first, last, forgotten)
   local left = {}
   for i = first, last, 4 do
-    local window, reserved = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
-    hold(load(ARGV[i], window), reserved)
-    left[#left + 1] = ARGV[i]
-    left[#left + 1] = window
-    left[#left + 1] = reserved
+    local meter, used = load(ARGV[i], tonumber(ARGV[i + 1])), tonumber(ARGV[i + 3])
+    local rest = tonumber(ARGV[i + 2]) - used
+    hold(meter, rest)
+    if forgotten then count(meter, used, now) end
+    left[#left + 1] = meter.name
+    left[#left + 1] = meter.window
+    left[#left + 1] = rest
   end
   return left
 end
@@ -38,12 +43,16 @@ end
 
 local function charge(id, ended, first, last)
   local record = redis.call('HGET', reservations, id)
-  if not record and ended then return end
-  local left = record ~= '' and (record and cmsgpack.unpack(record) or reserve_again(first, last))
-  if left then move(left, first) end
-  if ended then return finish(id, left or {}) end
-  redis.call('HSET', reservations, id, left and cmsgpack.pack(left) or '')
-  redis.call('ZADD', leases, now + (left and tonumber(ARGV[1]) or LAST_WORDS_MS), id)
+  local left = {}
+  if record and record ~= '' then
+    left = cmsgpack.unpack(record)
+    move(left, first)
+  elseif not ended then
+    left = hold_again(first, last, not record)
+  end
+  if ended then return finish(id, left) end
+  redis.call('HSET', reservations, id, cmsgpack.pack(left))
+  redis.call('ZADD', leases, now + tonumber(ARGV[1]), id)
 end
 
 expire_leases(ARGV[2])

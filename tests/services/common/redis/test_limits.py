@@ -1,73 +1,22 @@
-"""Meters on a real Redis: against a plain model in hypothesis' hands, by many at once, and with its own clock."""
+"""Meters on a real Redis: what they count, when leases run out, and many callers at once."""
 
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import redis as redis_library
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from services.common.redis import limits as limits_module
-from services.common.redis import scripts
 from services.common.redis.client import RedisClient
 from services.common.redis.keys import limit_keys
 from services.common.redis.limits import Charge, Claim, LimitStore, Meter
-from services.common.redis.scripts import Script
 from tests.redis_server import RedisServer
+from tests.services.common.redis.limits_bench import MINUTE, SCOPE, Bench
 
-SCOPE = "key:k{1}"
-MINUTE = 60_000
-LEASE_S = 15.0
 TOKENS = Meter("tokens", 100, MINUTE)
 REQUESTS = Meter("requests", 3, MINUTE)
 CONCURRENT = Meter("concurrent", 2, 0)
-
-
-@dataclass(frozen=True)
-class Scripts:
-    """The scripts with a clock that a test sets."""
-
-    RESERVE: Script
-    CHARGE: Script
-
-
-def with_clock(script: Script) -> Script:
-    text = script.text.replace("redis.call('TIME')", "redis.call('HMGET', 'clock', 's', 'us')")
-    assert text != script.text
-    return Script.of(text)
-
-
-class Bench:
-    """Limits whose time stands still until a test moves it."""
-
-    def __init__(self, url: str, *, now_s: float = 0.0) -> None:
-        self.now_s = now_s
-        self.client = RedisClient(url, clock=lambda: self.now_s)
-        self.store = LimitStore(self.client, lease_s=LEASE_S)
-
-    async def at(self, ms: int) -> None:
-        self.now_s = ms / 1000
-        await self.client.command("HSET", "clock", "s", ms // 1000, "us", ms % 1000 * 1000)
-
-    async def reserve(self, reservation_id: str, *claims: Claim) -> bool:
-        reserved, self.standings = await self.store.reserve(SCOPE, reservation_id, claims)
-        return reserved
-
-    async def charge(self, reservation_id: str, claim: Claim, used: int, *, ended: bool = True) -> None:
-        await self.store.charge(SCOPE, [Charge(reservation_id, [claim], [used], ended)])
-
-    async def sums(self, meter: Meter) -> tuple[int, int]:
-        (standing,) = await self.store.look(SCOPE, [meter])
-        return standing.used, standing.held
-
-
-@pytest.fixture
-def own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits_module, "scripts", Scripts(with_clock(scripts.RESERVE), with_clock(scripts.CHARGE)))
 
 
 @pytest.fixture
@@ -142,11 +91,25 @@ async def test_an_expired_lease_is_charged_whole_and_only_once(bench: Bench) -> 
     assert await bench.sums(TOKENS) == (80, 0)
     assert await bench.sums(CONCURRENT) == (0, 0)
     both = [claim, Claim(CONCURRENT, hold=1)]
-    for ended in (False, True, True):  # its gateway wakes up
-        await bench.store.charge(SCOPE, [Charge("dead", both, [20, 0], ended)])
+    for _ in range(2):  # its gateway wakes up, and it has ended
+        await bench.store.charge(SCOPE, [Charge("dead", both, [20, 0], ended=True)])
         assert await bench.sums(TOKENS) == (80, 0)
     await bench.at(begin + 15_000 + 60_500)
     assert await bench.sums(TOKENS) == (0, 0)
+
+
+async def test_what_goes_on_after_its_lease_ran_out_holds_what_it_may_still_use(bench: Bench) -> None:
+    claims = [Claim(TOKENS, hold=40), Claim(CONCURRENT, hold=1)]
+    await bench.reserve("slept", *claims)
+    await bench.at(1_000_015_000)
+    assert await bench.sums(TOKENS) == (40, 0)
+    for used, sums in ((10, (40, 30)), (30, (60, 10))):
+        await bench.store.charge(SCOPE, [Charge("slept", claims, [used, 0], ended=False)])
+        assert await bench.sums(TOKENS) == sums
+        assert await bench.sums(CONCURRENT) == (0, 1)
+    await bench.store.charge(SCOPE, [Charge("slept", claims, [35, 0], ended=True)])
+    assert await bench.sums(TOKENS) == (65, 0)
+    assert await bench.sums(CONCURRENT) == (0, 0)
 
 
 async def test_no_lease_runs_out_before_redis_has_answered_for_as_long(bench: Bench, redis_url: str) -> None:
@@ -200,149 +163,6 @@ async def test_the_keys_expire_when_nobody_comes(bench: Bench) -> None:
     await bench.reserve("a", Claim(TOKENS, hold=1))
     lives = [await bench.client.command("PTTL", key) for key in limit_keys(SCOPE)]
     assert all(life > 31 * 24 * 3_600_000 for life in lives)
-
-
-LIMITS = {
-    # Of two keys, and one that both share.
-    "a": [Meter("a tokens", 100, MINUTE), Meter("a requests", 4, MINUTE), Meter("a concurrent", 2, 0)],
-    "b": [Meter("b tokens", 60, MINUTE)],
-}
-SHARED = Meter("budget", 200, 10 * MINUTE)
-
-
-def claims_of(key: str, amount: int) -> list[Claim]:
-    kinds = {"tokens": Claim(LIMITS[key][0], hold=amount), "budget": Claim(SHARED, hold=2 * amount)}
-    if key == "a":
-        kinds |= {"requests": Claim(LIMITS[key][1], count=1), "concurrent": Claim(LIMITS[key][2], hold=1)}
-    return list(kinds.values())
-
-
-@dataclass
-class Running:
-    claims: list[Claim]
-    renewed_at: int
-    # Per claim that holds.
-    used: list[int]
-
-    @property
-    def holding(self) -> list[Claim]:
-        return [claim for claim in self.claims if claim.hold]
-
-
-@dataclass
-class Model:
-    """The same in plain words: all that was used with its time, and all that runs."""
-
-    used: list[tuple[str, int, int]] = field(default_factory=list)
-    running: dict[str, Running] = field(default_factory=dict)
-
-    def expire(self, now: int) -> None:
-        lease = int(LEASE_S * 1000)
-        for name, one in list(self.running.items()):
-            if now >= one.renewed_at + lease:
-                self.charge(one, [claim.hold for claim in one.holding], one.renewed_at + lease)
-                del self.running[name]
-
-    def charge(self, one: Running, used: list[int], at: int) -> None:
-        for claim, before, after in zip(one.holding, one.used, used, strict=True):
-            if claim.meter.window_ms:
-                self.used.append((claim.meter.name, at, after - before))
-        one.used = used
-
-    def within(self, meter: Meter, now: int, window: int) -> int:
-        """Used within the window before now."""
-        return sum(amount for name, at, amount in self.used if name == meter.name and now - at < window)
-
-    def held(self, meter: Meter) -> int:
-        return sum(
-            claim.hold - used
-            for one in self.running.values()
-            for claim, used in zip(one.holding, one.used, strict=True)
-            if claim.meter == meter
-        )
-
-    def excess(self, claim: Claim, now: int, window: int) -> int:
-        """By how much a limit would be exceeded."""
-        wanted = claim.hold + claim.count
-        return self.within(claim.meter, now, window) + self.held(claim.meter) + wanted - claim.meter.limit
-
-
-class Walk:
-    """Does the same on Redis, by two clients, and on the model; and compares."""
-
-    def __init__(self, url: str) -> None:
-        self.benches = [Bench(url), Bench(url)]
-        self.model = Model()
-        self.now = 1_700_000_000_000
-        self.names = 0
-
-    async def step(self, pause: int, action: str, key: str, amount: int) -> None:
-        self.now += pause
-        for bench in self.benches:
-            await bench.at(self.now)
-        self.model.expire(self.now)
-        bench = self.benches[amount % 2]
-        if action == "reserve":
-            await self.reserve(bench, claims_of(key, amount))
-        elif self.model.running:
-            await self.charge(bench, amount, ended=action == "end")
-        for meter in (*LIMITS["a"], *LIMITS["b"], SHARED):
-            used, held = await bench.sums(meter)
-            longest = meter.longest_ms
-            assert held == self.model.held(meter)
-            assert self.model.within(meter, self.now, meter.window_ms) <= used
-            assert used <= self.model.within(meter, self.now, longest)
-
-    async def reserve(self, bench: Bench, claims: list[Claim]) -> None:
-        self.names += 1
-        reserved = await bench.reserve(f"r{self.names}", *claims)
-        if not reserved:
-            excesses = [self.model.excess(claim, self.now, claim.meter.longest_ms) for claim in claims]
-            assert max(excesses) > 0, "refused only for a reason"
-            return
-        assert all(self.model.excess(claim, self.now, claim.meter.window_ms) <= 0 for claim in claims), "never over"
-        one = Running(claims, self.now, [])
-        one.used = [0] * len(one.holding)
-        self.model.running[f"r{self.names}"] = one
-        self.model.used += [(claim.meter.name, self.now, claim.count) for claim in claims if claim.count]
-
-    async def charge(self, bench: Bench, amount: int, *, ended: bool) -> None:
-        name, one = next(iter(self.model.running.items()))
-        used = [
-            min(before + amount, claim.hold) if claim.meter.window_ms else 0
-            for claim, before in zip(one.holding, one.used, strict=True)
-        ]
-        await bench.store.charge(SCOPE, [Charge(name, one.claims, used, ended)])
-        self.model.charge(one, used, self.now)
-        one.renewed_at = self.now
-        if ended:
-            del self.model.running[name]
-
-
-PAUSES = st.one_of(
-    st.integers(0, 40_000),
-    st.sampled_from([0, 1, 499, 500, 14_500, 14_999, 15_000, 59_500, 59_999, 60_000, 60_499, 60_500, 600_000]),
-)
-STEPS = st.lists(
-    st.tuples(PAUSES, st.sampled_from(["reserve", "renew", "end"]), st.sampled_from("ab"), st.integers(1, 60)),
-    max_size=40,
-)
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=STEPS)
-def test_whatever_happens_the_windows_hold(
-    redis_server: RedisServer, own_clock: None, steps: list[tuple[int, str, str, int]]
-) -> None:
-    async def run() -> None:
-        walk = Walk(redis_server.url)
-        for pause, action, key, amount in steps:
-            await walk.step(pause, action, key, amount)
-        for bench in walk.benches:
-            await bench.client.close()
-
-    redis_server.flush()
-    asyncio.run(run())
 
 
 async def test_many_callers_over_two_clients_never_exceed_and_leave_nothing(redis_url: str) -> None:
