@@ -115,6 +115,7 @@ class InferenceServicer(InferenceBase):
         validation.check_choices(choices, self._settings.max_choices)
         validation.check_stop_strings(request.stopping.stop)
         validation.check_stop_token_ids(request.stopping.stop_token_ids, model)
+        validation.check_logit_bias(request.sampling.logit_bias, model)
         validation.check_cache_salt(request.cache_salt)
         prompt_ids = await _prompt_ids(request, model)
         stopping = Stopping()

@@ -24,7 +24,6 @@ _PRIORITIES = {"high": Priority.PRIORITY_HIGH, "normal": Priority.PRIORITY_NORMA
 _UNSUPPORTED: Mapping[str, Sequence[object]] = {
     "logprobs": (None, False),
     "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
     "suffix": (None, ""),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -122,6 +121,7 @@ class RequestReader:
         validation.check_choices(1 if body.n is None else body.n, self._settings.max_choices)
         validation.check_stop_strings(_stops(body))
         validation.check_stop_token_ids(body.stop_token_ids or (), model)
+        validation.check_logit_bias(body.logit_bias or {}, model)
         validation.check_cache_salt(body.cache_salt or "")
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true.", field="stream_options")
@@ -139,6 +139,7 @@ def _request(body: CommonBody, caller: Caller, model: Model, ids: Sequence[int],
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=body.repetition_penalty,
+        logit_bias=body.logit_bias,
     )
     stopping = Stopping(
         max_tokens=max_tokens,
@@ -230,8 +231,8 @@ def _priority(priority: str | int | None) -> Priority.ValueType:
 
 def _shape_error(body: bytes, message: str) -> InvalidRequest:
     """msgspec's message, with the field as callers write it and the value that it has."""
-    problem, _, path = message.partition(" - at `$")
-    field = path.rstrip("`").lstrip(".")
+    problem, _, place = message.partition(" - at `")
+    field = place.removeprefix("key` in `").strip("`$.").removesuffix("[...]")  # "[...]": any value of a mapping
     if not field:
         missing = re.search(r"missing required field `(\w+)`", problem)
         return InvalidRequest(f"{problem}.", field=missing.group(1) if missing else None)

@@ -23,6 +23,7 @@ class CommonBody(msgspec.Struct, kw_only=True):
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -40,7 +41,6 @@ class CommonBody(msgspec.Struct, kw_only=True):
 
     logprobs: Any = None
     top_logprobs: Any = None
-    logit_bias: Any = None
 
 
 class CompletionBody(CommonBody, kw_only=True):

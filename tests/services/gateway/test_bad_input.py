@@ -62,7 +62,12 @@ BAD_COMPLETIONS: list[tuple[dict[str, object], str | None, list[str]]] = [
     ({"echo": True}, "echo", ["not supported"]),
     ({"suffix": "end"}, "suffix", ["not supported"]),
     ({"best_of": 3}, "best_of", ["not supported"]),
-    ({"logit_bias": {"5": 1}}, "logit_bias", ["not supported"]),
+    ({"logit_bias": {"5": 101}}, "logit_bias", ["between -100 and 100", "101", "token id 5"]),
+    ({"logit_bias": {"five": 1}}, "logit_bias", ["int"]),
+    ({"logit_bias": {"5": "much"}}, "logit_bias", ["float", "much"]),
+    ({"logit_bias": {str(VOCABULARY): 1}}, "logit_bias", [str(VOCABULARY)]),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", ["-1"]),
+    ({"logit_bias": dict.fromkeys(range(301), 1)}, "logit_bias", ["300", "301"]),
 ]
 BAD_CHATS: list[tuple[dict[str, object], str, list[str]]] = [
     ({"messages": []}, "messages", ["empty"]),

@@ -42,6 +42,11 @@ BAD: list[tuple[GenerateRequest, grpc.StatusCode, str]] = [
         grpc.StatusCode.INVALID_ARGUMENT,
         "top_p",
     ),
+    (
+        GenerateRequest(model=MODEL, text="x", sampling=Sampling(logit_bias={5: math.nan})),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "logit_bias",
+    ),
     (GenerateRequest(model=MODEL, text="x", n=0), grpc.StatusCode.INVALID_ARGUMENT, "n must"),
     (
         GenerateRequest(model=MODEL, text="x", stopping=Stopping(max_tokens=0)),
