@@ -16,6 +16,8 @@ from services.common.errors import InvalidRequest
 from services.worker.capacity import Room
 from services.worker.engine.sequence import SamplingParams, Sequence, StopParams
 
+_MOST_LOGPROBS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
@@ -97,6 +99,7 @@ def _sampling(sent: sampling_pb2.Sampling, limits: ModelLimits) -> SamplingParam
         frequency_penalty=given("frequency_penalty", 0.0),
         repetition_penalty=given("repetition_penalty", 1.0),
         logit_bias=_logit_bias(sent, limits),
+        logprobs=sent.logprobs if sent.HasField("logprobs") else None,
     )
     # Written so that NaN, which compares false with everything, is refused too.
     checks = {
@@ -106,6 +109,7 @@ def _sampling(sent: sampling_pb2.Sampling, limits: ModelLimits) -> SamplingParam
         "min_p": (0.0 <= params.min_p <= 1.0, "between 0 and 1"),
         "presence_penalty": (-2.0 <= params.presence_penalty <= 2.0, "between -2 and 2"),
         "frequency_penalty": (-2.0 <= params.frequency_penalty <= 2.0, "between -2 and 2"),
+        "logprobs": (0 <= (params.logprobs or 0) <= _MOST_LOGPROBS, f"between 0 and {_MOST_LOGPROBS}"),
         "repetition_penalty": (0.0 < params.repetition_penalty < math.inf, "above 0 and finite"),
     }
     for field, (holds, rule) in checks.items():

@@ -31,6 +31,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    logprobs: int | None = None  # report each token's, and those of so many of the likeliest; None: report none
     penalized: bool = field(init=False)
     adjusts: bool = field(init=False)  # logits are changed before they are filtered
 
