@@ -197,6 +197,7 @@ def _delta_message(delta: Delta, answer: Answer) -> inference_pb2.GenerateDelta:
         text_offset=delta.text_offset,
         token_ids=delta.token_ids,
         finish_reason=delta.finish_reason,
+        logprobs=None if delta.logprobs is None else delta.logprobs.values,
         usage=None if delta.usage is None else _usage_message(delta.usage),
     )
 

@@ -22,8 +22,6 @@ _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _PRIORITIES = {"high": Priority.PRIORITY_HIGH, "normal": Priority.PRIORITY_NORMAL, "low": Priority.PRIORITY_LOW}
 # Fields that ask for what is not there, each with the values that ask for nothing.
 _UNSUPPORTED: Mapping[str, Sequence[object]] = {
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
     "suffix": (None, ""),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -71,6 +69,7 @@ class RequestReader:
     async def completion(self, body: CompletionBody, caller: Caller) -> list[GenerationRequest]:
         """One request per prompt, in their order."""
         model = self._check_common(body, caller)
+        validation.check_ranges({"logprobs": body.logprobs}, validation.COMPLETION_RANGES)
         prompts = _prompts(body.prompt)
         if len(prompts) > self._settings.max_prompts:
             raise InvalidRequest(
@@ -88,13 +87,15 @@ class RequestReader:
                 prompt_field="prompt",
                 max_tokens_field="max_tokens",
             )
-            requests.append(_request(body, own, model, ids, max_tokens))
+            requests.append(_request(body, own, model, ids, max_tokens, body.logprobs))
         return requests
 
     async def chat(self, body: ChatBody, caller: Caller) -> list[GenerationRequest]:
         """The one request that a chat is."""
         model = self._check_common(body, caller)
-        validation.check_ranges({"max_completion_tokens": body.max_completion_tokens})
+        validation.check_ranges(
+            {"max_completion_tokens": body.max_completion_tokens, "top_logprobs": body.top_logprobs}
+        )
         if not body.messages:
             raise InvalidRequest("messages must not be empty.", field="messages")
         messages = [_message(message, position) for position, message in enumerate(body.messages)]
@@ -108,7 +109,7 @@ class RequestReader:
             prompt_field="messages",
             max_tokens_field="max_completion_tokens" if new_name else "max_tokens",
         )
-        return [_request(body, caller, model, ids, max_tokens)]
+        return [_request(body, caller, model, ids, max_tokens, _chat_logprobs(body))]
 
     def _check_common(self, body: CommonBody, caller: Caller) -> Model:
         caller.account.check_model(body.model)
@@ -128,7 +129,9 @@ class RequestReader:
         return model
 
 
-def _request(body: CommonBody, caller: Caller, model: Model, ids: Sequence[int], max_tokens: int) -> GenerationRequest:
+def _request(
+    body: CommonBody, caller: Caller, model: Model, ids: Sequence[int], max_tokens: int, logprobs: int | None
+) -> GenerationRequest:
     validation.check_min_tokens(body.min_tokens or 0, max_tokens)
     sampling = Sampling(
         temperature=body.temperature,
@@ -140,6 +143,7 @@ def _request(body: CommonBody, caller: Caller, model: Model, ids: Sequence[int],
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=body.repetition_penalty,
         logit_bias=body.logit_bias,
+        logprobs=logprobs,
     )
     stopping = Stopping(
         max_tokens=max_tokens,
@@ -159,6 +163,14 @@ def _request(body: CommonBody, caller: Caller, model: Model, ids: Sequence[int],
         priority=caller.account.priority(_priority(body.priority)),
         deterministic=bool(body.deterministic),
     )
+
+
+def _chat_logprobs(body: ChatBody) -> int | None:
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true.", field="top_logprobs")
+    return None
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:

@@ -50,14 +50,17 @@ RANGES: Mapping[str, Range] = {
     "max_tokens": Range(1, math.inf),
     "max_completion_tokens": Range(1, math.inf),
     "min_tokens": Range(0, math.inf),
+    "logprobs": Range(0, 20),
+    "top_logprobs": Range(0, 20),
 }
+COMPLETION_RANGES: Mapping[str, Range] = {"logprobs": Range(0, 5)}
 
 
-def check_ranges(values: Mapping[str, float | None]) -> None:
+def check_ranges(values: Mapping[str, float | None], ranges: Mapping[str, Range] = RANGES) -> None:
     """Checks the numbers that are given, by their field names."""
     for field, value in values.items():
-        if value is not None and not _within(value, RANGES[field]):
-            raise InvalidRequest(f"{field} must be {RANGES[field]}, but is {shorten(value)}.", field=field)
+        if value is not None and not _within(value, ranges[field]):
+            raise InvalidRequest(f"{field} must be {ranges[field]}, but is {shorten(value)}.", field=field)
 
 
 def check_choices(choices: int, limit: int) -> None:
