@@ -74,6 +74,13 @@ class FakeRunner:
             state = _fold([_value(state, token)], state)
         return alone.tokens
 
+    def logits_after(self, tokens: Iterable[int]) -> Tensor:
+        """The row that a sequence of these tokens draws its next one from."""
+        state = 0
+        for token in tokens:
+            state = _fold([_value(state, token)], state)
+        return self._logits(state)
+
     def _slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
         return sequence.blocks[position // self.block_size], position % self.block_size
 

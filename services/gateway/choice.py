@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from headrace.v1.sampling_pb2 import FinishReason, Stopping
+from headrace.v1.sampling_pb2 import FinishReason, Logprobs, Stopping
 from services.gateway.detokenizer import Detokenizer
+from services.gateway.logprobs import LogprobReader
 from services.gateway.request import Delta, pack_ids
 from services.gateway.stop_strings import StopMatcher
 
@@ -15,6 +16,7 @@ class Choice:
 
     __slots__ = (
         "_detokenizer",
+        "_logprobs",
         "_matcher",
         "_min_tokens",
         "_seq",
@@ -26,13 +28,17 @@ class Choice:
         "token_ids",
     )
 
-    def __init__(self, index: int, detokenizer: Detokenizer, stopping: Stopping) -> None:
+    def __init__(
+        self, index: int, detokenizer: Detokenizer, stopping: Stopping, logprobs: LogprobReader | None = None
+    ) -> None:
+        """`logprobs`: if they were asked for."""
         self.index = index
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason.ValueType = _UNFINISHED
         # Loop time of the newest token.
         self.last_token_at = 0.0
         self._detokenizer = detokenizer
+        self._logprobs = logprobs
         self._matcher = StopMatcher(stopping.stop) if stopping.stop else None
         self._stop_token_ids = frozenset(stopping.stop_token_ids)
         self._min_tokens = stopping.min_tokens
@@ -51,10 +57,13 @@ class Choice:
         """The ids so far, packed: what the next attempt goes on after."""
         return pack_ids(self.token_ids)
 
-    def advance(self, token_ids: list[int], finish_reason: FinishReason.ValueType) -> Delta:
+    def advance(
+        self, token_ids: list[int], finish_reason: FinishReason.ValueType, logprobs: Logprobs | None = None
+    ) -> Delta:
         """Takes new tokens, and the worker's finish reason if they are the last ones.
 
-        A stop string ends the choice at the token that completes it; what follows is dropped.
+        A stop string ends the choice at the token that completes it; what follows is dropped. Raises RequestFailed if
+        log-probabilities were asked for and are not those of the tokens.
         """
         text = ""
         if self._matcher is None and not self._stop_token_ids:
@@ -70,6 +79,8 @@ class Choice:
             finish_reason = FinishReason.FINISH_REASON_STOP
         self.finish_reason = finish_reason
         delta = Delta(self.index, self._seq, text, self._text_length, token_ids, finish_reason)
+        if self._logprobs is not None:
+            delta.logprobs = self._logprobs.read(logprobs, token_ids)
         self._seq += 1
         self._text_length += len(text)
         return delta

@@ -64,7 +64,8 @@ class GatewaySettings(CommonSettings):
 
     # Seconds that a resumable answer, or one under an idempotency key, is kept in Redis after its last event.
     answer_ttl_s: float = Field(default=600.0, ge=30)
-    # Tokens that such an answer may have, all choices together: it takes about 30 bytes of Redis for each.
+    # Tokens that such an answer may have, all choices together: it takes about 30 bytes of Redis for each, and about
+    # 200 where each has 20 logprobs.
     max_recorded_tokens: int = Field(default=32_768, ge=1)
 
     # A worker's stream without a sign of life (due every second) for this many seconds counts as broken.

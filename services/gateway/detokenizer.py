@@ -36,11 +36,12 @@ class DetokenizerFactory:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._token_bytes = TokenBytes(tokenizer) if isinstance(tokenizer.decoder, decoders.ByteLevel) else None
+        # None unless it is byte-level.
+        self.token_bytes = TokenBytes(tokenizer) if isinstance(tokenizer.decoder, decoders.ByteLevel) else None
 
     def create(self) -> Detokenizer:
-        if self._token_bytes is not None:
-            return ByteLevelDetokenizer(self._token_bytes)
+        if self.token_bytes is not None:
+            return ByteLevelDetokenizer(self.token_bytes)
         return WindowDetokenizer(self._tokenizer)
 
 

@@ -115,6 +115,7 @@ class InferenceServicer(InferenceBase):
         validation.check_choices(choices, self._settings.max_choices)
         validation.check_stop_strings(request.stopping.stop)
         validation.check_stop_token_ids(request.stopping.stop_token_ids, model)
+        validation.check_logit_bias(request.sampling.logit_bias, model)
         validation.check_cache_salt(request.cache_salt)
         prompt_ids = await _prompt_ids(request, model)
         stopping = Stopping()
@@ -196,6 +197,7 @@ def _delta_message(delta: Delta, answer: Answer) -> inference_pb2.GenerateDelta:
         text_offset=delta.text_offset,
         token_ids=delta.token_ids,
         finish_reason=delta.finish_reason,
+        logprobs=None if delta.logprobs is None else delta.logprobs.values,
         usage=None if delta.usage is None else _usage_message(delta.usage),
     )
 

@@ -19,6 +19,7 @@ from services.gateway.http_exchange import CLIENT_GONE_STATUS, ClientGone, HttpE
 from services.gateway.keys import Keys
 from services.gateway.metrics import Metrics
 from services.gateway.openai_events import DONE, FINISH_REASONS, ChatEvents, CompletionEvents, usage_object
+from services.gateway.openai_logprobs import chat_logprobs, completion_logprobs
 from services.gateway.openai_requests import RequestReader, parse
 from services.gateway.openai_types import (
     AnswerMessage,
@@ -47,7 +48,8 @@ class Kind(Generic[B]):
     decoder: "msgspec.json.Decoder[B]"
     read: Callable[[B, Caller], Awaitable[list[GenerationRequest]]]
     events: type[CompletionEvents]
-    choices: Callable[[list[Delta]], list[CompletionChoice] | list[ChatChoice]]
+    choice: Callable[[Delta, list[Delta]], CompletionChoice | ChatChoice]
+    """A choice from its whole text and from those of its deltas that have log-probabilities."""
 
 
 class CompletionRoute(Generic[B]):
@@ -129,8 +131,9 @@ class CompletionRoute(Generic[B]):
         usage = Usage(0, 0, 0)
         async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
-                # A delta whose text is held back is no event, but the first one of a choice opens it.
-                if delta.text or delta.finish_reason or not delta.seq:
+                # A delta whose text is held back is no event unless it has log-probabilities, but the first one of a
+                # choice opens it.
+                if delta.text or delta.finish_reason or not delta.seq or delta.logprobs is not None:
                     await exchange.send_event(events.event(delta))
                 if delta.usage is not None:
                     usage += delta.usage
@@ -143,6 +146,7 @@ class CompletionRoute(Generic[B]):
 async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
     """The JSON of an answer in one piece, when it has ended. Raises what it ends in."""
     collected: dict[int, Delta] = {}
+    with_logprobs: dict[int, list[Delta]] = {}
     usage = Usage(0, 0, 0)
     async with contextlib.aclosing(answer.deltas) as deltas:
         async for delta in deltas:
@@ -150,6 +154,8 @@ async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
             if whole is not delta:
                 whole.text += delta.text
                 whole.finish_reason = delta.finish_reason
+            if delta.logprobs is not None:
+                with_logprobs.setdefault(delta.choice, []).append(delta)
             if delta.usage is not None:
                 usage += delta.usage
     response = CompletionResponse(
@@ -157,7 +163,7 @@ async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
         object=kind.object_name,
         created=answer.accepted_unix_s,
         model=answer.model,
-        choices=kind.choices([collected[index] for index in sorted(collected)]),
+        choices=[kind.choice(collected[index], with_logprobs.get(index, [])) for index in sorted(collected)],
         usage=usage_object(usage),
     )
     return msgspec.json.encode(response)
@@ -181,9 +187,9 @@ def completion_kind(reader: RequestReader) -> Kind[CompletionBody]:
         decoder=msgspec.json.Decoder(CompletionBody),
         read=reader.completion,
         events=CompletionEvents,
-        choices=lambda wholes: [
-            CompletionChoice(whole.choice, whole.text, FINISH_REASONS[whole.finish_reason]) for whole in wholes
-        ],
+        choice=lambda whole, deltas: CompletionChoice(
+            whole.choice, whole.text, FINISH_REASONS[whole.finish_reason], completion_logprobs(deltas)
+        ),
     )
 
 
@@ -194,7 +200,7 @@ def chat_kind(reader: RequestReader) -> Kind[ChatBody]:
         decoder=msgspec.json.Decoder(ChatBody),
         read=reader.chat,
         events=ChatEvents,
-        choices=lambda wholes: [
-            ChatChoice(whole.choice, AnswerMessage(whole.text), FINISH_REASONS[whole.finish_reason]) for whole in wholes
-        ],
+        choice=lambda whole, deltas: ChatChoice(
+            whole.choice, AnswerMessage(whole.text), FINISH_REASONS[whole.finish_reason], chat_logprobs(deltas)
+        ),
     )

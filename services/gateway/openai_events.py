@@ -5,6 +5,7 @@ import msgspec
 from headrace.v1.sampling_pb2 import FinishReason
 from services.common.errors import HeadraceError
 from services.gateway.openai_errors import error_body
+from services.gateway.openai_logprobs import chat_logprobs, completion_logprobs
 from services.gateway.openai_types import PromptTokensDetails, UsageObject
 from services.gateway.request import Delta, Usage
 
@@ -40,10 +41,11 @@ class CompletionEvents:
 
     def delta(self, delta: Delta) -> bytes:
         """The event of one delta, without an id."""
-        return b'%b{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b%b' % (
+        return b'%b{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b' % (
             self._head,
             delta.choice,
             _encode(delta.text),
+            b"null" if delta.logprobs is None else _encode(completion_logprobs([delta])),
             _ENDINGS[delta.finish_reason],
             self._tail,
         )
@@ -60,11 +62,12 @@ class ChatEvents(CompletionEvents):
 
     def delta(self, delta: Delta) -> bytes:
         role = b"" if delta.seq else b'"role":"assistant",'
-        return b'%b{"index":%d,"delta":{%b"content":%b},"logprobs":null,"finish_reason":%b%b' % (
+        return b'%b{"index":%d,"delta":{%b"content":%b},"logprobs":%b,"finish_reason":%b%b' % (
             self._head,
             delta.choice,
             role,
             _encode(delta.text),
+            b"null" if delta.logprobs is None else _encode(chat_logprobs([delta])),
             _ENDINGS[delta.finish_reason],
             self._tail,
         )

@@ -22,9 +22,6 @@ _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _PRIORITIES = {"high": Priority.PRIORITY_HIGH, "normal": Priority.PRIORITY_NORMAL, "low": Priority.PRIORITY_LOW}
 # Fields that ask for what is not there, each with the values that ask for nothing.
 _UNSUPPORTED: Mapping[str, Sequence[object]] = {
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "logit_bias": (None, {}),
     "suffix": (None, ""),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -72,6 +69,7 @@ class RequestReader:
     async def completion(self, body: CompletionBody, caller: Caller) -> list[GenerationRequest]:
         """One request per prompt, in their order."""
         model = self._check_common(body, caller)
+        validation.check_ranges({"logprobs": body.logprobs}, validation.COMPLETION_RANGES)
         prompts = _prompts(body.prompt)
         if len(prompts) > self._settings.max_prompts:
             raise InvalidRequest(
@@ -89,13 +87,15 @@ class RequestReader:
                 prompt_field="prompt",
                 max_tokens_field="max_tokens",
             )
-            requests.append(_request(body, own, model, ids, max_tokens))
+            requests.append(_request(body, own, model, ids, max_tokens, body.logprobs))
         return requests
 
     async def chat(self, body: ChatBody, caller: Caller) -> list[GenerationRequest]:
         """The one request that a chat is."""
         model = self._check_common(body, caller)
-        validation.check_ranges({"max_completion_tokens": body.max_completion_tokens})
+        validation.check_ranges(
+            {"max_completion_tokens": body.max_completion_tokens, "top_logprobs": body.top_logprobs}
+        )
         if not body.messages:
             raise InvalidRequest("messages must not be empty.", field="messages")
         messages = [_message(message, position) for position, message in enumerate(body.messages)]
@@ -109,7 +109,7 @@ class RequestReader:
             prompt_field="messages",
             max_tokens_field="max_completion_tokens" if new_name else "max_tokens",
         )
-        return [_request(body, caller, model, ids, max_tokens)]
+        return [_request(body, caller, model, ids, max_tokens, _chat_logprobs(body))]
 
     def _check_common(self, body: CommonBody, caller: Caller) -> Model:
         caller.account.check_model(body.model)
@@ -122,13 +122,16 @@ class RequestReader:
         validation.check_choices(1 if body.n is None else body.n, self._settings.max_choices)
         validation.check_stop_strings(_stops(body))
         validation.check_stop_token_ids(body.stop_token_ids or (), model)
+        validation.check_logit_bias(body.logit_bias or {}, model)
         validation.check_cache_salt(body.cache_salt or "")
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true.", field="stream_options")
         return model
 
 
-def _request(body: CommonBody, caller: Caller, model: Model, ids: Sequence[int], max_tokens: int) -> GenerationRequest:
+def _request(
+    body: CommonBody, caller: Caller, model: Model, ids: Sequence[int], max_tokens: int, logprobs: int | None
+) -> GenerationRequest:
     validation.check_min_tokens(body.min_tokens or 0, max_tokens)
     sampling = Sampling(
         temperature=body.temperature,
@@ -139,6 +142,8 @@ def _request(body: CommonBody, caller: Caller, model: Model, ids: Sequence[int],
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=body.repetition_penalty,
+        logit_bias=body.logit_bias,
+        logprobs=logprobs,
     )
     stopping = Stopping(
         max_tokens=max_tokens,
@@ -158,6 +163,14 @@ def _request(body: CommonBody, caller: Caller, model: Model, ids: Sequence[int],
         priority=caller.account.priority(_priority(body.priority)),
         deterministic=bool(body.deterministic),
     )
+
+
+def _chat_logprobs(body: ChatBody) -> int | None:
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true.", field="top_logprobs")
+    return None
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -230,8 +243,8 @@ def _priority(priority: str | int | None) -> Priority.ValueType:
 
 def _shape_error(body: bytes, message: str) -> InvalidRequest:
     """msgspec's message, with the field as callers write it and the value that it has."""
-    problem, _, path = message.partition(" - at `$")
-    field = path.rstrip("`").lstrip(".")
+    problem, _, place = message.partition(" - at `")
+    field = place.removeprefix("key` in `").strip("`$.").removesuffix("[...]")  # "[...]": any value of a mapping
     if not field:
         missing = re.search(r"missing required field `(\w+)`", problem)
         return InvalidRequest(f"{problem}.", field=missing.group(1) if missing else None)

@@ -4,6 +4,8 @@ from typing import Any
 
 import msgspec
 
+from services.gateway.openai_logprobs import ChatLogprobs, CompletionLogprobs
+
 Content = str | list[dict[str, Any]] | None
 TokenIds = list[int]
 
@@ -23,6 +25,7 @@ class CommonBody(msgspec.Struct, kw_only=True):
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -38,15 +41,12 @@ class CommonBody(msgspec.Struct, kw_only=True):
     deterministic: bool | None = None
     resumable: bool | None = None
 
-    logprobs: Any = None
-    top_logprobs: Any = None
-    logit_bias: Any = None
-
 
 class CompletionBody(CommonBody, kw_only=True):
     """Body of POST /v1/completions."""
 
     prompt: str | list[str | int | TokenIds]
+    logprobs: int | None = None
     suffix: Any = None
     best_of: Any = None
     echo: Any = None
@@ -64,6 +64,8 @@ class ChatBody(CommonBody, kw_only=True):
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     response_format: Any = None
     tools: Any = None
     tool_choice: Any = None
@@ -88,7 +90,7 @@ class CompletionChoice(msgspec.Struct):
     index: int
     text: str
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
 
 
 class AnswerMessage(msgspec.Struct):
@@ -101,7 +103,7 @@ class ChatChoice(msgspec.Struct):
     index: int
     message: AnswerMessage
     finish_reason: str | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class CompletionResponse(msgspec.Struct):
@@ -109,7 +111,7 @@ class CompletionResponse(msgspec.Struct):
     object: str
     created: int
     model: str
-    choices: list[CompletionChoice] | list[ChatChoice]
+    choices: list[CompletionChoice | ChatChoice]
     usage: UsageObject
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headrace.v1.answer_pb2 import AnswerError, AnswerEvent, StoredRequest
 from headrace.v1.inference_pb2 import Usage as UsageMessage
-from headrace.v1.sampling_pb2 import Stopping
+from headrace.v1.sampling_pb2 import Sampling, Stopping
 from services.common.errors import (
     DeadlineExceeded,
     HeadraceError,
@@ -24,6 +24,7 @@ from services.gateway.caller import Caller
 from services.gateway.catalog import Model
 from services.gateway.choice import Choice
 from services.gateway.errors import RequestCancelled
+from services.gateway.logprobs import LogprobReader
 from services.gateway.request import Delta, GenerationRequest, Usage, pack_ids, unpack_ids
 
 _LONGEST_KEY = 255
@@ -115,6 +116,7 @@ def event_of(delta: Delta) -> AnswerEvent:
         choice=delta.choice,
         token_ids=pack_ids(delta.token_ids),
         finish_reason=delta.finish_reason,
+        logprobs=None if delta.logprobs is None else delta.logprobs.values,
         usage=None
         if usage is None
         else UsageMessage(
@@ -133,7 +135,8 @@ def replay(choices: Sequence[Choice], event: AnswerEvent, position: int) -> Delt
     """The delta that an event was made of, given the choices as they were before it. Raises the error that it is."""
     if event.HasField("error"):
         raise _ERRORS.get(event.error.code, RequestFailed)(event.error.message)
-    delta = choices[event.choice].advance(unpack_ids(event.token_ids), event.finish_reason)
+    logprobs = event.logprobs if event.HasField("logprobs") else None
+    delta = choices[event.choice].advance(unpack_ids(event.token_ids), event.finish_reason, logprobs)
     delta.position = position
     if event.HasField("usage"):
         usage = event.usage
@@ -141,5 +144,11 @@ def replay(choices: Sequence[Choice], event: AnswerEvent, position: int) -> Delt
     return delta
 
 
-def new_choices(model: Model, stopping: Stopping, count: int) -> list[Choice]:
-    return [Choice(index, model.tokenizer.detokenizer(), stopping) for index in range(count)]
+def new_choices(model: Model, sampling: Sampling, stopping: Stopping, count: int) -> list[Choice]:
+    tokenizer = model.tokenizer
+
+    def reader() -> LogprobReader | None:
+        asked = sampling.HasField("logprobs")
+        return LogprobReader(tokenizer.detokenizer(), tokenizer.spelling.bytes_of) if asked else None
+
+    return [Choice(index, tokenizer.detokenizer(), stopping, reader()) for index in range(count)]

@@ -10,6 +10,7 @@ import msgspec
 from headrace.v1.sampling_pb2 import FinishReason, Priority, Sampling, Stopping
 from services.gateway.caller import Caller
 from services.gateway.catalog import Model
+from services.gateway.logprobs import DeltaLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class Delta(msgspec.Struct):
     token_ids: list[int]
     # Set in the last delta of a choice.
     finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
+    # Of the tokens, if the request asked for them and there are any.
+    logprobs: DeltaLogprobs | None = None
     # Set in the last delta of the request.
     usage: Usage | None = None
     # Place among the deltas of all choices, from 0, where the answer is recorded.

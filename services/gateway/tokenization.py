@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from services.common.errors import InvalidRequest
 from services.gateway.detokenizer import Detokenizer, DetokenizerFactory
+from services.gateway.token_spelling import TokenSpelling
 
 TOKENIZER_FILE = "tokenizer.json"
 DESCRIPTION_FILE = "headrace_tokenizer.json"
@@ -49,6 +50,7 @@ class ModelTokenizer:
         self._bos_id = self._tokenizer.token_to_id(description.bos_token) if description.bos_token else None
         self._template = ChatTemplate(description) if description.chat_template else None
         self._detokenizers = DetokenizerFactory(self._tokenizer)
+        self.spelling = TokenSpelling(self._tokenizer, self._detokenizers.token_bytes)
         self.eos_token_ids = frozenset(description.eos_token_ids)
 
     async def encode_text(self, text: str) -> list[int]:

@@ -12,6 +12,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1_000
 MAX_STOP_TOKEN_IDS = 256
 MAX_CACHE_SALT_CHARACTERS = 256
+MAX_BIASED_TOKENS = 300
+_BIAS = 100.0
 _INT32_MAX = 2**31 - 1
 # A template's names for the roles of OpenAI's API: templates were written before `developer` replaced `system`.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -48,14 +50,17 @@ RANGES: Mapping[str, Range] = {
     "max_tokens": Range(1, math.inf),
     "max_completion_tokens": Range(1, math.inf),
     "min_tokens": Range(0, math.inf),
+    "logprobs": Range(0, 20),
+    "top_logprobs": Range(0, 20),
 }
+COMPLETION_RANGES: Mapping[str, Range] = {"logprobs": Range(0, 5)}
 
 
-def check_ranges(values: Mapping[str, float | None]) -> None:
+def check_ranges(values: Mapping[str, float | None], ranges: Mapping[str, Range] = RANGES) -> None:
     """Checks the numbers that are given, by their field names."""
     for field, value in values.items():
-        if value is not None and not _within(value, RANGES[field]):
-            raise InvalidRequest(f"{field} must be {RANGES[field]}, but is {shorten(value)}.", field=field)
+        if value is not None and not _within(value, ranges[field]):
+            raise InvalidRequest(f"{field} must be {ranges[field]}, but is {shorten(value)}.", field=field)
 
 
 def check_choices(choices: int, limit: int) -> None:
@@ -80,6 +85,20 @@ def check_stop_token_ids(token_ids: Sequence[int], model: Model) -> None:
             f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} ids, but has {len(token_ids)}.", field="stop_token_ids"
         )
     check_token_ids(token_ids, model, field="stop_token_ids")
+
+
+def check_logit_bias(biases: Mapping[int, float], model: Model) -> None:
+    if len(biases) > MAX_BIASED_TOKENS:
+        raise InvalidRequest(
+            f"logit_bias takes at most {MAX_BIASED_TOKENS} token ids, but has {len(biases)}.", field="logit_bias"
+        )
+    check_token_ids(list(biases), model, field="logit_bias")
+    for token_id, bias in biases.items():
+        if not -_BIAS <= bias <= _BIAS:
+            raise InvalidRequest(
+                f"logit_bias must be between {-_BIAS:g} and {_BIAS:g}, but is {shorten(bias)} for token id {token_id}.",
+                field="logit_bias",
+            )
 
 
 def check_cache_salt(salt: str) -> None:

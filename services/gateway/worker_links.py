@@ -11,7 +11,7 @@ from enum import StrEnum
 
 import grpc.aio
 
-from headrace.v1.sampling_pb2 import FinishReason
+from headrace.v1.sampling_pb2 import FinishReason, Logprobs
 from headrace.v1.worker_pb2 import Cancel, ExecuteCommand, ExecuteHello, SequenceEnded, Start, StartChoice, StepOutput
 from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.channel import Outbox, cancel_and_wait, dial
@@ -51,6 +51,7 @@ class SequenceFeed:
         "finish_reason",
         "handle",
         "invalid_request",
+        "logprobs",
         "news",
         "outcome",
         "token_ids",
@@ -61,6 +62,8 @@ class SequenceFeed:
         # Set whenever something has come.
         self.news = news
         self.token_ids: list[int] = []
+        # Of `token_ids`, if they were asked for.
+        self.logprobs: Logprobs | None = None
         self.cached_prompt_tokens: int | None = None
         # None while it runs.
         self.outcome: Outcome | None = None
@@ -71,6 +74,15 @@ class SequenceFeed:
     def take_tokens(self) -> list[int]:
         token_ids, self.token_ids = self.token_ids, []
         return token_ids
+
+    def take_logprobs(self) -> Logprobs | None:
+        logprobs, self.logprobs = self.logprobs, None
+        return logprobs
+
+    def add_logprobs(self, values: Logprobs) -> None:
+        if self.logprobs is None:
+            self.logprobs = Logprobs()
+        self.logprobs.MergeFrom(values)
 
     def end(self, outcome: Outcome, error: str = "") -> None:
         self.outcome, self.error = outcome, error
@@ -135,6 +147,9 @@ class WorkerLink:
                 if feed := feeds.get(handle):
                     feed.token_ids.append(token_id)
                     feed.news.set()
+        for reported in output.logprobs:
+            if feed := feeds.get(reported.handle):
+                feed.add_logprobs(reported.values)
         for ended in output.ended:
             if feed := feeds.pop(ended.handle, None):
                 _end(feed, ended)

@@ -21,6 +21,7 @@ from services.worker.engine_loop import EngineLoop, Turn
 from services.worker.kv_import import Gathered, KvImporter
 from services.worker.prefill_rate import PrefillRate
 from services.worker.start_request import ModelLimits, build_sequences, demand_of
+from services.worker.step_output import StepOutput
 
 log = logging.getLogger(__name__)
 
@@ -71,37 +72,6 @@ class _Gathering:
     sequences: list[Sequence]
     claim: Claim
     task: "asyncio.Task[None] | None" = None
-
-
-class _StepOutput:
-    """Collects what one turn brings for one gateway."""
-
-    __slots__ = ("counts", "ended", "handles", "started", "token_ids")
-
-    def __init__(self) -> None:
-        self.handles: list[int] = []
-        self.token_ids: list[int] = []
-        self.counts: list[int] = []
-        self.started: list[worker_pb2.SequenceStarted] = []
-        self.ended: list[worker_pb2.SequenceEnded] = []
-
-    def add_token(self, handle: int, token: int) -> None:
-        if self.handles and self.handles[-1] == handle:
-            self.counts[-1] += 1
-        else:
-            self.handles.append(handle)
-            self.counts.append(1)
-        self.token_ids.append(token)
-
-    def to_proto(self, step: int) -> worker_pb2.StepOutput:
-        return worker_pb2.StepOutput(
-            step=step,
-            handles=self.handles,
-            token_ids=self.token_ids,
-            token_counts=self.counts if len(self.token_ids) != len(self.handles) else (),
-            started=self.started,
-            ended=self.ended,
-        )
 
 
 class Executions:
@@ -184,7 +154,7 @@ class Executions:
     def deliver(self, turn: Turn) -> None:
         """Sends each gateway what a turn of the engine brought for its sequences."""
         self._step = turn.status.counters.steps
-        outputs: dict[Execution, _StepOutput] = {}
+        outputs: dict[Execution, StepOutput] = {}
         if turn.result is not None:
             self._collect(turn.result, outputs)
         for sequence, reason in turn.failed:
@@ -307,15 +277,19 @@ class Executions:
         del ticket.execution.tickets[ticket.handle]
         self._capacity.release()
 
-    def _collect(self, result: StepResult, outputs: dict[Execution, _StepOutput]) -> None:
+    def _collect(self, result: StepResult, outputs: dict[Execution, StepOutput]) -> None:
         """The hot path: once per token of every gateway."""
         for sequence, token in result.tokens:
             ticket = cast(Ticket, sequence.key)
             if not ticket.ended:
                 output = outputs.get(ticket.execution)
                 if output is None:
-                    output = outputs[ticket.execution] = _StepOutput()
+                    output = outputs[ticket.execution] = StepOutput()
                 output.add_token(ticket.handle, token)
+        for sequence, logprobs in result.logprobs:
+            ticket = cast(Ticket, sequence.key)
+            if not ticket.ended:
+                outputs[ticket.execution].add_logprobs(ticket.handle, logprobs)
         for sequence in result.started:
             ticket = cast(Ticket, sequence.key)
             ticket.begun = True
@@ -330,10 +304,10 @@ class Executions:
             self._collect_end(sequence, ended, outputs)
 
     def _collect_end(
-        self, sequence: Sequence, ended: worker_pb2.SequenceEnded, outputs: dict[Execution, _StepOutput]
+        self, sequence: Sequence, ended: worker_pb2.SequenceEnded, outputs: dict[Execution, StepOutput]
     ) -> None:
         ticket = cast(Ticket, sequence.key)
         if not ticket.ended:
             ended.handle = ticket.handle
-            outputs.setdefault(ticket.execution, _StepOutput()).ended.append(ended)
+            outputs.setdefault(ticket.execution, StepOutput()).ended.append(ended)
             self._end(ticket)

@@ -16,6 +16,8 @@ from services.common.errors import InvalidRequest
 from services.worker.capacity import Room
 from services.worker.engine.sequence import SamplingParams, Sequence, StopParams
 
+_MOST_LOGPROBS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
@@ -38,7 +40,7 @@ def build_sequences(start: worker_pb2.Start, keys: Items[Hashable], limits: Mode
     prompt = _token_ids(start.prompt_ids, "prompt", limits)
     if not prompt:
         raise InvalidRequest("The prompt is empty.", field="prompt")
-    sampling = _sampling(start.sampling)
+    sampling = _sampling(start.sampling, limits)
     stop = _stop(start.stopping, len(prompt), limits)
     root = chain_root(limits.name, limits.block_size, start.cache_salt)
     sequences: list[Sequence] = []
@@ -83,7 +85,7 @@ def _token_ids(packed: bytes, what: str, limits: ModelLimits) -> list[int]:
     return ids
 
 
-def _sampling(sent: sampling_pb2.Sampling) -> SamplingParams:
+def _sampling(sent: sampling_pb2.Sampling, limits: ModelLimits) -> SamplingParams:
     def given(field: str, default: float) -> float:
         return float(getattr(sent, field)) if sent.HasField(field) else default  # type: ignore[arg-type]
 
@@ -96,6 +98,8 @@ def _sampling(sent: sampling_pb2.Sampling) -> SamplingParams:
         presence_penalty=given("presence_penalty", 0.0),
         frequency_penalty=given("frequency_penalty", 0.0),
         repetition_penalty=given("repetition_penalty", 1.0),
+        logit_bias=_logit_bias(sent, limits),
+        logprobs=sent.logprobs if sent.HasField("logprobs") else None,
     )
     # Written so that NaN, which compares false with everything, is refused too.
     checks = {
@@ -105,12 +109,24 @@ def _sampling(sent: sampling_pb2.Sampling) -> SamplingParams:
         "min_p": (0.0 <= params.min_p <= 1.0, "between 0 and 1"),
         "presence_penalty": (-2.0 <= params.presence_penalty <= 2.0, "between -2 and 2"),
         "frequency_penalty": (-2.0 <= params.frequency_penalty <= 2.0, "between -2 and 2"),
+        "logprobs": (0 <= (params.logprobs or 0) <= _MOST_LOGPROBS, f"between 0 and {_MOST_LOGPROBS}"),
         "repetition_penalty": (0.0 < params.repetition_penalty < math.inf, "above 0 and finite"),
     }
     for field, (holds, rule) in checks.items():
         if not holds:
             raise InvalidRequest(f"{field} must be {rule}, got {getattr(params, field):g}.", field=field)
     return params
+
+
+def _logit_bias(sent: sampling_pb2.Sampling, limits: ModelLimits) -> tuple[tuple[int, float], ...]:
+    for token, bias in sent.logit_bias.items():
+        if token >= limits.vocabulary_size:
+            raise InvalidRequest(
+                f"logit_bias has token id {token}, and the vocabulary has {limits.vocabulary_size}.", field="logit_bias"
+            )
+        if not -100.0 <= bias <= 100.0:
+            raise InvalidRequest(f"logit_bias must be between -100 and 100, got {bias:g}.", field="logit_bias")
+    return tuple(sorted(sent.logit_bias.items()))
 
 
 def _stop(sent: sampling_pb2.Stopping, prompt_tokens: int, limits: ModelLimits) -> StopParams:

@@ -15,6 +15,7 @@ from services.worker.engine.batcher import Batch, Batcher
 from services.worker.engine.block_exchange import BlockExchange, BlockMemory, PublishedBlocks
 from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.counters import EngineCounters
+from services.worker.engine.logprobs import TokenLogprobs, token_logprobs
 from services.worker.engine.sampling import sample
 from services.worker.engine.sequence import Sequence
 
@@ -34,6 +35,7 @@ class StepResult:
     """What one step produced."""
 
     tokens: list[tuple[Sequence, int]]  # new tokens; if a sequence has several, they are in order
+    logprobs: list[tuple[Sequence, TokenLogprobs]]  # of the tokens of those sequences that ask for them, in that order
     started: list[Sequence]  # their first token is among `tokens`
     finished: list[Sequence]  # their last token is among `tokens`; `finish` says why
     block_events: PublishedBlocks
@@ -57,6 +59,7 @@ class Engine:
         self._pool = pool
         self._batcher = batcher
         self._max_context = max_context
+        self._reporting: set[Hashable] = set()  # keys of the sequences that ask for log-probabilities
 
     @property
     def counters(self) -> EngineCounters:
@@ -86,11 +89,13 @@ class Engine:
                 f"context of {self._max_context}"
             )
         self._batcher.add(sequence)
+        if sequence.sampling.logprobs is not None:
+            self._reporting.add(sequence.key)
 
     def cancel(self, key: Hashable) -> bool:
         """Drops a sequence and frees its blocks; False if there is none of that key (it may have finished)."""
         with self.exchange.lock:
-            return self._batcher.remove(key)
+            return self._remove(key)
 
     def step(self) -> StepResult:
         """One turn. If the model fails, its error comes through and no sequence has moved: cancel them or go on."""
@@ -98,10 +103,27 @@ class Engine:
         with self.exchange.lock:
             batch = self._batcher.form_batch()
         sampling = [piece.sequence for piece in batch.slices if piece.samples]
-        tokens = sample(self._runner.forward(batch), sampling) if batch.slices else []
-        return self._commit(batch, sampling, tokens)
+        tokens, logprobs = self._compute(batch, sampling) if batch.slices else ([], [])
+        return self._commit(batch, sampling, tokens, logprobs)
 
-    def _commit(self, batch: Batch, sampling: list[Sequence], tokens: list[int]) -> StepResult:
+    def _compute(
+        self, batch: Batch, sampling: list[Sequence]
+    ) -> tuple[list[int], list[tuple[Sequence, TokenLogprobs]]]:
+        logits = self._runner.forward(batch)
+        tokens = sample(logits, sampling)
+        return tokens, token_logprobs(logits, sampling, tokens) if self._reporting else []
+
+    def _remove(self, key: Hashable) -> bool:
+        self._reporting.discard(key)
+        return self._batcher.remove(key)
+
+    def _commit(
+        self,
+        batch: Batch,
+        sampling: list[Sequence],
+        tokens: list[int],
+        logprobs: list[tuple[Sequence, TokenLogprobs]],
+    ) -> StepResult:
         started = [sequence for sequence in sampling if sequence.output_length == sequence.delivered]
         for sequence, token in zip(sampling, tokens, strict=True):
             sequence.append(token)
@@ -109,9 +131,10 @@ class Engine:
         with self.exchange.lock:
             self._batcher.commit(batch)
             for sequence in finished:
-                self._batcher.remove(sequence.key)
+                self._remove(sequence.key)
         return StepResult(
             tokens=list(zip(sampling, tokens, strict=True)),
+            logprobs=logprobs,
             started=started,
             finished=finished,
             block_events=self.exchange.publish(),

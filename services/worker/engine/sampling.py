@@ -3,9 +3,9 @@
 A row's token depends on the row and its sequence alone, never on what else is in the batch: every operation works
 row by row, and each draw is one uniform number keyed by (seed, choice, absolute position).
 
-The order is that of transformers' `generate`: penalties and min_tokens, temperature, top-k, top-p, min-p, each on what
-the one before left. (vLLM applies min-p before top-k and top-p, which differs only when both cut.) Of equally likely
-tokens the one with the lower id counts as the likelier, as in argmax.
+The order is that of transformers' `generate`: bias, penalties and min_tokens, temperature, top-k, top-p, min-p, each on
+what the one before left. (vLLM applies min-p before top-k and top-p, which differs only when both cut.) Of equally
+likely tokens the one with the lower id counts as the likelier, as in argmax.
 """
 
 import torch
@@ -43,22 +43,30 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
 
 
 def _adjust(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Applies penalties and min_tokens to the rows that ask for them, in a copy."""
+    """Applies bias, penalties and min_tokens to the rows that ask for them, in a copy."""
     adjusted = [
         (row, sequence)
         for row, sequence in enumerate(sequences)
-        if sequence.sampling.penalized or sequence.output_length < sequence.stop.min_tokens
+        if sequence.sampling.adjusts or sequence.output_length < sequence.stop.min_tokens
     ]
     if not adjusted:
         return logits
     logits = logits.clone()
     for row, sequence in adjusted:
+        if sequence.sampling.logit_bias:
+            _bias(logits[row], sequence)
         if sequence.sampling.penalized:
             _penalize(logits[row], sequence)
         if sequence.output_length < sequence.stop.min_tokens:
             stop_ids = [token for token in sequence.stop.stop_token_ids if token < logits.shape[-1]]
             logits[row, stop_ids] = -torch.inf
     return logits
+
+
+def _bias(row: Tensor, sequence: Sequence) -> None:
+    """Adds, in place, what the request adds to single tokens."""
+    tokens, biases = zip(*sequence.sampling.logit_bias, strict=True)
+    row[list(tokens)] += torch.tensor(biases, dtype=row.dtype, device=row.device)
 
 
 def _penalize(row: Tensor, sequence: Sequence) -> None:

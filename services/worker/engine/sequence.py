@@ -30,14 +30,19 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    logprobs: int | None = None  # report each token's, and those of so many of the likeliest; None: report none
+    penalized: bool = field(init=False)
+    adjusts: bool = field(init=False)  # logits are changed before they are filtered
+
+    def __post_init__(self) -> None:
+        penalized = bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+        object.__setattr__(self, "penalized", penalized)
+        object.__setattr__(self, "adjusts", penalized or bool(self.logit_bias))
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
-
-    @property
-    def penalized(self) -> bool:
-        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import grpc.aio
 from redis.asyncio import Redis
 
 from headrace.v1.job_pb2 import Job
-from headrace.v1.sampling_pb2 import FinishReason
+from headrace.v1.sampling_pb2 import FinishReason, Logprobs
 from headrace.v1.scheduler_pb2 import (
     Adoption,
     AttemptReport,
@@ -187,6 +187,9 @@ class FakeWorker(WorkerServicer):
             stopping = sequence.start.stopping
             limit = min(sequence.done + self.tokens_per_step, stopping.max_tokens)
             tokens = [*sequence.answer, eos][sequence.done : limit]
+            if sequence.start.sampling.HasField("logprobs"):
+                values = logprobs_of(tokens, sequence.done, sequence.start.sampling.logprobs)
+                output.logprobs.add(handle=sequence.handle, values=values)
             sequence.done += len(tokens)
             output.handles.append(sequence.handle)
             output.token_ids.extend(tokens)
@@ -352,6 +355,16 @@ class FakeScheduler(SchedulerServicer):
 
 def unpack(packed: bytes) -> list[int]:
     return list(struct.unpack(f"<{len(packed) // 4}I", packed))
+
+
+def logprobs_of(tokens: list[int], position: int, count: int) -> Logprobs:
+    """What a fake worker reports of tokens that begin at that position of its answer."""
+    values, vocabulary = Logprobs(), byte_level_tokenizer().get_vocab_size()
+    for at, token in enumerate(tokens, position):
+        values.token_logprobs.append(-at / 8)
+        values.top_ids.extend((token + rank) % vocabulary for rank in range(count))
+        values.top_logprobs.extend(-at / 8 - rank for rank in range(count))
+    return values
 
 
 def says(text: str) -> Callable[[list[int], int], list[int]]:

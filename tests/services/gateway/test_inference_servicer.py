@@ -11,9 +11,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.v1 import inference_pb2
 from headrace.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds, TokenizeRequest
-from headrace.v1.sampling_pb2 import FinishReason, Sampling, Stopping
+from headrace.v1.sampling_pb2 import FinishReason, Logprobs, Sampling, Stopping
 from services.common.channel import dial
-from tests.services.gateway.fakes import BLOCK_SIZE, CONTEXT, MODEL, unpack
+from tests.services.gateway.fakes import BLOCK_SIZE, CONTEXT, MODEL, logprobs_of, unpack
 from tests.services.gateway.stack import TEXT, Stack, eventually
 from tests.services.gateway.tokenizers_for_tests import byte_level_tokenizer
 
@@ -41,6 +41,16 @@ BAD: list[tuple[GenerateRequest, grpc.StatusCode, str]] = [
         GenerateRequest(model=MODEL, text="x", sampling=Sampling(top_p=math.inf)),
         grpc.StatusCode.INVALID_ARGUMENT,
         "top_p",
+    ),
+    (
+        GenerateRequest(model=MODEL, text="x", sampling=Sampling(logit_bias={5: math.nan})),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "logit_bias",
+    ),
+    (
+        GenerateRequest(model=MODEL, text="x", sampling=Sampling(logprobs=21)),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "logprobs",
     ),
     (GenerateRequest(model=MODEL, text="x", n=0), grpc.StatusCode.INVALID_ARGUMENT, "n must"),
     (
@@ -80,6 +90,20 @@ async def test_deltas_make_up_the_text(stack: Stack) -> None:
     assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.FINISH_REASON_STOP]
     assert deltas[-1].usage.completion_tokens == len(IDS) + 1
     assert not any(delta.HasField("usage") for delta in deltas[:-1])
+
+
+async def test_a_deltas_logprobs_are_those_of_its_tokens(stack: Stack) -> None:
+    request = GenerateRequest(model=MODEL, text="hello", sampling=Sampling(logprobs=2), stopping=Stopping(stop=["fox"]))
+    deltas = [delta async for delta in stack.inference.Generate(request)]
+    tokens, values = [], Logprobs()
+    for delta in deltas:
+        assert len(delta.logprobs.token_logprobs) == len(delta.token_ids)
+        tokens += delta.token_ids
+        values.MergeFrom(delta.logprobs)
+    assert tokens == IDS[: len(tokens)]
+    assert values == logprobs_of(tokens, 0, 2)
+    async for delta in stack.inference.Generate(GenerateRequest(model=MODEL, text="hello")):
+        assert not delta.HasField("logprobs")
 
 
 async def test_token_ids_and_chats_are_prompts_too(stack: Stack) -> None:

@@ -110,6 +110,7 @@ async def test_knobs_reach_the_worker_and_the_queue(stack: Stack) -> None:
         seed=-7,
         presence_penalty=1,
         repetition_penalty=1.5,
+        logit_bias={"7": -100, "8": 2.5},
         min_tokens=2,
         ignore_eos=False,
         stop_token_ids=[17],
@@ -123,6 +124,7 @@ async def test_knobs_reach_the_worker_and_the_queue(stack: Stack) -> None:
     assert unpack(start.prompt_ids) == [5, 6, 7, 8, 9]
     assert (start.sampling.temperature, start.sampling.top_k, start.sampling.seed) == (0.5, 0, 2**64 - 7)
     assert start.sampling.HasField("presence_penalty") and not start.sampling.HasField("frequency_penalty")
+    assert dict(start.sampling.logit_bias) == {7: -100.0, 8: 2.5}
     assert (start.stopping.min_tokens, list(start.stopping.stop_token_ids)) == (2, [17])
     assert start.cache_salt == "mine" and job.priority == 1
     assert job.prompt_tokens == 5 and len(job.block_hashes) == 16 * (5 // BLOCK_SIZE)

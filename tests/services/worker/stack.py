@@ -152,6 +152,7 @@ class Gateway:
         self.call = worker_pb2_grpc.WorkerStub(channel).Execute(self._commands)
         self._commands.put(worker_pb2.ExecuteCommand(hello=worker_pb2.ExecuteHello(gateway_id="g1")))
         self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, sampling_pb2.Logprobs] = {}
         self.cached: dict[int, int] = {}
         self.ended: dict[int, worker_pb2.SequenceEnded] = {}
         self.outputs: list[worker_pb2.StepOutput] = []
@@ -165,6 +166,7 @@ class Gateway:
         attempt: int = 1,
         delivered: list[int] | None = None,
         sources: Sequence[scheduler_pb2.KvSource] = (),
+        logprobs: int | None = None,
     ) -> None:
         choices = [
             worker_pb2.StartChoice(handle=handle, choice=index, delivered_ids=pack(delivered or []))
@@ -175,7 +177,7 @@ class Gateway:
             attempt=attempt,
             prompt_ids=pack(prompt),
             choices=choices,
-            sampling=sampling_pb2.Sampling(temperature=0.0),
+            sampling=sampling_pb2.Sampling(temperature=0.0, logprobs=logprobs),
             stopping=sampling_pb2.Stopping(max_tokens=max_tokens),
             scheduler_id="s1",
             kv_sources=sources,
@@ -210,6 +212,8 @@ class Gateway:
             assert handle not in self.ended, "no token after the end"
             self.tokens.setdefault(handle, []).extend(next(token_ids) for _ in range(count))
         assert next(token_ids, None) is None
+        for reported in output.logprobs:
+            self.logprobs.setdefault(reported.handle, sampling_pb2.Logprobs()).MergeFrom(reported.values)
         for started in output.started:
             assert len(self.tokens[started.handle]) == 1, "the first token is in the same message"
             self.cached[started.handle] = started.cached_prompt_tokens

@@ -53,6 +53,25 @@ async def test_three_choices_share_the_prompts_blocks(stack: Stack) -> None:
     assert gateway.cached == {5: 0, 6: 12, 7: 12}
 
 
+async def test_logprobs_come_beside_the_tokens_of_those_that_ask(stack: Stack) -> None:
+    gateway = Gateway(stack.channel)
+    whole = stack.expected([3, 4, 5])
+    gateway.start("asks", [1], [3, 4, 5], logprobs=2)
+    gateway.start("asks for its own alone", [2], [3, 4, 5], logprobs=0)
+    gateway.start("resumed", [3], [3, 4, 5], attempt=2, delivered=whole[:5], logprobs=2)
+    gateway.start("does not ask", [4], [3, 4, 5])
+    await gateway.finish(1, 2, 3, 4)
+    assert gateway.logprobs.keys() == {1, 2, 3}
+    for position, token in enumerate(whole):
+        expected = stack.runner.logits_after([3, 4, 5, *whole[:position]]).log_softmax(dim=-1)
+        assert gateway.logprobs[1].token_logprobs[position] == pytest.approx(float(expected[token]), abs=1e-6)
+        assert gateway.logprobs[1].top_ids[2 * position] == token, "a greedy one is the likeliest"
+    assert len(gateway.logprobs[1].top_logprobs) == 2 * len(whole)
+    assert gateway.logprobs[2].token_logprobs == gateway.logprobs[1].token_logprobs
+    assert not gateway.logprobs[2].top_ids
+    assert gateway.logprobs[3].token_logprobs == gateway.logprobs[1].token_logprobs[5:]
+
+
 async def test_a_resumed_attempt_goes_on_after_what_was_delivered(stack: Stack) -> None:
     gateway = Gateway(stack.channel)
     whole = stack.expected([3, 4, 5])

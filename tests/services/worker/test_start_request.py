@@ -50,18 +50,19 @@ def test_unset_knobs_mean_the_models_own_distribution_up_to_the_context() -> Non
     [sequence] = build(start([1, 2, 3]))
     assert sequence.key == 10 and sequence.tokens == [1, 2, 3] and sequence.prompt_length == 3
     assert (sequence.sampling.temperature, sequence.sampling.top_p, sequence.sampling.top_k) == (1.0, 1.0, 0)
-    assert not sequence.sampling.penalized
+    assert not sequence.sampling.penalized and sequence.sampling.logprobs is None
     assert sequence.stop.max_tokens == 37
     assert sequence.stop.stop_token_ids == {2}
     assert sequence.cache_root == chain_root("tiny", 4, "s")
 
 
 def test_set_knobs_arrive() -> None:
-    sampling = sampling_pb2.Sampling(temperature=0.0, top_k=5, seed=7, repetition_penalty=1.5)
+    sampling = sampling_pb2.Sampling(temperature=0.0, top_k=5, seed=7, repetition_penalty=1.5, logit_bias={9: 1, 3: -2})
     stopping = sampling_pb2.Stopping(max_tokens=9, min_tokens=3, ignore_eos=True, stop_token_ids=[4, 5])
     [sequence] = build(start([1], sampling=sampling, stopping=stopping))
     assert sequence.sampling.greedy and sequence.sampling.top_k == 5 and sequence.sampling.seed == 7
     assert sequence.sampling.repetition_penalty == 1.5
+    assert sequence.sampling.logit_bias == ((3, -2.0), (9, 1.0))
     assert (sequence.stop.max_tokens, sequence.stop.min_tokens) == (9, 3)
     assert sequence.stop.stop_token_ids == {4, 5}
 
@@ -101,6 +102,10 @@ def _sampling(**knobs: float) -> sampling_pb2.Sampling:
         (start([1], sampling=_sampling(presence_penalty=3.0)), "presence_penalty"),
         (start([1], sampling=_sampling(frequency_penalty=-3.0)), "frequency_penalty"),
         (start([1], sampling=_sampling(repetition_penalty=0.0)), "repetition_penalty"),
+        (start([1], sampling=sampling_pb2.Sampling(logprobs=21)), "logprobs must be between 0 and 20, got 21"),
+        (start([1], sampling=sampling_pb2.Sampling(logprobs=-1)), "logprobs.*-1"),
+        (start([1], sampling=sampling_pb2.Sampling(logit_bias={31: 1})), "logit_bias has token id 31"),
+        (start([1], sampling=sampling_pb2.Sampling(logit_bias={3: math.nan})), "logit_bias.*nan"),
         (start([1], sampling=_sampling(repetition_penalty=math.inf)), "repetition_penalty"),
     ],
 )

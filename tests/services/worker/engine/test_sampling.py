@@ -169,6 +169,7 @@ params_of_all_kinds = st.builds(
     seed=st.integers(0, 2**64 - 1),
     frequency_penalty=st.sampled_from([0.0, 0.6]),
     repetition_penalty=st.sampled_from([1.0, 1.2]),
+    logit_bias=st.sampled_from([(), ((3, 4.0),), ((7, -100.0), (8, 100.0))]),
 )
 
 
@@ -199,6 +200,24 @@ def test_penalties_are_those_of_the_definitions() -> None:
         assert_distributed(counts, softmax(scores))
         greedy = make(replace(params, temperature=0.0), prompt, output)
         assert sample(logits.unsqueeze(0), [greedy]) == [int(scores.argmax())]
+
+
+@pytest.mark.parametrize("kind", [{"temperature": 0.0}, {"top_k": 1}], ids=str)
+def test_bias_is_added_before_penalties_and_filters(kind: dict[str, float]) -> None:
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
+    assert sample(logits, [make(SamplingParams(logit_bias=((1, -2.0),), **kind))]) == [2]  # type: ignore[arg-type]
+    assert sample(logits, [make(SamplingParams(logit_bias=((0, 9.0), (1, -100.0)), **kind))]) == [0]  # type: ignore[arg-type]
+    both = SamplingParams(logit_bias=((3, 3.0),), repetition_penalty=2.0, **kind)  # type: ignore[arg-type]
+    assert sample(logits, [make(both, prompt=[3])]) == [1]  # (1 + 3) / 2 and not 1 / 2 + 3
+
+
+def test_draws_follow_the_biased_distribution() -> None:
+    logits, bias = normal_logits(40), ((2, 1.5), (5, -1.0), (30, 2.0))
+    biased = logits.double().numpy().copy()
+    for token, added in bias:
+        biased[token] += added
+    sequences = [make(SamplingParams(seed=seed, logit_bias=bias)) for seed in range(4000)]
+    assert_distributed(Counter(sample(logits.expand(4000, -1), sequences)), softmax(biased))
 
 
 def test_min_tokens_keeps_stop_tokens_away_until_then() -> None:
