@@ -29,7 +29,8 @@ http {{
     server {{
         listen 127.0.0.1:{port};
         location / {{
-            proxy_pass http://gateways;
+            proxy_pass {scheme}://gateways;
+            {trust}
             proxy_http_version 1.1;
             proxy_set_header Connection "";
             proxy_buffering off;
@@ -38,6 +39,14 @@ http {{
         }}
     }}
 }}
+"""
+
+# As docs/tls.md has it.
+_TRUST = """
+            proxy_ssl_trusted_certificate {ca};
+            proxy_ssl_name gateway;
+            proxy_ssl_server_name on;
+            proxy_ssl_verify on;
 """
 
 
@@ -49,14 +58,15 @@ def nginx_binary() -> str | None:
 class NginxServer:
     """Starts at construction and answers; `kill` at its end."""
 
-    def __init__(self, folder: Path, gateways: Sequence[str]) -> None:
-        """`gateways`: host:port of each one's HTTP."""
+    def __init__(self, folder: Path, gateways: Sequence[str], *, ca: Path | None = None) -> None:
+        """`gateways`: host:port of each one's HTTP. `ca`: whose certificates they show, if they are on TLS."""
         binary = nginx_binary()
         assert binary is not None, "there is no nginx here: install Debian's nginx-light"
         port = free_port()
         servers = " ".join(f"server {address} max_fails=0;" for address in gateways)
         file = folder / "nginx.conf"
-        file.write_text(_CONFIGURATION.format(folder=folder, servers=servers, port=port))
+        scheme, trust = ("https", _TRUST.format(ca=ca)) if ca else ("http", "")
+        file.write_text(_CONFIGURATION.format(folder=folder, servers=servers, port=port, scheme=scheme, trust=trust))
         self.url = f"http://127.0.0.1:{port}"
         self._process = subprocess.Popen([binary, "-e", str(folder / "error.log"), "-p", str(folder), "-c", str(file)])
         eventually(self._answers, "nginx answers")

@@ -16,7 +16,7 @@ from headrace.v1.inference_pb2 import GenerateRequest, ListModelsRequest, TokenI
 from headrace.v1.inference_pb2_grpc import InferenceStub
 from headrace.v1.sampling_pb2 import Sampling, Stopping
 from services.common.block_hash import chain_hashes, chain_root
-from services.common.channel import dial
+from services.common.channel import dial_front
 from toolkit.bench_stack import all_workers, stack_of_our_own
 from toolkit.loadtest import quantile
 from toolkit.run_directory import RunningStack, running_stacks
@@ -74,7 +74,7 @@ async def run_chats_bench(up_arguments: Sequence[str], folder: Path, runs: Path)
 
 async def _measure(policy: str, stack: RunningStack) -> ChatsRow:
     block_size = (await all_workers(stack, WORKERS))[0].model.block_size
-    async with dial(stack.grpc_address) as channel:
+    async with dial_front(stack.grpc_address, stack.front_cert) as channel:
         chats = Chats(InferenceStub(channel), block_size, ChatsRow(policy))
         started = time.perf_counter()
         await chats.run()

@@ -13,7 +13,8 @@ import typer
 import uvloop
 from rich.console import Console
 
-from services.common.config import home_directory
+from services.common.config import ConfigError, home_directory
+from services.common.tls import FrontCert, front_names
 from toolkit.bench import BenchOptions, run_bench
 from toolkit.bench_chats import run_chats_bench
 from toolkit.bench_kv import KvBenchFailed, KvBenchOptions, run_kv_bench
@@ -24,6 +25,7 @@ from toolkit.bench_report import invalid_figures, show
 from toolkit.bench_servers import NotAnswering
 from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
+from toolkit.certs_commands import certs_app
 from toolkit.directives import NotTold, set_role
 from toolkit.directives import drain as drain_worker
 from toolkit.keys_commands import keys_app
@@ -36,7 +38,7 @@ from toolkit.process_tree import NotStopped
 from toolkit.ps import show_stacks
 from toolkit.queue_commands import queue_app
 from toolkit.run_directory import RunDirectory, running_stacks
-from toolkit.stack import INTERNAL_HOST, StackOptions, plan_stack
+from toolkit.stack import INTERNAL_HOST, StackOptions, plan_stack, reachable_host
 from toolkit.up import run_stack
 
 app = typer.Typer(
@@ -49,6 +51,7 @@ models_app = typer.Typer(help="Models in the local store.", no_args_is_help=True
 app.add_typer(models_app, name="models")
 app.add_typer(queue_app, name="queue")
 app.add_typer(keys_app, name="keys")
+app.add_typer(certs_app, name="certs")
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)
@@ -121,6 +124,13 @@ def up(
     redis_url: Annotated[
         str | None, typer.Option(help="A Redis of yours, with AOF and without eviction. Default: a private one.")
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(envvar="HEADRACE_GATEWAY_TLS_CERT", help="Certificate of the public ports, PEM. Default: no TLS."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="HEADRACE_GATEWAY_TLS_KEY", help="Its key. `headrace certs` makes both.")
+    ] = None,
 ) -> None:
     """Starts the whole stack on this machine and keeps it running until Ctrl-C.
 
@@ -144,9 +154,25 @@ def up(
         cache_disk=str(cache_disk.absolute()) if cache_disk else None,
         placement=placement,
         redis_url=redis_url,
+        front_cert=_front_cert(tls_cert, tls_key, host),
+        front_key=str(tls_key.absolute()) if tls_key else None,
         worker_settings={setting: value for setting, value in chosen.items() if value is not None},
     )
     _run_stack(wanted)
+
+
+def _front_cert(cert: Path | None, key: Path | None, host: str) -> FrontCert | None:
+    """Tries the certificate before anything starts. The name of this machine is preferred among its names."""
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        _fail(f"--tls-cert and --tls-key belong together: give {'--tls-cert' if cert is None else '--tls-key'}, too.")
+    try:
+        names = front_names(cert, key)
+    except ConfigError as error:
+        _fail(f"--tls-cert: {error}.")
+    here = reachable_host(host)
+    return FrontCert(str(cert.absolute()), here if here in names else names[0])
 
 
 def _counted(port: int, count: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from headrace.v1.scheduler_pb2 import DescribeFleetRequest, FleetWorker, WorkerRole
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
-from services.common.channel import dial
+from services.common.channel import dial, dial_front
+from services.common.tls import FrontCert
 from toolkit.health import grpc_health, redis_answers
 from toolkit.run_directory import RunningProcess, RunningStack
 
@@ -38,7 +39,7 @@ async def show_stacks(stacks: Sequence[RunningStack], console: Console) -> None:
     """Prints a table per stack, wider than the console where it is too narrow."""
     console.width = max(console.width, _LEAST_WIDTH)
     for stack in stacks:
-        health = await asyncio.gather(*(_health(process) for process in stack.processes))
+        health = await asyncio.gather(*(_health(process, stack.front_cert) for process in stack.processes))
         fleet = await _fleet(stack.scheduler_address)
         table = Table(*_COLUMNS, box=None, pad_edge=False)
         for process, word in zip(stack.processes, health, strict=True):
@@ -48,13 +49,15 @@ async def show_stacks(stacks: Sequence[RunningStack], console: Console) -> None:
         console.print(table, crop=False)
 
 
-async def _health(process: RunningProcess) -> str:
+async def _health(process: RunningProcess, front_cert: FrontCert | None) -> str:
     if process.pid is None:
         return process.state
     if process.service == "redis":
         host, _, port = process.address.rpartition(":")
         return "serving" if await redis_answers(host, int(port)) else "unreachable"
-    return await grpc_health(process.address)
+    if process.service == "gateway":
+        return await grpc_health(dial_front(process.address, front_cert))
+    return await grpc_health(dial(process.address))
 
 
 async def _fleet(scheduler_address: str) -> dict[str, FleetWorker]:

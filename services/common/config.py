@@ -42,6 +42,9 @@ Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...]
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+"""A file or folder; an empty value is none."""
+
 
 class CommonSettings(BaseModel):
     """Fields that every service has."""

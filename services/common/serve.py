@@ -85,7 +85,11 @@ class Registration:
 class GrpcServer:
     """A gRPC server with grpc.health.v1 and reflection. Not serving until `set_serving(True)`."""
 
-    def __init__(self, registrations: Iterable[Registration]) -> None:
+    def __init__(
+        self, registrations: Iterable[Registration], credentials: grpc.ServerCredentials | None = None
+    ) -> None:
+        """`credentials`: of a server on TLS."""
+        self._credentials = credentials
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         self._health = health_aio.HealthServicer()
         self._names = ["", *(item.service_name for item in registrations)]
@@ -101,12 +105,17 @@ class GrpcServer:
         Raises OSError when the address cannot be bound.
         """
         try:
-            port = self._server.add_insecure_port(address)
+            port = self._add_port(address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
         await self.set_serving(False)
         await self._server.start()
         return port
+
+    def _add_port(self, address: str) -> int:
+        if self._credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, self._credentials)
 
     async def set_serving(self, serving: bool) -> None:
         """What grpc.health.v1 answers, for the server as a whole and for each service."""
