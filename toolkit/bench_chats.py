@@ -17,6 +17,7 @@ from headrace.v1.inference_pb2_grpc import InferenceStub
 from headrace.v1.sampling_pb2 import Sampling, Stopping
 from services.common.block_hash import chain_hashes, chain_root
 from services.common.channel import dial_front
+from services.common.mutual_tls import showing
 from toolkit.bench_stack import all_workers, stack_of_our_own
 from toolkit.loadtest import quantile
 from toolkit.run_directory import RunningStack, running_stacks
@@ -68,7 +69,8 @@ async def run_chats_bench(up_arguments: Sequence[str], folder: Path, runs: Path)
         arguments = ("--workers", str(WORKERS), "--placement", policy, *up_arguments)
         async with stack_of_our_own(policy, arguments, folder / "chats.log") as server:
             stack = next(stack for stack in running_stacks(runs) if stack.http_url == server.url)
-            rows.append(await _measure(policy, stack))
+            with showing(stack.tls):
+                rows.append(await _measure(policy, stack))
     return rows
 
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from services.common.tls import SERVICE_NAME, TlsFiles
+from services.common.tls import SERVICE_NAME
 
 # The clocks of two machines may differ: a certificate is good a little before it was made.
 _BACKDATED = timedelta(minutes=5)
@@ -43,11 +43,6 @@ def make_certificates(folder: Path, names: Iterable[str], sans: Sequence[str] = 
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = _signed_for(name, sans, timedelta(days=days), key.public_key(), ca, ca_key)
         _write(folder, name, certificate, key)
-
-
-def files_in(folder: Path, name: str) -> TlsFiles:
-    """Where the files of a name are."""
-    return TlsFiles(str(folder / "ca.crt"), str(folder / f"{name}.crt"), str(folder / f"{name}.key"))
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

@@ -1,4 +1,4 @@
-"""The subcommands of `headrace certs`."""
+"""The subcommands of `headrace certs`, and what `headrace up --mtls` makes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,10 @@ from typing import Annotated
 import typer
 
 from services.common.config import SERVICES
+from toolkit.run_directory import RunDirectory
+
+TOOLKIT = "headrace"
+"""Whose name commands show to the services of a running stack."""
 
 certs_app = typer.Typer(help="Certificates of a private CA, for TLS.", no_args_is_help=True)
 
@@ -34,3 +38,15 @@ def create(
     for each in names:
         typer.echo(folder / f"{each}.crt")
     typer.echo(f"Signed by {folder / 'ca.crt'}. Keep ca.key where no service runs: who has it can join the services.")
+
+
+def certificates_of_run(directory: RunDirectory) -> Path:
+    """A folder of the run with a certificate for each service and for commands. Nobody can sign more: the CA's key is
+    deleted.
+    """
+    from toolkit.certificates import make_certificates
+
+    folder = directory.data_path("tls")
+    make_certificates(folder, (*SERVICES, TOOLKIT))
+    (folder / "ca.key").unlink()
+    return folder

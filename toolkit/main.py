@@ -13,8 +13,9 @@ import typer
 import uvloop
 from rich.console import Console
 
-from services.common.config import ConfigError, home_directory
-from services.common.tls import FrontCert, front_names
+from services.common.config import CommonSettings, ConfigError, home_directory, load
+from services.common.mutual_tls import files_of, showing
+from services.common.tls import FrontCert, TlsFiles, front_names
 from toolkit.bench import BenchOptions, run_bench
 from toolkit.bench_chats import run_chats_bench
 from toolkit.bench_kv import KvBenchFailed, KvBenchOptions, run_kv_bench
@@ -25,7 +26,7 @@ from toolkit.bench_report import invalid_figures, show
 from toolkit.bench_servers import NotAnswering
 from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
-from toolkit.certs_commands import certs_app
+from toolkit.certs_commands import TOOLKIT, certificates_of_run, certs_app
 from toolkit.directives import NotTold, set_role
 from toolkit.directives import drain as drain_worker
 from toolkit.keys_commands import keys_app
@@ -131,6 +132,9 @@ def up(
     tls_key: Annotated[
         Path | None, typer.Option(envvar="HEADRACE_GATEWAY_TLS_KEY", help="Its key. `headrace certs` makes both.")
     ] = None,
+    mtls: Annotated[
+        bool, typer.Option("--mtls", help="Mutual TLS between the services, with a private CA of this run.")
+    ] = False,
 ) -> None:
     """Starts the whole stack on this machine and keeps it running until Ctrl-C.
 
@@ -158,7 +162,7 @@ def up(
         front_key=str(tls_key.absolute()) if tls_key else None,
         worker_settings={setting: value for setting, value in chosen.items() if value is not None},
     )
-    _run_stack(wanted)
+    _run_stack(wanted, mtls=mtls)
 
 
 def _front_cert(cert: Path | None, key: Path | None, host: str) -> FrontCert | None:
@@ -180,7 +184,7 @@ def _counted(port: int, count: int) -> tuple[int, ...]:
     return tuple(port + number if port else 0 for number in range(count))
 
 
-def _run_stack(wanted: StackOptions) -> None:
+def _run_stack(wanted: StackOptions, *, mtls: bool) -> None:
     """Settles the public ports, where 0 means a free one, and runs the stack to its end."""
     try:
         public: list[int] = []
@@ -190,9 +194,13 @@ def _run_stack(wanted: StackOptions) -> None:
         http_ports, grpc_ports = public[: len(wanted.http_ports)], public[len(wanted.http_ports) :]
         options = replace(wanted, http_ports=tuple(http_ports), grpc_ports=tuple(grpc_ports))
         internal = free_ports(INTERNAL_HOST, public)
+        directory = RunDirectory(_runs())
+        options = replace(options, mtls=certificates_of_run(directory) if mtls else None)
+        tls = TlsFiles.of(options.mtls, TOOLKIT) if options.mtls else files_of(load(CommonSettings, "up"))
         stack = plan_stack(options, internal, cores=len(os.sched_getaffinity(0)))
-        asyncio.run(run_stack(stack, RunDirectory(_runs()), Console(highlight=False)))
-    except PortTaken as error:
+        with showing(tls):
+            asyncio.run(run_stack(stack, tls, directory, Console(highlight=False)))
+    except (PortTaken, ConfigError) as error:
         _fail(str(error))
     except ProcessFailed as error:
         log = error.process.spec.log_path
@@ -206,7 +214,10 @@ def ps() -> None:
     if not stacks:
         typer.echo("No stack runs here. Start one with: headrace up")
         return
-    asyncio.run(show_stacks(stacks, Console(highlight=False)))
+    try:
+        asyncio.run(show_stacks(stacks, Console(highlight=False)))
+    except ConfigError as error:
+        _fail(f"The stack's certificates cannot be used: {error}.")
 
 
 @app.command()

@@ -1,10 +1,11 @@
 """Which processes make up a stack, with which settings and addresses. Pure: starts nothing."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
-from services.common.tls import FrontCert
+from services.common.tls import FrontCert, TlsFiles
 
 Service = Literal["redis", "cache", "scheduler", "worker", "gateway"]
 
@@ -37,6 +38,8 @@ class StackOptions:
     # Certificate and key of the public fronts; None: they are plain.
     front_cert: FrontCert | None = None
     front_key: str | None = None
+    # Folder with a certificate for each service, which they show one another; None: as the caller's environment says.
+    mtls: Path | None = None
     # Settings of every worker that were given; the others keep the worker's own defaults.
     worker_settings: Mapping[str, object] = field(default_factory=dict)
 
@@ -108,13 +111,27 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
     gateways = tuple(_gateways(options, finding))
     redis = Member("redis", "redis", redis_address, metrics_url=None, ready_url=None, settings={})
     return Stack(
-        tiers=(*(() if options.redis_url else ((redis,),)), (cache,), schedulers, workers, gateways),
+        tiers=(
+            *(() if options.redis_url else ((redis,),)),
+            *(
+                tuple(_with_certificate(member, options.mtls) for member in tier)
+                for tier in ((cache,), schedulers, workers, gateways)
+            ),
+        ),
         http_urls=tuple(_http_url(options, port) for port in options.http_ports),
         grpc_address=gateways[0].address,
         scheduler_address=schedulers[0].address,
         redis_url=redis_url,
         front_cert=options.front_cert,
     )
+
+
+def _with_certificate(member: Member, folder: Path | None) -> Member:
+    if folder is None:
+        return member
+    files = TlsFiles.of(folder, member.service)
+    own = {"mtls_ca": files.ca, "mtls_cert": files.cert, "mtls_key": files.key}
+    return replace(member, settings={**member.settings, **own})
 
 
 def _workers(options: StackOptions) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from headrace.v1.scheduler_pb2 import DescribeFleetRequest
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
 from services.common.channel import cancel_and_wait, dial, dial_front
 from services.common.config import child_environment
-from services.common.tls import FrontCert
+from services.common.tls import FrontCert, TlsFiles
 from toolkit.health import grpc_serves, http_ready, redis_answers
 from toolkit.process import Probe, ProcessSpec
 from toolkit.redis_server import find_redis_server, redis_command
@@ -32,13 +32,16 @@ _STOP_GRACE_S = 60.0
 _FIRST_ANSWER_S = 30.0
 
 
-async def run_stack(stack: Stack, directory: RunDirectory, console: Console) -> None:
-    """Runs a stack until SIGINT, SIGTERM or SIGHUP; a second signal kills it. Raises ProcessFailed."""
+async def run_stack(stack: Stack, tls: TlsFiles | None, directory: RunDirectory, console: Console) -> None:
+    """Runs a stack until SIGINT, SIGTERM or SIGHUP; a second signal kills it. Raises ProcessFailed.
+
+    `tls`: what this process shows to the services, as its context has it, and other commands are to show.
+    """
     screen = open_screen(console)
 
     def on_change() -> None:
         screen.draw(supervisor.processes)
-        directory.write_state(_describe(stack, directory, supervisor))
+        directory.write_state(_describe(stack, tls, directory, supervisor))
 
     supervisor = Supervisor(on_change)
     stop_asked = _stop_on_signals(supervisor)
@@ -157,7 +160,7 @@ def _curl(stack: Stack) -> str:
     return f"curl -N --cacert {shlex.quote(stack.front_cert.path)}{elsewhere} https://{name}:{port}"
 
 
-def _describe(stack: Stack, directory: RunDirectory, supervisor: Supervisor) -> RunningStack:
+def _describe(stack: Stack, tls: TlsFiles | None, directory: RunDirectory, supervisor: Supervisor) -> RunningStack:
     members = {member.name: member for member in stack.members}
     return RunningStack(
         pid=os.getpid(),
@@ -167,6 +170,7 @@ def _describe(stack: Stack, directory: RunDirectory, supervisor: Supervisor) -> 
         scheduler_address=stack.scheduler_address,
         redis_url=stack.redis_url,
         front_cert=stack.front_cert,
+        tls=tls,
         processes=tuple(
             RunningProcess(
                 name=process.spec.name,

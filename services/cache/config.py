@@ -12,7 +12,7 @@ _MIB = 1024 * 1024
 class CacheSettings(CommonSettings):
     """`HEADRACE_CACHE_*`."""
 
-    # Interface that the gRPC server listens on. Loopback, since nothing on this port asks for credentials.
+    # Interface that the gRPC server listens on. Loopback, since without mutual TLS nothing here asks for credentials.
     host: str = "127.0.0.1"
     port: Port = 50071
     # host:port at which workers reach this service to fetch blocks. Empty: the address it listens on, and on all

@@ -18,6 +18,8 @@ from grpc_reflection.v1alpha import reflection
 
 from services.common.channel import SERVER_OPTIONS
 from services.common.errors import ErrorInterceptor
+from services.common.mutual_tls import server_credentials
+from services.common.tls import Front
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +87,9 @@ class Registration:
 class GrpcServer:
     """A gRPC server with grpc.health.v1 and reflection. Not serving until `set_serving(True)`."""
 
-    def __init__(
-        self, registrations: Iterable[Registration], credentials: grpc.ServerCredentials | None = None
-    ) -> None:
-        """`credentials`: of a server on TLS."""
-        self._credentials = credentials
+    def __init__(self, registrations: Iterable[Registration], front: Front | None = None) -> None:
+        """`front`: of a public server. Others are for services: they demand certificates if this process has one."""
+        self._front = front
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         self._health = health_aio.HealthServicer()
         self._names = ["", *(item.service_name for item in registrations)]
@@ -113,9 +113,10 @@ class GrpcServer:
         return port
 
     def _add_port(self, address: str) -> int:
-        if self._credentials is None:
+        credentials = self._front.grpc_credentials if self._front else server_credentials()
+        if credentials is None:
             return self._server.add_insecure_port(address)
-        return self._server.add_secure_port(address, self._credentials)
+        return self._server.add_secure_port(address, credentials)
 
     async def set_serving(self, serving: bool) -> None:
         """What grpc.health.v1 answers, for the server as a whole and for each service."""

@@ -1,7 +1,7 @@
 """TLS: certificate files, tried by a handshake before they are used, and what the public fronts need of them.
 
 Files are read at the start; a process takes renewed ones when it is started again. What services show one another is
-in `identity.py`.
+in `mutual_tls.py`.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
@@ -32,6 +32,11 @@ class TlsFiles:
     ca: str
     cert: str
     key: str
+
+    @classmethod
+    def of(cls, folder: Path, name: str) -> Self:
+        """Where `headrace certs` puts the files of a name."""
+        return cls(str(folder / "ca.crt"), str(folder / f"{name}.crt"), str(folder / f"{name}.key"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,7 +111,7 @@ class Gateway:
         servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)],
-            front.grpc_credentials,
+            front,
         )
 
     def _http_app(self, metrics: Metrics) -> HttpApp:

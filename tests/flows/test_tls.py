@@ -1,6 +1,7 @@
-"""A stack on TLS, with certificates of a private CA."""
+"""A stack on TLS, before its callers and between its services."""
 
 import os
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from services.common.channel import dial
+from services.common.mutual_tls import showing
 from tests.certificates import Pair, certificate
 from tests.flows.conftest import WORKER_OPTIONS
 from tests.flows.headrace_up import HeadraceUp
 from tests.nginx_server import NginxServer, nginx_binary
+from toolkit.health import grpc_health
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="module")
 def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Iterator[HeadraceUp]:
-    fronts = ("--tls-cert", str(pair.cert), "--tls-key", str(pair.key))
+    fronts = ("--tls-cert", str(pair.cert), "--tls-key", str(pair.key), "--mtls")
     running = HeadraceUp(tmp_path_factory.mktemp("stack"), *WORKER_OPTIONS, *fronts)
     try:
         running.wait_ready()
@@ -51,3 +55,25 @@ def test_nginx_reaches_the_gateway_and_checks_its_certificate(stack: HeadraceUp,
         assert httpx.get(f"{nginx.url}/v1/models", timeout=10).json()["data"]
     finally:
         nginx.kill()
+
+
+async def test_who_shows_no_certificate_is_refused_by_every_service(stack: HeadraceUp) -> None:
+    tls = stack.state.tls
+    assert tls is not None
+    for name in ("cache", "scheduler", "worker"):
+        address = stack.member(name).address
+        assert await grpc_health(dial(address)) == "unreachable"
+        with showing(tls):
+            assert await grpc_health(dial(address)) == "serving"
+
+
+def test_commands_find_the_certificates_of_the_run(stack: HeadraceUp) -> None:
+    stack.run("role", "worker", "decode")
+    assert "takes no new work" in stack.run("drain", "worker")
+    assert "takes work again" in stack.run("drain", "worker", "--undo")
+
+
+def test_nobody_can_sign_for_the_run_and_keys_are_private(stack: HeadraceUp) -> None:
+    keys = list((Path(stack.state.directory) / "tls").glob("*.key"))
+    assert {key.stem for key in keys} == {"gateway", "scheduler", "cache", "worker", "headrace"}
+    assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}

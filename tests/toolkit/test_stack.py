@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 from services.common.tls import FrontCert
 from toolkit.stack import Stack, StackOptions, plan_stack
@@ -111,3 +112,11 @@ def test_fronts_on_tls() -> None:
     assert stack.http_urls == ("https://127.0.0.1:8000",)
     assert gateway.ready_url == "https://127.0.0.1:8000/health/ready"
     assert not any("tls_cert" in member.settings for member in stack.members[:-1])
+
+
+def test_each_service_has_a_certificate_of_its_own() -> None:
+    stack = plan(replace(OPTIONS, mtls=Path("/run/tls"), workers=2))
+    certs = [member.settings.get("mtls_cert") for member in stack.members]
+    services = ("cache", "scheduler", "worker", "worker", "gateway")
+    assert certs == [None, *(f"/run/tls/{service}.crt" for service in services)]
+    assert {member.settings["mtls_ca"] for member in stack.members[1:]} == {"/run/tls/ca.crt"}

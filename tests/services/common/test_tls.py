@@ -1,6 +1,7 @@
 """Certificate files that callers would accept, and those that they would not."""
 
 import asyncio
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,9 @@ import pytest
 
 from services.common.channel import dial, dial_front
 from services.common.config import ConfigError
-from services.common.probe import serving
 from services.common.serve import GrpcServer
 from services.common.tls import Front, FrontCert, front_cert_at, open_front
 from tests.certificates import Pair, certificate, encrypted
-from tests.redis_server import free_port
 from toolkit.health import grpc_health
 
 
@@ -76,7 +75,7 @@ async def test_a_front_on_tls_answers_whoever_trusts_it_and_nobody_in_plain(tmp_
     pair = certificate(tmp_path, "front", "llm.example.com")
     other = certificate(tmp_path / "other", "front", "llm.example.com")
     front = open_front(pair.cert, pair.key)
-    server = GrpcServer([], front.grpc_credentials)
+    server = GrpcServer([], front)
     address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
     await server.set_serving(True)
     assert await grpc_health(dial_front(address, FrontCert(str(pair.cert), "llm.example.com"))) == "serving"
@@ -90,22 +89,26 @@ async def test_a_front_on_tls_answers_whoever_trusts_it_and_nobody_in_plain(tmp_
 
 async def test_the_probe_of_a_container_asks_a_front_on_tls(tmp_path: Path) -> None:
     pair = certificate(tmp_path, "front")
-    front = open_front(pair.cert, pair.key)
-    server = GrpcServer([], front.grpc_credentials)
+    server = GrpcServer([], open_front(pair.cert, pair.key))
     address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
-    assert not await asyncio.to_thread(serving, address, str(pair.cert))
+
+    async def status(*arguments: str) -> int:
+        probe = (sys.executable, "-m", "services.common.probe", "--front", *arguments)
+        return await (await asyncio.create_subprocess_exec(*probe)).wait()
+
+    assert await status(address, str(pair.cert)) == 1
     await server.set_serving(True)
-    assert await asyncio.to_thread(serving, address, str(pair.cert))
-    assert not await asyncio.to_thread(serving, address)
+    assert await status(address, str(pair.cert)) == 0
+    assert await status(address) == 1
     await server.stop(0)
-    assert not await asyncio.to_thread(serving, f"127.0.0.1:{free_port()}", str(pair.cert))
+    assert await status(address, str(pair.cert)) == 1
 
 
 async def test_another_certificate_than_expected_is_an_os_error(tmp_path: Path) -> None:
     pair = certificate(tmp_path, "front")
     other = certificate(tmp_path / "other", "front")
     front = open_front(pair.cert, pair.key)
-    server = GrpcServer([], front.grpc_credentials)
+    server = GrpcServer([], front)
     port = await server.start("127.0.0.1:0")
     with pytest.raises(OSError, match="certificate verify failed"):
         await asyncio.to_thread(front_cert_at, f"127.0.0.1:{port}", other.cert, 3.0)
