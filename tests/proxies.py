@@ -13,6 +13,13 @@ import httpx
 from tests.flows.headrace_up import HeadraceUp, eventually
 from tests.redis_server import free_port
 
+# How nginx asks gateways that are on TLS, as docs/tls.md has it.
+_PLAIN = "proxy_pass http://gateways_http;"
+_TRUSTING = """proxy_pass https://gateways_http;
+            proxy_ssl_trusted_certificate {ca};
+            proxy_ssl_name gateway;
+            proxy_ssl_server_name on;
+            proxy_ssl_verify on;"""
 _COMPOSE = Path(__file__).parents[1] / "deploy/compose"
 
 
@@ -37,14 +44,15 @@ def binary_of(name: str) -> str | None:
 class Proxy:
     """Starts at construction and answers; `kill` at its end."""
 
-    def __init__(self, name: str, folder: Path, gateways: Sequence[Upstream]) -> None:
-        """`name`: nginx or haproxy."""
+    def __init__(self, name: str, folder: Path, gateways: Sequence[Upstream], *, ca: Path | None = None) -> None:
+        """`name`: nginx or haproxy. `ca`: whose certificates the gateways show, if they are on TLS (nginx, HTTP)."""
         binary = binary_of(name)
         assert binary is not None, f"there is no {name} here: install Debian's"
         http, grpc = free_port(), free_port()
         folder.mkdir(exist_ok=True)
         file = folder / f"{name}.conf"
-        file.write_text(_CONFIGURATIONS[name](folder, http, grpc, gateways))
+        text = _CONFIGURATIONS[name](folder, http, grpc, gateways)
+        file.write_text(text if ca is None else text.replace(_PLAIN, _TRUSTING.format(ca=ca)))
         commands = {
             "nginx": [binary, "-e", str(folder / "error.log"), "-p", str(folder), "-c", str(file), "-g", "daemon off;"],
             "haproxy": [binary, "-db", "-f", str(file)],

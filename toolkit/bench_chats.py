@@ -16,7 +16,8 @@ from headrace.v1.inference_pb2 import GenerateRequest, ListModelsRequest, TokenI
 from headrace.v1.inference_pb2_grpc import InferenceStub
 from headrace.v1.sampling_pb2 import Sampling, Stopping
 from services.common.block_hash import chain_hashes, chain_root
-from services.common.channel import dial
+from services.common.channel import dial_front
+from services.common.mutual_tls import showing
 from toolkit.bench_stack import all_workers, stack_of_our_own
 from toolkit.loadtest import quantile
 from toolkit.run_directory import RunningStack, running_stacks
@@ -68,13 +69,14 @@ async def run_chats_bench(up_arguments: Sequence[str], folder: Path, runs: Path)
         arguments = ("--workers", str(WORKERS), "--placement", policy, *up_arguments)
         async with stack_of_our_own(policy, arguments, folder / "chats.log") as server:
             stack = next(stack for stack in running_stacks(runs) if stack.http_url == server.url)
-            rows.append(await _measure(policy, stack))
+            with showing(stack.tls):
+                rows.append(await _measure(policy, stack))
     return rows
 
 
 async def _measure(policy: str, stack: RunningStack) -> ChatsRow:
     block_size = (await all_workers(stack, WORKERS))[0].model.block_size
-    async with dial(stack.grpc_address) as channel:
+    async with dial_front(stack.grpc_address, stack.front_cert) as channel:
         chats = Chats(InferenceStub(channel), block_size, ChatsRow(policy))
         started = time.perf_counter()
         await chats.run()

@@ -29,6 +29,7 @@ from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.block_hash import chain_hashes, chain_root
 from services.common.channel import Outbox, dial
 from services.common.kv_wire import ChunkChannel
+from services.common.mutual_tls import showing
 from toolkit.bench_stack import all_workers, stack_of_our_own
 from toolkit.run_directory import RunningStack, running_stacks
 
@@ -244,8 +245,9 @@ async def run_kv_bench(options: KvBenchOptions, runs: Path) -> KvRecord:
     arguments = ("--workers", "2", "--cache-disk", str(options.folder / "blocks"), *options.up_arguments)
     async with stack_of_our_own("bench-kv", arguments, options.folder / "stack.log") as server:
         stack = next(stack for stack in running_stacks(runs) if stack.http_url == server.url)
-        first, second = await all_workers(stack, 2)
-        async with dial(first.address) as one, dial(second.address) as other:
-            bench = KvBench(options, stack, WorkerClient(first, one), WorkerClient(second, other))
-            await bench.run()
-            return bench.record
+        with showing(stack.tls):
+            first, second = await all_workers(stack, 2)
+            async with dial(first.address) as one, dial(second.address) as other:
+                bench = KvBench(options, stack, WorkerClient(first, one), WorkerClient(second, other))
+                await bench.run()
+                return bench.record

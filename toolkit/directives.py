@@ -9,6 +9,8 @@ import grpc.aio
 from headrace.v1.scheduler_pb2 import DrainWorkerRequest, SetRoleRequest, WorkerRole
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
 from services.common.channel import dial
+from services.common.config import ConfigError
+from services.common.mutual_tls import showing
 from toolkit.run_directory import RunningStack
 
 if TYPE_CHECKING:
@@ -46,8 +48,16 @@ async def _scheduler_of(stacks: Sequence[RunningStack], worker: str) -> AsyncIte
     stack = next((stack for stack in stacks if any(process.name == worker for process in stack.processes)), None)
     if stack is None:
         raise NotTold(f"No stack that runs here has a worker {worker!r}; `headrace ps` lists them.")
-    async with dial(stack.scheduler_address) as channel:
+    async with _dial_scheduler(stack) as channel:
         try:
             yield SchedulerStub(channel)
         except grpc.aio.AioRpcError as error:
             raise NotTold(error.details() or error.code().name) from None
+
+
+def _dial_scheduler(stack: RunningStack) -> grpc.aio.Channel:
+    try:
+        with showing(stack.tls):
+            return dial(stack.scheduler_address)
+    except ConfigError as error:
+        raise NotTold(f"The stack's certificates cannot be used: {error}.") from None

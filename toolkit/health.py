@@ -8,15 +8,13 @@ import grpc.aio
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.common.channel import dial
-
 _TIMEOUT_S = 2.0
 
 
-async def grpc_health(address: str) -> str:
-    """The server's own word of grpc.health.v1 (`serving`, `not serving`), or `unreachable`."""
+async def grpc_health(channel: grpc.aio.Channel) -> str:
+    """The server's own word of grpc.health.v1 (`serving`, `not serving`), or `unreachable`. Closes the channel."""
     request = health_pb2.HealthCheckRequest()
-    async with dial(address) as channel:
+    async with channel:
         try:
             check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined]
             reply = await check(request, timeout=_TIMEOUT_S)
@@ -25,15 +23,15 @@ async def grpc_health(address: str) -> str:
     return health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status).lower().replace("_", " ")
 
 
-async def grpc_serves(address: str) -> bool:
-    """True if grpc.health.v1 says SERVING."""
-    return await grpc_health(address) == "serving"
+async def grpc_serves(channel: grpc.aio.Channel) -> bool:
+    """True if grpc.health.v1 says SERVING. Closes the channel."""
+    return await grpc_health(channel) == "serving"
 
 
 async def http_ready(url: str) -> bool:
     """True if the address answers 200."""
-    # Certificates would be read anew for each question, which takes longer than the rest of it; stacks of our own that
-    # are asked here speak plain HTTP.
+    # Reading the certificates of all authorities takes longer than the rest of it, and nothing secret is said to the
+    # stacks of our own that are asked here.
     async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False, verify=False) as client:
         try:
             return (await client.get(url)).status_code == httpx.codes.OK

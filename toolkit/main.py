@@ -13,7 +13,9 @@ import typer
 import uvloop
 from rich.console import Console
 
-from services.common.config import home_directory
+from services.common.config import CommonSettings, ConfigError, home_directory, load
+from services.common.mutual_tls import files_of, showing
+from services.common.tls import FrontCert, TlsFiles, front_names
 from toolkit.bench import BenchOptions, run_bench
 from toolkit.bench_chats import run_chats_bench
 from toolkit.bench_kv import KvBenchFailed, KvBenchOptions, run_kv_bench
@@ -24,6 +26,7 @@ from toolkit.bench_report import invalid_figures, show
 from toolkit.bench_servers import NotAnswering
 from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
+from toolkit.certs_commands import TOOLKIT, certificates_of_run, certs_app
 from toolkit.directives import NotTold, set_role
 from toolkit.directives import drain as drain_worker
 from toolkit.keys_commands import keys_app
@@ -36,7 +39,7 @@ from toolkit.process_tree import NotStopped
 from toolkit.ps import show_stacks
 from toolkit.queue_commands import queue_app
 from toolkit.run_directory import RunDirectory, running_stacks
-from toolkit.stack import INTERNAL_HOST, StackOptions, plan_stack
+from toolkit.stack import INTERNAL_HOST, StackOptions, plan_stack, reachable_host
 from toolkit.up import run_stack
 
 app = typer.Typer(
@@ -49,6 +52,7 @@ models_app = typer.Typer(help="Models in the local store.", no_args_is_help=True
 app.add_typer(models_app, name="models")
 app.add_typer(queue_app, name="queue")
 app.add_typer(keys_app, name="keys")
+app.add_typer(certs_app, name="certs")
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)
@@ -121,6 +125,16 @@ def up(
     redis_url: Annotated[
         str | None, typer.Option(help="A Redis of yours, with AOF and without eviction. Default: a private one.")
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(envvar="HEADRACE_GATEWAY_TLS_CERT", help="Certificate of the public ports, PEM. Default: no TLS."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(envvar="HEADRACE_GATEWAY_TLS_KEY", help="Its key. `headrace certs` makes both.")
+    ] = None,
+    mtls: Annotated[
+        bool, typer.Option("--mtls", help="Mutual TLS between the services, with a private CA of this run.")
+    ] = False,
 ) -> None:
     """Starts the whole stack on this machine and keeps it running until Ctrl-C.
 
@@ -144,9 +158,25 @@ def up(
         cache_disk=str(cache_disk.absolute()) if cache_disk else None,
         placement=placement,
         redis_url=redis_url,
+        front_cert=_front_cert(tls_cert, tls_key, host),
+        front_key=str(tls_key.absolute()) if tls_key else None,
         worker_settings={setting: value for setting, value in chosen.items() if value is not None},
     )
-    _run_stack(wanted)
+    _run_stack(wanted, mtls=mtls)
+
+
+def _front_cert(cert: Path | None, key: Path | None, host: str) -> FrontCert | None:
+    """Tries the certificate before anything starts. The name of this machine is preferred among its names."""
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        _fail(f"--tls-cert and --tls-key belong together: give {'--tls-cert' if cert is None else '--tls-key'}, too.")
+    try:
+        names = front_names(cert, key)
+    except ConfigError as error:
+        _fail(f"--tls-cert: {error}.")
+    here = reachable_host(host)
+    return FrontCert(str(cert.absolute()), here if here in names else names[0])
 
 
 def _counted(port: int, count: int) -> tuple[int, ...]:
@@ -154,7 +184,7 @@ def _counted(port: int, count: int) -> tuple[int, ...]:
     return tuple(port + number if port else 0 for number in range(count))
 
 
-def _run_stack(wanted: StackOptions) -> None:
+def _run_stack(wanted: StackOptions, *, mtls: bool) -> None:
     """Settles the public ports, where 0 means a free one, and runs the stack to its end."""
     try:
         public: list[int] = []
@@ -164,9 +194,13 @@ def _run_stack(wanted: StackOptions) -> None:
         http_ports, grpc_ports = public[: len(wanted.http_ports)], public[len(wanted.http_ports) :]
         options = replace(wanted, http_ports=tuple(http_ports), grpc_ports=tuple(grpc_ports))
         internal = free_ports(INTERNAL_HOST, public)
+        directory = RunDirectory(_runs())
+        options = replace(options, mtls=certificates_of_run(directory) if mtls else None)
+        tls = TlsFiles.of(options.mtls, TOOLKIT) if options.mtls else files_of(load(CommonSettings, "up"))
         stack = plan_stack(options, internal, cores=len(os.sched_getaffinity(0)))
-        asyncio.run(run_stack(stack, RunDirectory(_runs()), Console(highlight=False)))
-    except PortTaken as error:
+        with showing(tls):
+            asyncio.run(run_stack(stack, tls, directory, Console(highlight=False)))
+    except (PortTaken, ConfigError) as error:
         _fail(str(error))
     except ProcessFailed as error:
         log = error.process.spec.log_path
@@ -180,7 +214,10 @@ def ps() -> None:
     if not stacks:
         typer.echo("No stack runs here. Start one with: headrace up")
         return
-    asyncio.run(show_stacks(stacks, Console(highlight=False)))
+    try:
+        asyncio.run(show_stacks(stacks, Console(highlight=False)))
+    except ConfigError as error:
+        _fail(f"The stack's certificates cannot be used: {error}.")
 
 
 @app.command()

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from headrace.v1.scheduler_pb2 import DescribeFleetRequest, FleetWorker, WorkerRole
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
-from services.common.channel import dial
+from services.common.channel import dial, dial_front
+from services.common.mutual_tls import showing
+from services.common.tls import FrontCert
 from toolkit.health import grpc_health, redis_answers
 from toolkit.run_directory import RunningProcess, RunningStack
 
@@ -35,11 +37,15 @@ _COLUMNS = (
 
 
 async def show_stacks(stacks: Sequence[RunningStack], console: Console) -> None:
-    """Prints a table per stack, wider than the console where it is too narrow."""
+    """Prints a table per stack, wider than the console where it is too narrow.
+
+    Raises ConfigError if the certificates of a stack cannot be read.
+    """
     console.width = max(console.width, _LEAST_WIDTH)
     for stack in stacks:
-        health = await asyncio.gather(*(_health(process) for process in stack.processes))
-        fleet = await _fleet(stack.scheduler_address)
+        with showing(stack.tls):
+            health = await asyncio.gather(*(_health(process, stack.front_cert) for process in stack.processes))
+            fleet = await _fleet(stack.scheduler_address)
         table = Table(*_COLUMNS, box=None, pad_edge=False)
         for process, word in zip(stack.processes, health, strict=True):
             table.add_row(*_process_cells(process, word), *worker_cells(fleet.get(process.name)))
@@ -48,13 +54,15 @@ async def show_stacks(stacks: Sequence[RunningStack], console: Console) -> None:
         console.print(table, crop=False)
 
 
-async def _health(process: RunningProcess) -> str:
+async def _health(process: RunningProcess, front_cert: FrontCert | None) -> str:
     if process.pid is None:
         return process.state
     if process.service == "redis":
         host, _, port = process.address.rpartition(":")
         return "serving" if await redis_answers(host, int(port)) else "unreachable"
-    return await grpc_health(process.address)
+    if process.service == "gateway":
+        return await grpc_health(dial_front(process.address, front_cert))
+    return await grpc_health(dial(process.address))
 
 
 async def _fleet(scheduler_address: str) -> dict[str, FleetWorker]:

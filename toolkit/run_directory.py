@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from services.common.tls import FrontCert, TlsFiles
+
 _STATE_FILE = "stack.json"
 _LOCK_FILE = "lock"
 _KEPT_DEAD_RUNS = 5
@@ -44,6 +46,10 @@ class RunningStack:
     scheduler_address: str
     redis_url: str
     processes: tuple[RunningProcess, ...]
+    # What the gateways show; None: their fronts are plain.
+    front_cert: FrontCert | None = None
+    # What a command shows to the services; None: connections between them are plain.
+    tls: TlsFiles | None = None
 
 
 class RunDirectory:
@@ -94,7 +100,13 @@ def redis_url_of(stacks: Sequence[RunningStack], given: str | None) -> str:
 def _read_state(path: Path) -> RunningStack:
     state = json.loads((path / _STATE_FILE).read_text())
     processes = tuple(RunningProcess(**process) for process in state.pop("processes"))
-    return RunningStack(**state, processes=processes)
+    front_cert, tls = state.pop("front_cert", None), state.pop("tls", None)
+    return RunningStack(
+        **state,
+        processes=processes,
+        front_cert=front_cert and FrontCert(**front_cert),
+        tls=tls and TlsFiles(**tls),
+    )
 
 
 def _remove_old_runs(runs: Path) -> None:

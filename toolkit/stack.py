@@ -1,8 +1,11 @@
 """Which processes make up a stack, with which settings and addresses. Pure: starts nothing."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
+
+from services.common.tls import FrontCert, TlsFiles
 
 Service = Literal["redis", "cache", "scheduler", "worker", "gateway"]
 
@@ -32,6 +35,11 @@ class StackOptions:
     placement: str | None = None
     # An existing Redis; None: a private one.
     redis_url: str | None = None
+    # Certificate and key of the public fronts; None: they are plain.
+    front_cert: FrontCert | None = None
+    front_key: str | None = None
+    # Folder with a certificate for each service, which they show one another; None: as the caller's environment says.
+    mtls: Path | None = None
     # Settings of every worker that were given; the others keep the worker's own defaults.
     worker_settings: Mapping[str, object] = field(default_factory=dict)
 
@@ -69,6 +77,8 @@ class Stack:
     grpc_address: str
     scheduler_address: str
     redis_url: str
+    # What the gateways show; None: their fronts are plain.
+    front_cert: FrontCert | None = None
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -101,12 +111,27 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
     gateways = tuple(_gateways(options, finding))
     redis = Member("redis", "redis", redis_address, metrics_url=None, ready_url=None, settings={})
     return Stack(
-        tiers=(*(() if options.redis_url else ((redis,),)), (cache,), schedulers, workers, gateways),
-        http_urls=tuple(_http_url(options.host, port) for port in options.http_ports),
+        tiers=(
+            *(() if options.redis_url else ((redis,),)),
+            *(
+                tuple(_with_certificate(member, options.mtls) for member in tier)
+                for tier in ((cache,), schedulers, workers, gateways)
+            ),
+        ),
+        http_urls=tuple(_http_url(options, port) for port in options.http_ports),
         grpc_address=gateways[0].address,
         scheduler_address=schedulers[0].address,
         redis_url=redis_url,
+        front_cert=options.front_cert,
     )
+
+
+def _with_certificate(member: Member, folder: Path | None) -> Member:
+    if folder is None:
+        return member
+    files = TlsFiles.of(folder, member.service)
+    own = {"mtls_ca": files.ca, "mtls_cert": files.cert, "mtls_key": files.key}
+    return replace(member, settings={**member.settings, **own})
 
 
 def _workers(options: StackOptions) -> Iterator[tuple[str, str]]:
@@ -158,22 +183,30 @@ def _internal_member(
 
 def _gateways(options: StackOptions, finding: Mapping[str, object]) -> Iterator[Member]:
     names = _names("gateway", len(options.http_ports))
+    tls = {"tls_cert": options.front_cert.path, "tls_key": options.front_key} if options.front_cert else {}
     for name, http_port, grpc_port in zip(names, options.http_ports, options.grpc_ports, strict=True):
-        url = _http_url(options.host, http_port)
+        url = _http_url(options, http_port)
         yield Member(
             name=name,
             service="gateway",
-            address=f"{_reachable(options.host)}:{grpc_port}",
+            address=f"{reachable_host(options.host)}:{grpc_port}",
             metrics_url=f"{url}/metrics",
             ready_url=f"{url}/health/ready",
-            settings={"id": name, "host": options.host, "http_port": http_port, "grpc_port": grpc_port, **finding},
+            settings={
+                "id": name,
+                "host": options.host,
+                "http_port": http_port,
+                "grpc_port": grpc_port,
+                **finding,
+                **tls,
+            },
         )
 
 
-def _http_url(host: str, port: int) -> str:
-    return f"http://{_reachable(host)}:{port}"
+def _http_url(options: StackOptions, port: int) -> str:
+    return f"{'https' if options.front_cert else 'http'}://{reachable_host(options.host)}:{port}"
 
 
-def _reachable(host: str) -> str:
+def reachable_host(host: str) -> str:
     """How this machine reaches a server that listens on `host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from headrace.v1.scheduler_pb2 import DescribeFleetRequest
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
-from services.common.channel import cancel_and_wait, dial
+from services.common.channel import cancel_and_wait, dial, dial_front
 from services.common.config import child_environment
+from services.common.tls import FrontCert, TlsFiles
 from toolkit.health import grpc_serves, http_ready, redis_answers
 from toolkit.process import Probe, ProcessSpec
 from toolkit.redis_server import find_redis_server, redis_command
@@ -31,13 +32,16 @@ _STOP_GRACE_S = 60.0
 _FIRST_ANSWER_S = 30.0
 
 
-async def run_stack(stack: Stack, directory: RunDirectory, console: Console) -> None:
-    """Runs a stack until SIGINT, SIGTERM or SIGHUP; a second signal kills it. Raises ProcessFailed."""
+async def run_stack(stack: Stack, tls: TlsFiles | None, directory: RunDirectory, console: Console) -> None:
+    """Runs a stack until SIGINT, SIGTERM or SIGHUP; a second signal kills it. Raises ProcessFailed.
+
+    `tls`: what this process shows to the services, as its context has it, and other commands are to show.
+    """
     screen = open_screen(console)
 
     def on_change() -> None:
         screen.draw(supervisor.processes)
-        directory.write_state(_describe(stack, directory, supervisor))
+        directory.write_state(_describe(stack, tls, directory, supervisor))
 
     supervisor = Supervisor(on_change)
     stop_asked = _stop_on_signals(supervisor)
@@ -54,12 +58,12 @@ async def run_stack(stack: Stack, directory: RunDirectory, console: Console) -> 
 async def _serve(stack: Stack, directory: RunDirectory, supervisor: Supervisor, console: Console) -> None:
     """Starts everything, tells when it is ready, and stays."""
     for tier in stack.tiers:
-        supervisor.start([_process_spec(member, directory) for member in tier])
+        supervisor.start([_process_spec(member, directory, stack.front_cert) for member in tier])
         if tier[0].service == "redis":  # the others would only retry
             await supervisor.wait_ready()
     await supervisor.wait_ready()
     model = await _first_model(stack.scheduler_address)
-    console.print(_welcome(stack, model, directory.path), markup=False, soft_wrap=True)
+    console.print(welcome(stack, model, directory.path), markup=False, soft_wrap=True)
     await asyncio.Event().wait()
 
 
@@ -95,7 +99,7 @@ def _stop_on_signals(supervisor: Supervisor) -> asyncio.Event:
     return stop_asked
 
 
-def _process_spec(member: Member, directory: RunDirectory) -> ProcessSpec:
+def _process_spec(member: Member, directory: RunDirectory, front_cert: FrontCert | None) -> ProcessSpec:
     if member.service == "redis":
         host, _, port = member.address.rpartition(":")
         command = redis_command(find_redis_server(), int(port), directory.data_path("redis"))
@@ -103,7 +107,7 @@ def _process_spec(member: Member, directory: RunDirectory) -> ProcessSpec:
     else:
         # -P: a folder named `services` where the command is typed must not be taken for ours.
         command = (sys.executable, "-P", "-m", f"services.{member.service}")
-        probe = partial(_is_ready, member)
+        probe = partial(_is_ready, member, front_cert)
     return ProcessSpec(
         name=member.name,
         address=member.address,
@@ -115,10 +119,10 @@ def _process_spec(member: Member, directory: RunDirectory) -> ProcessSpec:
     )
 
 
-async def _is_ready(member: Member) -> bool:
-    if not await grpc_serves(member.address):
-        return False
-    return member.ready_url is None or await http_ready(member.ready_url)
+async def _is_ready(member: Member, front_cert: FrontCert | None) -> bool:
+    if member.ready_url is None:
+        return await grpc_serves(dial(member.address))
+    return await grpc_serves(dial_front(member.address, front_cert)) and await http_ready(member.ready_url)
 
 
 async def _first_model(scheduler_address: str) -> str:
@@ -128,7 +132,8 @@ async def _first_model(scheduler_address: str) -> str:
     return next(worker.registration.model.name for worker in reply.workers)
 
 
-def _welcome(stack: Stack, model: str, directory: Path) -> str:
+def welcome(stack: Stack, model: str, directory: Path) -> str:
+    """What a person is told when the stack is ready."""
     question = {"role": "user", "content": "What is the capital of France?"}
     body = json.dumps({"model": model, "stream": True, "temperature": 0, "messages": [question]})
     http_url, *others = stack.http_urls
@@ -136,14 +141,26 @@ def _welcome(stack: Stack, model: str, directory: Path) -> str:
     return f"""
 {model} is ready. Ask it something:
 
-  curl -N {http_url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
+  {_curl(stack)}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
 
 OpenAI API {http_url}/v1    gRPC {stack.grpc_address}    metrics {http_url}/metrics{more}
 logs {directory}    what runs: headrace ps    API keys: headrace keys create    stop: Ctrl-C
 """
 
 
-def _describe(stack: Stack, directory: RunDirectory, supervisor: Supervisor) -> RunningStack:
+def _curl(stack: Stack) -> str:
+    """Of the first gateway. Where its certificate is not for this machine, curl connects here under a name that it is
+    for.
+    """
+    if stack.front_cert is None:
+        return f"curl -N {stack.http_urls[0]}"
+    host, _, port = stack.http_urls[0].removeprefix("https://").rpartition(":")
+    name = stack.front_cert.name
+    elsewhere = "" if name == host else f" --connect-to ::{host}:{port}"
+    return f"curl -N --cacert {shlex.quote(stack.front_cert.path)}{elsewhere} https://{name}:{port}"
+
+
+def _describe(stack: Stack, tls: TlsFiles | None, directory: RunDirectory, supervisor: Supervisor) -> RunningStack:
     members = {member.name: member for member in stack.members}
     return RunningStack(
         pid=os.getpid(),
@@ -152,6 +169,8 @@ def _describe(stack: Stack, directory: RunDirectory, supervisor: Supervisor) -> 
         grpc_address=stack.grpc_address,
         scheduler_address=stack.scheduler_address,
         redis_url=stack.redis_url,
+        front_cert=stack.front_cert,
+        tls=tls,
         processes=tuple(
             RunningProcess(
                 name=process.spec.name,

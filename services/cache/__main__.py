@@ -12,7 +12,7 @@ from services.cache.ram_tier import RamTier
 from services.cache.servicer import CacheServicer
 from services.cache.store import Store
 from services.cache.watch import WatchHub
-from services.common import config, serve, telemetry
+from services.common import config, mutual_tls, serve, telemetry
 from services.common.channel import reachable
 from services.common.kv_wire import with_chunks
 
@@ -49,6 +49,7 @@ async def serve_cache(settings: CacheSettings, stop: serve.Stop) -> None:
 def main() -> None:
     settings = config.load(CacheSettings, "cache")
     telemetry.set_up("cache", settings)
+    mutual_tls.set_up("cache", settings)
     serve.run("cache", lambda stop: serve_cache(settings, stop))
 
 

@@ -1,12 +1,10 @@
 """Settings of the cache service."""
 
 import secrets
-from pathlib import Path
-from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from services.common.config import CommonSettings, Port
+from services.common.config import CommonSettings, OptionalPath, Port
 
 _MIB = 1024 * 1024
 
@@ -14,7 +12,7 @@ _MIB = 1024 * 1024
 class CacheSettings(CommonSettings):
     """`HEADRACE_CACHE_*`."""
 
-    # Interface that the gRPC server listens on. Loopback, since nothing on this port asks for credentials.
+    # Interface that the gRPC server listens on. Loopback, since without mutual TLS nothing here asks for credentials.
     host: str = "127.0.0.1"
     port: Port = 50071
     # host:port at which workers reach this service to fetch blocks. Empty: the address it listens on, and on all
@@ -34,7 +32,7 @@ class CacheSettings(CommonSettings):
     ram_bytes: int = Field(default=512 * _MIB, ge=0)
     # Folder of the blocks kept on disk, of this process's own. It is made if it is not there, and what it holds is
     # offered again after a restart. Unset: nothing is kept on disk.
-    disk_path: Annotated[Path | None, BeforeValidator(lambda value: value or None)] = None
+    disk_path: OptionalPath = None
     # Blocks kept on disk, in bytes of files: eight times the RAM, which a laptop has to spare.
     disk_bytes: int = Field(default=4096 * _MIB, ge=0)
     # Blocks that wait to be written to disk, in bytes; more are kept in RAM alone. 64 MiB is what an SSD writes in a

@@ -12,6 +12,9 @@ from typing import Generic, TypeVar
 import grpc
 import grpc.aio
 
+from services.common.mutual_tls import CHANNEL_OPTIONS, channel_credentials
+from services.common.tls import FrontCert
+
 log = logging.getLogger(__name__)
 
 M = TypeVar("M")
@@ -54,8 +57,22 @@ Session = Callable[[str, grpc.aio.Channel], Awaitable[None]]
 
 
 def dial(address: str) -> grpc.aio.Channel:
-    """A channel to `host:port`; connects when it is first used."""
-    return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+    """A channel to the service at `host:port`; connects when it is first used."""
+    credentials = channel_credentials()
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=(*CLIENT_OPTIONS, *CHANNEL_OPTIONS))
+
+
+def dial_front(address: str, cert: FrontCert | None) -> grpc.aio.Channel:
+    """A channel to the public front of a gateway; `cert`: the certificate that it shows, if it is on TLS.
+
+    It is trusted under its own name: it need not be for the address at which its own machine reaches it.
+    """
+    if cert is None:
+        return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)
+    options = (*CLIENT_OPTIONS, ("grpc.ssl_target_name_override", cert.name))
+    return grpc.aio.secure_channel(address, cert.channel_credentials(), options=options)
 
 
 async def resolve(address: str) -> set[str]:

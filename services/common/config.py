@@ -42,6 +42,9 @@ Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...]
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
+OptionalPath = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
+"""A file or folder; an empty value is none."""
+
 
 class CommonSettings(BaseModel):
     """Fields that every service has."""
@@ -59,6 +62,11 @@ class CommonSettings(BaseModel):
     caches: Addresses = ("127.0.0.1:50071",)
     # Where /metrics of the services without an HTTP front is served. 0 takes a free port.
     metrics_host: str = "127.0.0.1"
+    # Mutual TLS between services: PEM files of a private CA, and of a certificate of it and its key. All three or none:
+    # then connections between services are plain, for one machine or a network that nobody else is on.
+    mtls_ca: OptionalPath = None
+    mtls_cert: OptionalPath = None
+    mtls_key: OptionalPath = None
 
 
 S = TypeVar("S", bound=CommonSettings)

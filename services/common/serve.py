@@ -18,6 +18,8 @@ from grpc_reflection.v1alpha import reflection
 
 from services.common.channel import SERVER_OPTIONS
 from services.common.errors import ErrorInterceptor
+from services.common.mutual_tls import server_credentials
+from services.common.tls import Front
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,9 @@ class Registration:
 class GrpcServer:
     """A gRPC server with grpc.health.v1 and reflection. Not serving until `set_serving(True)`."""
 
-    def __init__(self, registrations: Iterable[Registration]) -> None:
+    def __init__(self, registrations: Iterable[Registration], front: Front | None = None) -> None:
+        """`front`: of a public server. Others are for services: they demand certificates if this process has one."""
+        self._front = front
         self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
         self._health = health_aio.HealthServicer()
         self._names = ["", *(item.service_name for item in registrations)]
@@ -101,12 +105,18 @@ class GrpcServer:
         Raises OSError when the address cannot be bound.
         """
         try:
-            port = self._server.add_insecure_port(address)
+            port = self._add_port(address)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
         await self.set_serving(False)
         await self._server.start()
         return port
+
+    def _add_port(self, address: str) -> int:
+        credentials = self._front.grpc_credentials if self._front else server_credentials()
+        if credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, credentials)
 
     async def set_serving(self, serving: bool) -> None:
         """What grpc.health.v1 answers, for the server as a whole and for each service."""

@@ -4,7 +4,7 @@ import logging
 
 from prometheus_client import REGISTRY
 
-from services.common import telemetry
+from services.common import mutual_tls, telemetry
 from services.common.config import ConfigError, load
 from services.common.redis.client import UnfitRedis
 from services.common.serve import Stop, run
@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     settings = load(GatewaySettings, "gateway")
     telemetry.set_up("gateway", settings)
+    mutual_tls.set_up("gateway", settings)
 
     async def serve(stop: Stop) -> None:
         gateway = Gateway(settings, REGISTRY)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from services.common.config import CommonSettings, Port
+from services.common.config import CommonSettings, OptionalPath, Port
 
 
 class GatewaySettings(CommonSettings):
@@ -18,6 +18,10 @@ class GatewaySettings(CommonSettings):
     http_port: Port = 8000
     # The public gRPC Inference service. 0 takes a free port.
     grpc_port: Port = 50051
+    # Certificate (with the rest of its chain) and key of both fronts, PEM. Both or none: without them the fronts are
+    # plain, for a loopback address, or behind a proxy that ends TLS.
+    tls_cert: OptionalPath = None
+    tls_key: OptionalPath = None
     # Names this instance in jobs and leases.
     id: str = Field(default_factory=lambda: f"gateway-{secrets.token_hex(3)}", min_length=1)
 

@@ -23,6 +23,7 @@ from services.common.redis.keys import Owner
 from services.common.redis.limits import LimitStore
 from services.common.redis.queue import JobQueue
 from services.common.serve import GrpcServer, Registration, Stop
+from services.common.tls import open_front
 from services.gateway.active_request import ActiveRequest, ActiveRequests
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
@@ -52,7 +53,7 @@ _LAST_WORDS_S = 5.0
 
 
 class Gateway:
-    """One gateway instance. `start`, then `run`. Raises ConfigError for a bad file of keys or prices."""
+    """One gateway instance. `start`, then `run`. Raises ConfigError for a bad file of keys, prices or certificates."""
 
     def __init__(self, settings: GatewaySettings, registry: CollectorRegistry) -> None:
         self._settings = settings
@@ -104,11 +105,13 @@ class Gateway:
             metrics,
             max_recorded_tokens=settings.max_recorded_tokens,
         )
-        self._http = HttpServer(self._http_app(metrics), settings.host, settings.http_port)
+        front = open_front(settings.tls_cert, settings.tls_key)
+        self._http = HttpServer(self._http_app(metrics), settings.host, settings.http_port, front.http_context)
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
         servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, settings)
         self._grpc = GrpcServer(
-            [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)]
+            [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)],
+            front,
         )
 
     def _http_app(self, metrics: Metrics) -> HttpApp:

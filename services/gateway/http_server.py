@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -15,9 +16,9 @@ _SHUTDOWN_S = 5
 
 
 class HttpServer:
-    """Serves the application on one port."""
+    """Serves the application on one port, over TLS if a context is given."""
 
-    def __init__(self, app: HttpApp, host: str, port: int) -> None:
+    def __init__(self, app: HttpApp, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
         config = uvicorn.Config(
             app,
             http="httptools",
@@ -30,6 +31,7 @@ class HttpServer:
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_SHUTDOWN_S,
+            ssl_context_factory=(lambda _config, _default: tls) if tls else None,
         )
         self._server = _Server(config)
         self._host = host

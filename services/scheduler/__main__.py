@@ -5,7 +5,7 @@ import logging
 import secrets
 
 from headrace.v1 import scheduler_pb2, scheduler_pb2_grpc
-from services.common import config, serve, telemetry
+from services.common import config, mutual_tls, serve, telemetry
 from services.common.channel import cancel_and_wait
 from services.common.errors import Unavailable
 from services.common.redis.client import UnfitRedis
@@ -101,6 +101,7 @@ async def _serve_with_metrics(settings: SchedulerSettings, stop: serve.Stop) -> 
 def main() -> None:
     settings = config.load(SchedulerSettings, "scheduler")
     telemetry.set_up("scheduler", settings)
+    mutual_tls.set_up("scheduler", settings)
     try:
         serve.run("scheduler", lambda stop: _serve_with_metrics(settings, stop))
     except UnfitRedis as error:

@@ -11,7 +11,7 @@ from services.scheduler.placement import Policy
 class SchedulerSettings(CommonSettings):
     """`HEADRACE_SCHEDULER_*`."""
 
-    # Interface that the gRPC server listens on. Loopback, since nothing on this port asks for credentials.
+    # Interface that the gRPC server listens on. Loopback, since without mutual TLS nothing here asks for credentials.
     host: str = "127.0.0.1"
     port: Port = 50061
     # Where Prometheus scrapes /metrics. 0 takes a free port.

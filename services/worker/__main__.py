@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from services.common import config, serve, telemetry
+from services.common import config, mutual_tls, serve, telemetry
 from services.worker.build import load, run_in_daemon_thread
 from services.worker.config import WorkerSettings
 from services.worker.engine.model.interface import ModelError, ModelUnavailable
@@ -37,6 +37,7 @@ async def serve_worker(settings: WorkerSettings, stop: serve.Stop) -> None:
 def main() -> None:
     settings = config.load(WorkerSettings, "worker")
     telemetry.set_up("worker", settings)
+    mutual_tls.set_up("worker", settings)
     try:
         serve.run("worker", lambda stop: serve_worker(settings, stop))
     except ModelError as error:

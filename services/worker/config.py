@@ -15,7 +15,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class WorkerSettings(CommonSettings):
     """`HEADRACE_WORKER_*`."""
 
-    # Interface that the gRPC server listens on. Loopback, since nothing on this port asks for credentials.
+    # Interface that the gRPC server listens on. Loopback, since without mutual TLS nothing here asks for credentials.
     host: str = "127.0.0.1"
     port: Port = 50052
     # host:port at which gateways and other workers reach this one. Empty: the address it listens on, and on all

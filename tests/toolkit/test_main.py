@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.certificates import certificate
 from tests.toolkit.fake_server import fake_server
 from toolkit.main import app
 
@@ -69,3 +70,18 @@ def test_short_answers_are_told_loudly_and_fail(tmp_path: Path) -> None:
         run = CliRunner().invoke(app, ["bench", *options])
     assert run.exit_code == 1
     assert "NOT VALID: --url, row single: 4 answers" in run.output
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"--tls-cert": "gateway.crt"}, "--tls-cert and --tls-key belong together: give --tls-key, too."),
+        ({"--tls-cert": "nowhere.crt", "--tls-key": "gateway.key"}, "nowhere.crt: No such file or directory."),
+        ({"--tls-cert": "gateway.crt", "--tls-key": "ca.key"}, "ca.key is not the key of"),
+    ],
+)
+def test_certificates_that_cannot_be_used_stop_the_start(files: dict[str, str], said: str, tmp_path: Path) -> None:
+    certificate(tmp_path)
+    options = [word for option, file in files.items() for word in (option, str(tmp_path / file))]
+    run = CliRunner().invoke(app, ["up", *options], env={"XDG_STATE_HOME": str(tmp_path / "state")})
+    assert (run.exit_code, said in run.output, (tmp_path / "state").exists()) == (1, True, False)

@@ -4,13 +4,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+from services.common.tls import FrontCert, TlsFiles
 from toolkit.run_directory import RunDirectory, RunningProcess, RunningStack, running_stacks
 
 WORKER = RunningProcess("worker", "worker", "127.0.0.1:1", None, "worker.log", "ready", 12, 1.5)
 
 
 def stack(directory: RunDirectory) -> RunningStack:
-    return RunningStack(1, str(directory.path), "http://h:1", "h:2", "h:3", "redis://h:4/0", (WORKER,))
+    return RunningStack(
+        1,
+        str(directory.path),
+        "http://h:1",
+        "h:2",
+        "h:3",
+        "redis://h:4/0",
+        (WORKER,),
+        FrontCert("c", "n"),
+        TlsFiles("a", "c", "k"),
+    )
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
+from services.common.tls import FrontCert
 from toolkit.stack import Stack, StackOptions, plan_stack
 
 OPTIONS = StackOptions(host="0.0.0.0", http_ports=(8000,), grpc_ports=(50051,))
@@ -101,3 +103,20 @@ def test_replicas_have_ports_and_names_of_their_own_and_everyone_finds_all_sched
     assert {member.settings["schedulers"] for tier in stack.tiers[3:] for member in tier} == {schedulers}
     assert stack.http_urls == ("http://127.0.0.1:8000", "http://127.0.0.1:8001")
     assert [member.settings["grpc_port"] for member in stack.tiers[-1]] == [50051, 50052]
+
+
+def test_fronts_on_tls() -> None:
+    stack = plan(replace(OPTIONS, front_cert=FrontCert("/c/front.crt", "llm.example.com"), front_key="/c/front.key"))
+    gateway = stack.members[-1]
+    assert (gateway.settings["tls_cert"], gateway.settings["tls_key"]) == ("/c/front.crt", "/c/front.key")
+    assert stack.http_urls == ("https://127.0.0.1:8000",)
+    assert gateway.ready_url == "https://127.0.0.1:8000/health/ready"
+    assert not any("tls_cert" in member.settings for member in stack.members[:-1])
+
+
+def test_each_service_has_a_certificate_of_its_own() -> None:
+    stack = plan(replace(OPTIONS, mtls=Path("/run/tls"), workers=2))
+    certs = [member.settings.get("mtls_cert") for member in stack.members]
+    services = ("cache", "scheduler", "worker", "worker", "gateway")
+    assert certs == [None, *(f"/run/tls/{service}.crt" for service in services)]
+    assert {member.settings["mtls_ca"] for member in stack.members[1:]} == {"/run/tls/ca.crt"}

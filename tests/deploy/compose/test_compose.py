@@ -62,7 +62,9 @@ def test_a_prefill_worker_is_a_worker_but_for_its_role_and_found_as_one(services
 @pytest.mark.parametrize("name", SERVICES)
 def test_health_is_asked_where_the_service_listens(services: dict[str, Any], name: str) -> None:
     probe = services[name]["healthcheck"]["test"]
-    assert probe == ["CMD", "python", "-m", "services.common.probe", f"127.0.0.1:{grpc_port(SERVICES[name]())}"]
+    front = ["--front"] if name == "gateway" else []
+    address = f"127.0.0.1:{grpc_port(SERVICES[name]())}"
+    assert probe == ["CMD", "python", "-m", "services.common.probe", *front, address]
 
 
 @pytest.mark.parametrize("name", SERVICES)
