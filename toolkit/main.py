@@ -75,6 +75,11 @@ class Placement(StrEnum):
     ROUND_ROBIN = "round_robin"
 
 
+class EngineKind(StrEnum):
+    MODEL = "model"
+    ECHO = "echo"
+
+
 class Role(StrEnum):
     BOTH = "both"
     PREFILL = "prefill"
@@ -117,6 +122,9 @@ def up(
         bool, typer.Option(help="The same tokens for the same request, whatever else runs. Refused where impossible.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per worker. Default: its share.")] = None,
+    engine: Annotated[
+        EngineKind, typer.Option(help="echo: no model, every answer is its prompt; to try clients, or all but a model.")
+    ] = EngineKind.MODEL,
     host: Annotated[str, typer.Option(help="Interface of the two public ports; 0.0.0.0 opens them to others.")] = (
         "127.0.0.1"
     ),
@@ -142,6 +150,7 @@ def up(
     """
     chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks, "batching": batching}
     chosen |= {"deterministic": deterministic or None}
+    chosen |= {"implementation": "echo" if engine is EngineKind.ECHO else None}
     chosen |= {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "threads": threads}
     if workers is None:
         workers = 0 if prefill_workers or decode_workers else 1

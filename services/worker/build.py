@@ -138,6 +138,7 @@ def build_runner(settings: WorkerSettings, folder: Path) -> ModelRunner:
         block_size=settings.block_size,
         kernels=model_store.kernels_folder(settings.store),
         trust_remote_code=settings.trust_remote_code,
+        echo_step_s=settings.echo_step_ms / 1000,
     )
     default_fraction = _CPU_MEMORY_FRACTION if device == "cpu" else _GPU_MEMORY_FRACTION
     return build_model_runner(

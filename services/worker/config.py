@@ -41,8 +41,10 @@ class WorkerSettings(CommonSettings):
     # auto: a CUDA GPU if there is one.
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     # Which code runs the model. auto: the first of these that can. compiled: Llama-shaped models on a CPU; native: the
-    # same in torch, also on a GPU; transformers: all others.
-    implementation: Literal["auto", "compiled", "native", "transformers"] = "auto"
+    # same in torch, also on a GPU; transformers: all others. echo: none, every answer is its prompt, over and over.
+    implementation: Literal["auto", "compiled", "native", "transformers", "echo"] = "auto"
+    # How long each step of an echo takes, in milliseconds.
+    echo_step_ms: float = Field(default=0.0, ge=0.0)
     # Bits per weight of the compiled path. int8 and int4 share a scale among 32 weights, as GGUF's Q8_0 and Q4_1, whose
     # values they keep; activations are then 8 bits in the products. Faster, and less exact than none.
     quantize: Literal["none", "int8", "int4"] = "none"

@@ -29,7 +29,7 @@ def first_line(error: Exception) -> str:
 class ModelFacts:
     """What is fixed once a model is loaded."""
 
-    implementation: str  # "compiled", "native" or "transformers"
+    implementation: str  # "compiled", "native", "transformers" or "echo"
     vocabulary_size: int  # width of the logits
     max_context_tokens: int  # positions the model was made for
     layer_shapes: tuple[LayerShape, ...]

@@ -11,13 +11,14 @@ import torch
 from services.worker.engine.kernels.compiled.isa import IsaName, choose_isa
 from services.worker.engine.kernels.plain import PlainKernels
 from services.worker.engine.model.checkpoint import read_config
+from services.worker.engine.model.echo import echo_model
 from services.worker.engine.model.interface import CausalModel, ModelError, Quantization
 from services.worker.engine.model.llama import load_llama
 from services.worker.engine.model.llama_config import NotLlamaShaped, parse_llama_config
 
 log = logging.getLogger(__name__)
 
-Implementation = Literal["auto", "compiled", "native", "transformers"]
+Implementation = Literal["auto", "compiled", "native", "transformers", "echo"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ORDER: tuple[Implementation, ...] = ("compiled", "native", "transformers")
 
@@ -33,16 +34,20 @@ def load_model(
     block_size: int = 16,
     kernels: Path | None = None,
     trust_remote_code: bool = False,
+    echo_step_s: float = 0.0,
 ) -> CausalModel:
     """The model in `folder` (config.json and safetensors), ready to compute.
 
     dtype: float32, bfloat16, float16, or auto: what the checkpoint holds (float16 becomes float32 on a CPU, which
     computes it slowly). device: cpu, cuda or cuda:N. implementation: auto takes the fastest that can run the model:
-    compiled (CPU), native (torch), transformers. instruction_set and quantize are the compiled one's, and `block_size`
+    compiled (CPU), native (torch), transformers; echo runs none of them and takes `echo_step_s` for each step.
+    instruction_set and quantize are the compiled one's, and `block_size`
     is the KV pool's; it keeps its machine code in the folder `kernels`, and takes as many threads as torch.
     Raises ModelError with one sentence when the model cannot be run as asked.
     """
     config = read_config(folder)
+    if implementation == "echo":
+        return echo_model(config, echo_step_s)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, config, torch_device)
     request = _Request(folder, config, torch_dtype, torch_device, quantize, block_size, kernels)
