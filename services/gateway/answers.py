@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from headrace.v1.answer_pb2 import AnswerEvent, StoredRequest
 from headrace.v1.job_pb2 import Job
-from services.common.errors import HeadraceError, InvalidRequest, Unavailable
+from services.common.errors import HeadraceError, InvalidRequest, Overloaded, Unavailable
 from services.common.redis.answers import AnswerStore, State, StoredAnswer
 from services.common.redis.queue import JobQueue
 from services.gateway.active_request import ActiveRequests
@@ -60,7 +60,9 @@ class Answers:
         metrics: Metrics,
         *,
         max_recorded_tokens: int,
+        max_readers: int,
     ) -> None:
+        """`max_readers`: callers that read answers of other gateways at once; each takes a connection to Redis."""
         self._store = store
         self._generator = generator
         self._admission = admission
@@ -70,6 +72,8 @@ class Answers:
         self._catalog = catalog
         self._metrics = metrics
         self._max_recorded_tokens = max_recorded_tokens
+        self._max_readers = max_readers
+        self._readers = 0
         self._runs: dict[str, RecordedRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -226,6 +230,16 @@ class Answers:
             yield delta
 
     async def _recorded(self, answer_id: str, stored: StoredRequest, position: int) -> AsyncGenerator[Delta, None]:
+        if self._readers >= self._max_readers:
+            raise Overloaded(f"This gateway already reads {self._readers} answers of others; try again later.")
+        self._readers += 1
+        try:
+            async for delta in self._read(answer_id, stored, position):
+                yield delta
+        finally:
+            self._readers -= 1
+
+    async def _read(self, answer_id: str, stored: StoredRequest, position: int) -> AsyncGenerator[Delta, None]:
         choices = new_choices(self._catalog.get(stored.model), stored.sampling, stored.stopping, stored.choices)
         reached = 0
         while True:

@@ -71,6 +71,8 @@ class GatewaySettings(CommonSettings):
     # Tokens that such an answer may have, all choices together: it takes about 30 bytes of Redis for each, and about
     # 200 where each has 20 logprobs.
     max_recorded_tokens: int = Field(default=32_768, ge=1)
+    # Callers that read such answers of other gateways at once: each takes a connection to Redis, which has 10,000.
+    max_readers: int = Field(default=512, ge=1)
 
     # A worker's stream without a sign of life (due every second) for this many seconds counts as broken.
     worker_silence_s: float = Field(default=10.0, ge=2)

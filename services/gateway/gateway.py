@@ -104,6 +104,7 @@ class Gateway:
             self._catalog,
             metrics,
             max_recorded_tokens=settings.max_recorded_tokens,
+            max_readers=settings.max_readers,
         )
         front = open_front(settings.tls_cert, settings.tls_key)
         self._http = HttpServer(self._http_app(metrics), settings.host, settings.http_port, front.http_context)

@@ -227,6 +227,20 @@ async def test_an_answer_is_read_whole(stack: Stack, other: Stack) -> None:
     assert (await other.http.get("/v1/answers/nobody")).status_code == 404
 
 
+async def test_who_reads_from_redis_is_bounded(stack: Stack, redis_url: str) -> None:
+    async with running_gateway(redis_url, stack.scheduler, stack.workers, id="small", max_readers=1) as small:
+        answer_id = (await begin(stack)).event_id.rpartition(":")[0]
+        deltas = aiter(small.inference.Resume(ResumeRequest(answer_id=answer_id)))
+        text = (await anext(deltas)).text  # type: ignore[arg-type]
+        refused = await small.http.get(f"/v1/answers/{answer_id}")
+        assert (refused.status_code, "reads 1 answers of others" in refused.text) == (429, True)
+        stack.workers[0].let_go()
+        async for delta in deltas:
+            text += delta.text
+        assert text == TEXT
+        assert (await small.http.get(f"/v1/answers/{answer_id}")).status_code == 200
+
+
 async def test_nothing_is_told_of_what_is_not_kept(stack: Stack) -> None:
     for event_id, status, needle in (
         ("nobody:3", 404, "Nothing is kept of an answer nobody."),
