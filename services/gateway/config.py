@@ -1,11 +1,24 @@
 """Settings of the gateway: `HEADRACE_GATEWAY_FIELD`."""
 
+import re
 import secrets
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from services.common.config import CommonSettings, OptionalPath, Port
+from services.common.config import CommonSettings, OptionalPath, Port, split_commas
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s,?#@]+")
+
+
+def _check_origin(origin: str) -> str:
+    if not _ORIGIN.fullmatch(origin):
+        raise ValueError(f"{origin!r} is not an origin such as https://chat.example.com, without a path, or *")
+    return origin
+
+
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(split_commas)]
 
 
 class GatewaySettings(CommonSettings):
@@ -22,6 +35,9 @@ class GatewaySettings(CommonSettings):
     # plain, for a loopback address, or behind a proxy that ends TLS.
     tls_cert: OptionalPath = None
     tls_key: OptionalPath = None
+    # Origins whose pages may call from a browser, comma-separated, such as https://chat.example.com; * is any. None by
+    # default: a page that a person happens to visit has no business here.
+    cors_origins: Origins = ()
     # Names this instance in jobs and leases.
     id: str = Field(default_factory=lambda: f"gateway-{secrets.token_hex(3)}", min_length=1)
 

@@ -108,7 +108,7 @@ class InvalidKey(HeadraceError):
 
 
 class NotAllowed(HeadraceError):
-    """The caller's key works, but not for this."""
+    """The caller's key works, or its page is there, but not for this."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
     http_status = 403

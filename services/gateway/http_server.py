@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from services.gateway.http_app import HttpApp
+from services.gateway.http_exchange import AsgiApp
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75  # longer than the 60 s after which common load balancers close idle connections
@@ -18,7 +18,7 @@ _SHUTDOWN_S = 5
 class HttpServer:
     """Serves the application on one port, over TLS if a context is given."""
 
-    def __init__(self, app: HttpApp, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, app: AsgiApp, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
         config = uvicorn.Config(
             app,
             http="httptools",
