@@ -38,6 +38,12 @@ class BodyTimeout(InvalidRequest):
     http_status = 408
 
 
+class HeadTooLarge(InvalidRequest):
+    """The headers are too many, or too long."""
+
+    http_status = 431
+
+
 class BodyTooLarge(InvalidRequest):
     """The HTTP body is longer than the limit; it is read no further."""
 

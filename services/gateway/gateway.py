@@ -35,6 +35,7 @@ from services.gateway.http_app import HttpApp
 from services.gateway.http_exchange import AsgiApp
 from services.gateway.http_server import HttpServer
 from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.input_limits import grpc_limits, http_limits
 from services.gateway.key_file import KeyFile
 from services.gateway.keys import Keys
 from services.gateway.leases import Leases
@@ -108,12 +109,15 @@ class Gateway:
             max_recorded_tokens=settings.max_recorded_tokens,
         )
         front = open_front(settings.tls_cert, settings.tls_key)
-        self._http = HttpServer(self._asgi_app(metrics), settings.host, settings.http_port, front.http_context)
+        self._http = HttpServer(
+            self._asgi_app(metrics), settings.host, settings.http_port, http_limits(settings), front.http_context
+        )
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
         servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)],
             front,
+            grpc_limits(settings),
         )
 
     def _http_app(self, metrics: Metrics) -> HttpApp:
