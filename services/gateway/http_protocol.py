@@ -66,10 +66,10 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self in self._idle:
-            self._start_head_timer()
         self._counted_bytes += len(data)
         super().data_received(data)
+        if self in self._idle:
+            self._start_head_timer()
         if self._in_head and self._counted_bytes > self._limits.head_bytes:
             self._refuse_head()
         elif self._counted_bytes > self._limits.head_bytes + self._limits.framing_bytes:
