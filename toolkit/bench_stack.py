@@ -31,7 +31,7 @@ _COMPLETION_TIMEOUT_S = 20.0
 
 
 class StackEnded(Exception):
-    """The stack that was started for the benchmark ended before it was ready; the message has the end of its log."""
+    """The stack for a benchmark ended before it was ready, and the message has the end of its log; or it cannot be."""
 
 
 @asynccontextmanager
@@ -42,6 +42,8 @@ async def stack_of_our_own(
 
     It dies with this process, however that ends. What it prints is appended to `log`.
     """
+    if any(argument.partition("=")[0] == "--tls-cert" for argument in arguments):
+        raise StackEnded("Benchmarks ask their own stack in plain: leave out --tls-cert.")
     ports = free_ports(INTERNAL_HOST)
     http_port, grpc_port = next(ports), next(ports)
     process = await _start([*command, *arguments, *_public_ports(http_port, grpc_port)], log)

@@ -26,7 +26,8 @@ class ConfigError(Exception):
     """A setting is unknown or has a bad value; the message names the variable or the file's key."""
 
 
-def _split_commas(value: object) -> object:
+def split_commas(value: object) -> object:
+    """The items of a comma-separated setting; lists stay as they are."""
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
@@ -37,7 +38,7 @@ def _check_address(address: str) -> str:
     return address
 
 
-Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], BeforeValidator(_split_commas)]
+Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], BeforeValidator(split_commas)]
 """`host:port` items, comma-separated; a DNS name stands for all its addresses and is looked up again and again."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]

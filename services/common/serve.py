@@ -4,8 +4,9 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from services.common.mutual_tls import server_credentials
 from services.common.tls import Front
 
 log = logging.getLogger(__name__)
+
+_FILES = 65_536
 
 Stop = asyncio.Event
 """Set by the first SIGTERM or SIGINT: turn readiness off, take no new work, finish the running work, return."""
@@ -61,9 +64,16 @@ async def _run(name: str, service: Callable[[Stop], Awaitable[None]]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    _raise_file_limit()
     freeze_heap()
     await service(stop)
     log.info("%s: stopped", name)
+
+
+def _raise_file_limit() -> None:
+    """A connection is an open file, and the limit that a process may raise itself is often 1,024."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, min(most, _FILES)), most))
 
 
 def freeze_heap() -> None:
@@ -87,10 +97,17 @@ class Registration:
 class GrpcServer:
     """A gRPC server with grpc.health.v1 and reflection. Not serving until `set_serving(True)`."""
 
-    def __init__(self, registrations: Iterable[Registration], front: Front | None = None) -> None:
-        """`front`: of a public server. Others are for services: they demand certificates if this process has one."""
+    def __init__(
+        self,
+        registrations: Iterable[Registration],
+        front: Front | None = None,
+        limits: Sequence[tuple[str, int]] = (),
+    ) -> None:
+        """`front` and `limits`, as gRPC's options: of a public server. Others are for services: they demand
+        certificates if this process has one.
+        """
         self._front = front
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=(*SERVER_OPTIONS, *limits))
         self._health = health_aio.HealthServicer()
         self._names = ["", *(item.service_name for item in registrations)]
         for item in registrations:

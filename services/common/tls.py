@@ -92,7 +92,8 @@ def front_names(cert: Path, key: Path) -> Sequence[str]:
 
 def _names_in(shown: Mapping[str, Any]) -> list[str]:
     """Of a certificate; a name that stands for others is given as one of those."""
-    return [value.replace("*", "any", 1) for _kind, value in shown.get("subjectAltName", ())]
+    names = shown.get("subjectAltName", ())
+    return [value.replace("*", "any", 1) for kind, value in names if kind in ("DNS", "IP Address")]
 
 
 def front_cert_at(address: str, path: Path, timeout_s: float) -> FrontCert:

@@ -1,11 +1,24 @@
 """Settings of the gateway: `HEADRACE_GATEWAY_FIELD`."""
 
+import re
 import secrets
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from services.common.config import CommonSettings, OptionalPath, Port
+from services.common.config import CommonSettings, OptionalPath, Port, split_commas
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s,?#@]+")
+
+
+def _check_origin(origin: str) -> str:
+    if not _ORIGIN.fullmatch(origin):
+        raise ValueError(f"{origin!r} is not an origin such as https://chat.example.com, without a path, or *")
+    return origin
+
+
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(split_commas)]
 
 
 class GatewaySettings(CommonSettings):
@@ -22,6 +35,9 @@ class GatewaySettings(CommonSettings):
     # plain, for a loopback address, or behind a proxy that ends TLS.
     tls_cert: OptionalPath = None
     tls_key: OptionalPath = None
+    # Origins whose pages may call from a browser, comma-separated, such as https://chat.example.com; * is any. None by
+    # default: a page that a person happens to visit has no business here.
+    cors_origins: Origins = ()
     # Names this instance in jobs and leases.
     id: str = Field(default_factory=lambda: f"gateway-{secrets.token_hex(3)}", min_length=1)
 
@@ -39,6 +55,21 @@ class GatewaySettings(CommonSettings):
     # may take is reserved, and the rest of a context would often be the whole limit.
     default_max_tokens: int = Field(default=1024, ge=1)
 
+    # Connections of each front at once; one takes some 10 KB and an open file. A further HTTP one takes the place of
+    # the one that has been idle for longest, so that idle ones keep nobody out; a further gRPC one is closed.
+    max_connections: int = Field(default=4096, ge=1)
+    # Seconds that a connection may stay without a request under way: longer than the 60 after which common load
+    # balancers close theirs, which they must do first.
+    keep_alive_s: float = Field(default=75.0, ge=1)
+    # Calls under way on one gRPC connection; a client holds further ones back. Proxies put many callers on one, and a
+    # single client must not take all of `max_requests`.
+    max_streams_per_connection: int = Field(default=512, ge=1)
+    # Bytes of a request line and headers, or of gRPC metadata: what nginx takes, far above what clients send.
+    max_head_bytes: int = Field(default=32 * 1024, ge=1024)
+    # HTTP headers of a request; clients send some twenty, proxies add a few.
+    max_headers: int = Field(default=100, ge=1)
+    # Seconds that those, or a gRPC handshake, may take to arrive: some round trips of a slow phone.
+    head_timeout_s: float = Field(default=15.0, gt=0)
     # Largest HTTP body in bytes: twice what a 128k-token prompt of ids takes in JSON.
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     # Seconds that an HTTP body may take to arrive: the largest one over 0.6 Mbit/s.

@@ -38,6 +38,12 @@ class BodyTimeout(InvalidRequest):
     http_status = 408
 
 
+class HeadTooLarge(InvalidRequest):
+    """The headers are too many, or too long."""
+
+    http_status = 431
+
+
 class BodyTooLarge(InvalidRequest):
     """The HTTP body is longer than the limit; it is read no further."""
 
@@ -108,7 +114,7 @@ class InvalidKey(HeadraceError):
 
 
 class NotAllowed(HeadraceError):
-    """The caller's key works, but not for this."""
+    """The caller's key works, or its page is there, but not for this."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
     http_status = 403

@@ -29,10 +29,13 @@ from services.gateway.admission import Admission
 from services.gateway.answers import Answers
 from services.gateway.catalog import Catalog
 from services.gateway.config import GatewaySettings
+from services.gateway.cors import Cors
 from services.gateway.generate import Generator
 from services.gateway.http_app import HttpApp
+from services.gateway.http_exchange import AsgiApp
 from services.gateway.http_server import HttpServer
 from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.input_limits import grpc_limits, http_limits
 from services.gateway.key_file import KeyFile
 from services.gateway.keys import Keys
 from services.gateway.leases import Leases
@@ -107,12 +110,15 @@ class Gateway:
             max_readers=settings.max_readers,
         )
         front = open_front(settings.tls_cert, settings.tls_key)
-        self._http = HttpServer(self._http_app(metrics), settings.host, settings.http_port, front.http_context)
+        self._http = HttpServer(
+            self._asgi_app(metrics), settings.host, settings.http_port, http_limits(settings), front.http_context
+        )
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
         servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)],
             front,
+            grpc_limits(settings),
         )
 
     def _http_app(self, metrics: Metrics) -> HttpApp:
@@ -125,6 +131,10 @@ class Gateway:
         }
         whole = partial(whole_response, completion)
         return HttpApp(routes, self._answers, whole, self._keys, self._catalog, self._readiness, metrics)
+
+    def _asgi_app(self, metrics: Metrics) -> AsgiApp:
+        app, origins = self._http_app(metrics), self._settings.cors_origins
+        return Cors(app, origins) if origins else app
 
     async def start(self) -> tuple[int, int]:
         """Opens both fronts, not ready yet. Returns the HTTP and the gRPC port. Raises OSError."""

@@ -8,20 +8,22 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from services.gateway.http_app import HttpApp
+from services.gateway.http_exchange import AsgiApp
+from services.gateway.http_protocol import HttpLimits, LimitedConfig
 
 _BACKLOG = 2048
-_KEEP_ALIVE_S = 75  # longer than the 60 s after which common load balancers close idle connections
 _SHUTDOWN_S = 5
 
 
 class HttpServer:
     """Serves the application on one port, over TLS if a context is given."""
 
-    def __init__(self, app: HttpApp, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
-        config = uvicorn.Config(
+    def __init__(
+        self, app: AsgiApp, host: str, port: int, limits: HttpLimits, tls: ssl.SSLContext | None = None
+    ) -> None:
+        config = LimitedConfig(
             app,
-            http="httptools",
+            limits,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -29,7 +31,6 @@ class HttpServer:
             log_config=None,
             log_level="warning",
             server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_SHUTDOWN_S,
             ssl_context_factory=(lambda _config, _default: tls) if tls else None,
         )

@@ -37,3 +37,9 @@ async def test_one_that_ends_before_it_is_ready_is_told_with_its_log(tmp_path: P
     with pytest.raises(StackEnded, match="ended with status 1 before it was ready\nno such model"):
         async with stack_of_our_own("ours", ["--mood", "ends"], tmp_path / "log", FAKE_SERVER):
             pass
+
+
+async def test_one_on_tls_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StackEnded, match="leave out --tls-cert"):
+        async with stack_of_our_own("ours", ["--tls-cert=x", "--tls-key=y"], tmp_path / "log", FAKE_SERVER):
+            pass
