@@ -196,7 +196,9 @@ async def test_redis_away_does_not_stop_an_answer(tmp_path_factory: pytest.TempP
             assert reader.text == TEXT
             server.start()
             await stack.settled()
-            reader.event_id = reader.event_id.rpartition(":")[0] + ":0"
+            answer_id = reader.event_id.rpartition(":")[0]
+            await eventually(lambda: _is_kept(stack, answer_id))  # Redis may have forgotten it when it was killed
+            reader.event_id = f"{answer_id}:0"
             again = await come_back(stack, reader)
             assert again.text and TEXT.endswith(again.text)
     finally:
@@ -417,3 +419,7 @@ async def test_cancel_over_grpc(stack: Stack) -> None:
 
 async def _is(value: bool) -> bool:
     return value
+
+
+async def _is_kept(gateway: Stack, answer_id: str) -> bool:
+    return (await gateway.http.get(f"/v1/answers/{answer_id}")).status_code == 200
