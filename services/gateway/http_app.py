@@ -1,7 +1,6 @@
-"""The gateway's HTTP: the hot routes, and with Starlette the models, health and metrics."""
+"""The gateway's HTTP: what takes bodies, and with Starlette the models, health and metrics."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -21,9 +20,9 @@ from services.gateway.errors import MethodNotAllowed
 from services.gateway.http_exchange import Message, Receive, Scope, Send
 from services.gateway.keys import Keys, credential_of
 from services.gateway.metrics import Metrics
-from services.gateway.openai_api import CompletionRoute
 from services.gateway.openai_errors import error_body, error_headers
 from services.gateway.openai_types import ModelList, ModelObject
+from services.gateway.post_route import PostRoute
 from services.gateway.readiness import Readiness
 
 
@@ -32,7 +31,7 @@ class HttpApp:
 
     def __init__(
         self,
-        hot_routes: Mapping[str, CompletionRoute[Any]],
+        post_routes: Mapping[str, PostRoute],
         answers: Answers,
         whole: Callable[[Answer], Awaitable[bytes]],
         keys: Keys,
@@ -41,13 +40,13 @@ class HttpApp:
         metrics: Metrics,
     ) -> None:
         """`whole`: the body that an answer in one piece is."""
-        self._hot_routes = hot_routes
+        self._post_routes = post_routes
         self._metrics = metrics
         self._rest = _rest(answers, whole, keys, catalog, readiness, metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if hot := self._hot_routes.get(scope["path"]):
-            await hot(scope, receive, send)
+        if route := self._post_routes.get(scope["path"]):
+            await route(scope, receive, send)
         else:
             await self._serve_rest(scope, receive, send)
 

@@ -16,7 +16,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.openai_types import ChatBody, ChatMessage, CommonBody, CompletionBody
 from services.gateway.request import GenerationRequest
 
-B = TypeVar("B", bound=CommonBody)
+B = TypeVar("B", bound=msgspec.Struct)
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _PRIORITIES = {"high": Priority.PRIORITY_HIGH, "normal": Priority.PRIORITY_NORMAL, "low": Priority.PRIORITY_LOW}
@@ -59,6 +59,13 @@ def parse(body: bytes, decoder: "msgspec.json.Decoder[B]") -> B:
         raise InvalidRequest("The body's JSON is nested too deeply.") from error
 
 
+def chat_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    """Messages as chat templates take them. Raises InvalidRequest that names the message at fault."""
+    if not messages:
+        raise InvalidRequest("messages must not be empty.", field="messages")
+    return [_message(message, position) for position, message in enumerate(messages)]
+
+
 class RequestReader:
     """Validates bodies against the models and the gateway's limits."""
 
@@ -96,10 +103,7 @@ class RequestReader:
         validation.check_ranges(
             {"max_completion_tokens": body.max_completion_tokens, "top_logprobs": body.top_logprobs}
         )
-        if not body.messages:
-            raise InvalidRequest("messages must not be empty.", field="messages")
-        messages = [_message(message, position) for position, message in enumerate(body.messages)]
-        ids = await model.tokenizer.encode_chat(messages)
+        ids = await model.tokenizer.encode_chat(chat_messages(body.messages))
         new_name = body.max_completion_tokens is not None
         max_tokens = validation.token_budget(
             model,
