@@ -276,7 +276,7 @@ class Answers:
             yield delta
 
     async def _recorded(self, answer_id: str, stored: StoredRequest, position: int) -> AsyncGenerator[Delta, None]:
-        choices = new_choices(self._catalog.get(stored.model), stored.sampling, stored.stopping, stored.choices)
+        choices = new_choices(self._catalog.get(stored.model), stored)
         reached = 0
         while True:
             events = await self._store.read(answer_id, reached)

@@ -24,7 +24,6 @@ _PRIORITIES = {"high": Priority.PRIORITY_HIGH, "normal": Priority.PRIORITY_NORMA
 _UNSUPPORTED: Mapping[str, Sequence[object]] = {
     "suffix": (None, ""),
     "best_of": (None, 1),
-    "echo": (None, False),
     "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -77,6 +76,10 @@ class RequestReader:
         """One request per prompt, in their order."""
         model = self._check_common(body, caller)
         validation.check_ranges({"logprobs": body.logprobs}, validation.COMPLETION_RANGES)
+        if body.echo and body.logprobs is not None:
+            raise InvalidRequest(
+                "echo and logprobs exclude each other: a prompt's tokens have no log-probabilities.", field="echo"
+            )
         prompts = _prompts(body.prompt)
         if len(prompts) > self._settings.max_prompts:
             raise InvalidRequest(
@@ -94,7 +97,8 @@ class RequestReader:
                 prompt_field="prompt",
                 max_tokens_field="max_tokens",
             )
-            requests.append(_request(body, own, model, ids, max_tokens, body.logprobs))
+            echo = _echo(prompt, model) if body.echo else ""
+            requests.append(_request(body, own, model, ids, max_tokens, body.logprobs, echo))
         return requests
 
     async def chat(self, body: ChatBody, caller: Caller) -> list[GenerationRequest]:
@@ -134,7 +138,13 @@ class RequestReader:
 
 
 def _request(
-    body: CommonBody, caller: Caller, model: Model, ids: Sequence[int], max_tokens: int, logprobs: int | None
+    body: CommonBody,
+    caller: Caller,
+    model: Model,
+    ids: Sequence[int],
+    max_tokens: int,
+    logprobs: int | None,
+    echo: str = "",
 ) -> GenerationRequest:
     validation.check_min_tokens(body.min_tokens or 0, max_tokens)
     sampling = Sampling(
@@ -166,6 +176,7 @@ def _request(
         cache_salt=caller.account.cache_salt(body.cache_salt or ""),
         priority=caller.account.priority(_priority(body.priority)),
         deterministic=bool(body.deterministic),
+        echo=echo,
     )
 
 
@@ -197,6 +208,10 @@ async def _encode_prompt(prompt: str | list[int], model: Model) -> list[int]:
     if not prompt:
         raise InvalidRequest("prompt must not be empty.", field="prompt")
     return await model.tokenizer.encode_text(prompt)
+
+
+def _echo(prompt: str | list[int], model: Model) -> str:
+    return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
 
 
 def _message(message: ChatMessage, position: int) -> dict[str, str]:

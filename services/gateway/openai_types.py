@@ -49,7 +49,7 @@ class CompletionBody(CommonBody, kw_only=True):
     logprobs: int | None = None
     suffix: Any = None
     best_of: Any = None
-    echo: Any = None
+    echo: bool | None = None
 
 
 class ChatMessage(msgspec.Struct):

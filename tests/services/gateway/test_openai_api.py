@@ -172,6 +172,18 @@ async def test_choices_share_the_prompt_and_end_each_on_their_own(redis_url: str
         assert len(stack.workers[0].starts) == 2
 
 
+async def test_echo_puts_the_prompt_before_every_choice(stack: Stack) -> None:
+    body = (await stack.complete("The fox: ", echo=True, n=2, stop=["quick", "fox"])).json()
+    assert [choice["text"] for choice in body["choices"]] == ["The fox: " + TEXT[: TEXT.index("quick")]] * 2
+    chunks = events(await stack.complete(["one ", "two "], echo=True, stream=True))
+    texts = ["", ""]
+    for chunk in chunks:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]  # type: ignore[index]
+    assert texts == ["one " + TEXT, "two " + TEXT]
+    ids = byte_level_tokenizer().encode("<|im_start|>hi").ids
+    assert (await stack.complete(ids, echo=True)).json()["choices"][0]["text"] == "<|im_start|>hi" + TEXT
+
+
 async def test_every_prompt_is_a_request_of_its_own(redis_url: str) -> None:
     async with running_stack(redis_url, [FakeWorker("w0", lambda prompt, _choice: prompt)]) as stack:
         body = (await stack.complete(["hello", "world"], n=2)).json()
