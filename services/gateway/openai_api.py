@@ -12,9 +12,10 @@ from services.common.errors import InvalidRequest
 from services.gateway.answers import Answer, Answers
 from services.gateway.caller import Caller
 from services.gateway.http_exchange import HttpExchange
+from services.gateway.json_bodies import parse
 from services.gateway.openai_events import DONE, FINISH_REASONS, ChatEvents, CompletionEvents, usage_object
 from services.gateway.openai_logprobs import chat_logprobs, completion_logprobs
-from services.gateway.openai_requests import RequestReader, parse
+from services.gateway.openai_requests import RequestReader
 from services.gateway.openai_types import (
     AnswerMessage,
     ChatBody,

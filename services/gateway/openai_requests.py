@@ -1,11 +1,8 @@
 """From OpenAI's JSON bodies to validated requests."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.errors import InvalidRequest
@@ -15,8 +12,6 @@ from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
 from services.gateway.openai_types import ChatBody, ChatMessage, CommonBody, CompletionBody
 from services.gateway.request import GenerationRequest
-
-B = TypeVar("B", bound=msgspec.Struct)
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _PRIORITIES = {"high": Priority.PRIORITY_HIGH, "normal": Priority.PRIORITY_NORMAL, "low": Priority.PRIORITY_LOW}
@@ -44,18 +39,6 @@ _NUMBERS = (
     "max_tokens",
     "min_tokens",
 )
-
-
-def parse(body: bytes, decoder: "msgspec.json.Decoder[B]") -> B:
-    """Decodes a body. Raises InvalidRequest that names the field at fault."""
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise _shape_error(body, str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The body is not valid JSON in UTF-8: {error}.") from error
-    except RecursionError as error:
-        raise InvalidRequest("The body's JSON is nested too deeply.") from error
 
 
 def chat_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
@@ -147,7 +130,22 @@ def _request(
     echo: str = "",
 ) -> GenerationRequest:
     validation.check_min_tokens(body.min_tokens or 0, max_tokens)
-    sampling = Sampling(
+    return GenerationRequest(
+        caller=caller,
+        model=model,
+        prompt_ids=ids,
+        sampling=_sampling(body, logprobs),
+        stopping=_stopping(body, max_tokens),
+        choices=1 if body.n is None else body.n,
+        cache_salt=caller.account.cache_salt(body.cache_salt or ""),
+        priority=caller.account.priority(_priority(body.priority)),
+        deterministic=bool(body.deterministic),
+        echo=echo,
+    )
+
+
+def _sampling(body: CommonBody, logprobs: int | None) -> Sampling:
+    return Sampling(
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=None if body.top_k is None else max(0, body.top_k),  # -1 is another way to say all
@@ -159,24 +157,15 @@ def _request(
         logit_bias=body.logit_bias,
         logprobs=logprobs,
     )
-    stopping = Stopping(
+
+
+def _stopping(body: CommonBody, max_tokens: int) -> Stopping:
+    return Stopping(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
         stop_token_ids=body.stop_token_ids or (),
         stop=_stops(body),
-    )
-    return GenerationRequest(
-        caller=caller,
-        model=model,
-        prompt_ids=ids,
-        sampling=sampling,
-        stopping=stopping,
-        choices=1 if body.n is None else body.n,
-        cache_salt=caller.account.cache_salt(body.cache_salt or ""),
-        priority=caller.account.priority(_priority(body.priority)),
-        deterministic=bool(body.deterministic),
-        echo=echo,
     )
 
 
@@ -258,27 +247,3 @@ def _priority(priority: str | int | None) -> Priority.ValueType:
             f"priority must be high, normal, low or a number, but is {validation.shorten(priority)}.", field="priority"
         )
     return _PRIORITIES[priority]
-
-
-def _shape_error(body: bytes, message: str) -> InvalidRequest:
-    """msgspec's message, with the field as callers write it and the value that it has."""
-    problem, _, place = message.partition(" - at `")
-    field = place.removeprefix("key` in `").strip("`$.").removesuffix("[...]")  # "[...]": any value of a mapping
-    if not field:
-        missing = re.search(r"missing required field `(\w+)`", problem)
-        return InvalidRequest(f"{problem}.", field=missing.group(1) if missing else None)
-    problem = f"{field}: {problem.replace('`', '')}"
-    try:
-        value = validation.shorten(_value_at(msgspec.json.decode(body), field))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return InvalidRequest(f"{problem}.", field=field)
-    return InvalidRequest(f"{problem}, with the value {value}.", field=field)
-
-
-def _value_at(document: Any, path: str) -> Any:
-    for name, index in re.findall(r"(\w+)|\[(\d+)\]", path):
-        try:
-            document = document[name] if name else document[int(index)]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return document

@@ -1,4 +1,4 @@
-"""The shapes of OpenAI's completion APIs, as msgspec structs. Unknown fields are ignored."""
+"""The shapes of OpenAI's completion APIs, as msgspec structs. Unknown fields change nothing."""
 
 from typing import Any
 
@@ -29,6 +29,8 @@ class CommonBody(msgspec.Struct, kw_only=True):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # Whose request it is, to the caller; changes nothing.
+    user: str | None = None
 
     top_k: int | None = None
     min_p: float | None = None

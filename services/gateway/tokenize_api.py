@@ -10,7 +10,8 @@ from services.gateway import validation
 from services.gateway.account import Account
 from services.gateway.catalog import Catalog, Model
 from services.gateway.http_exchange import HttpExchange
-from services.gateway.openai_requests import chat_messages, parse
+from services.gateway.json_bodies import parse
+from services.gateway.openai_requests import chat_messages
 from services.gateway.openai_types import ChatMessage
 from services.gateway.post_route import JSON, PostRoute
 

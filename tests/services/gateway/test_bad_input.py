@@ -62,6 +62,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, object], str | None, list[str]]] = [
     ({"logprobs": True}, "logprobs", ["bool"]),
     ({"echo": True, "logprobs": 0}, "echo", ["logprobs", "exclude"]),
     ({"echo": "yes"}, "echo", ["bool"]),
+    ({"user": 5}, "user", ["str"]),
     ({"suffix": "end"}, "suffix", ["not supported"]),
     ({"best_of": 3}, "best_of", ["not supported"]),
     ({"logit_bias": {"5": 101}}, "logit_bias", ["between -100 and 100", "101", "token id 5"]),
