@@ -91,6 +91,7 @@ class Answer:
     # The id that its caller knows it by.
     request_id: str
     model: str
+    system_fingerprint: str
     accepted_unix_s: int
     deltas: AsyncGenerator[Delta, None]
 
@@ -133,7 +134,8 @@ class Answers:
         self._admission.check_load(requests[0])
         streams = [self._generator.generate(request) for request in requests]
         deltas = streams[0] if len(streams) == 1 else merge(streams, requests[0].choices)
-        return Answer("", requests[0].caller.request_id, requests[0].model.name, int(time.time()), deltas)
+        first, model = requests[0], requests[0].model
+        return Answer("", first.caller.request_id, model.name, model.system_fingerprint, int(time.time()), deltas)
 
     def _check_recordable(self, requests: Sequence[GenerationRequest]) -> GenerationRequest:
         if len(requests) > 1:
@@ -256,6 +258,7 @@ class Answers:
             id=answer_id,
             request_id=stored.request_id,
             model=stored.model,
+            system_fingerprint=stored.system_fingerprint,
             accepted_unix_s=stored.accepted_unix_ms // 1000,
             deltas=self._deltas(answer_id, stored, position, self._runs.get(answer_id)),
         )

@@ -86,7 +86,12 @@ class CompletionRoute(PostRoute, Generic[B]):
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         response_id = self._kind.id_prefix + answer.request_id
         events = self._kind.events(
-            response_id, answer.model, answer.accepted_unix_s, with_usage=with_usage, answer_id=answer.id
+            response_id,
+            answer.model,
+            answer.accepted_unix_s,
+            with_usage=with_usage,
+            answer_id=answer.id,
+            system_fingerprint=answer.system_fingerprint,
         )
         usage = Usage(0, 0, 0)
         async with contextlib.aclosing(answer.deltas) as deltas:
@@ -125,6 +130,7 @@ async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
         model=answer.model,
         choices=[kind.choice(collected[index], with_logprobs.get(index, [])) for index in sorted(collected)],
         usage=usage_object(usage),
+        system_fingerprint=answer.system_fingerprint,
     )
     return msgspec.json.encode(response)
 

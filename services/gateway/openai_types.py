@@ -115,6 +115,7 @@ class CompletionResponse(msgspec.Struct):
     model: str
     choices: list[CompletionChoice | ChatChoice]
     usage: UsageObject
+    system_fingerprint: str
 
 
 class ErrorDetail(msgspec.Struct):

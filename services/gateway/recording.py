@@ -83,6 +83,7 @@ def stored_request(request: GenerationRequest) -> StoredRequest:
         deadline_unix_ms=int(now_ms - waited_ms + caller.timeout_s * 1000),
         traceparent=caller.traceparent,
         echo=request.echo,
+        system_fingerprint=request.model.system_fingerprint,
     )
 
 

@@ -17,7 +17,7 @@ TOKENS = len(byte_level_tokenizer().encode(TEXT).ids)
 def events(response: httpx.Response) -> list[dict[str, object]]:
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    return [json.loads(line[line.index("data: ") + 6 :]) for line in lines[:-1]]
 
 
 async def test_a_completion(stack: Stack) -> None:
@@ -45,6 +45,16 @@ async def test_a_streamed_completion_is_the_same_text(stack: Stack) -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "stop"  # type: ignore[index]
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_whole_and_streamed_answers_have_the_same_fingerprint(stack: Stack) -> None:
+    whole = (await stack.complete()).json()["system_fingerprint"]
+    assert re.fullmatch("fp_[0-9a-f]{12}", whole)
+    for fields in ({}, {"resumable": True}):
+        chunks = events(await stack.complete(stream=True, **fields))
+        assert {chunk["system_fingerprint"] for chunk in chunks} == {whole}
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+    assert (await stack.http.post("/v1/chat/completions", json=chat)).json()["system_fingerprint"] == whole
 
 
 async def test_usage_comes_last_when_asked_for(stack: Stack) -> None:
