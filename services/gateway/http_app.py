@@ -16,12 +16,13 @@ from services.gateway.account import Account
 from services.gateway.answers import Answer, Answers
 from services.gateway.caller import sane_request_id
 from services.gateway.catalog import Catalog, Model
+from services.gateway.docs_page import document_routes
 from services.gateway.errors import MethodNotAllowed
 from services.gateway.http_exchange import Message, Receive, Scope, Send
 from services.gateway.keys import Keys, credential_of
 from services.gateway.metrics import Metrics
 from services.gateway.openai_errors import error_body, error_headers
-from services.gateway.openai_types import ModelList, ModelObject
+from services.gateway.openai_types import ModelList, ModelObject, StatusObject
 from services.gateway.post_route import PostRoute
 from services.gateway.readiness import Readiness
 
@@ -94,16 +95,16 @@ def _rest(
     async def cancel_answer(request: Request) -> Response:
         account = await identify(request, "generate")
         await answers.cancel(request.path_params["answer_id"], account.key_id)
-        return _json({"status": "cancelled"})
+        return _json(StatusObject("cancelled"))
 
     async def live(_: Request) -> Response:
-        return _json({"status": "live"})
+        return _json(StatusObject("live"))
 
     async def ready(_: Request) -> Response:
         problem = readiness.problem()
         if problem is None:
-            return _json({"status": "ready"})
-        return _json({"status": "not ready", "reason": problem}, status=503)
+            return _json(StatusObject("ready"))
+        return _json(StatusObject("not ready", problem), status=503)
 
     async def show_metrics(_: Request) -> Response:
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
@@ -117,6 +118,7 @@ def _rest(
             Route("/health/live", live),
             Route("/health/ready", ready),
             Route("/metrics", show_metrics),
+            *document_routes(),
         ],
         exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},
     )

@@ -16,7 +16,7 @@ from services.gateway.request import GenerationRequest
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _PRIORITIES = {"high": Priority.PRIORITY_HIGH, "normal": Priority.PRIORITY_NORMAL, "low": Priority.PRIORITY_LOW}
 # Fields that ask for what is not there, each with the values that ask for nothing.
-_UNSUPPORTED: Mapping[str, Sequence[object]] = {
+UNSUPPORTED: Mapping[str, Sequence[object]] = {
     "suffix": (None, ""),
     "best_of": (None, 1),
     "response_format": (None, {"type": "text"}),
@@ -105,7 +105,7 @@ class RequestReader:
     def _check_common(self, body: CommonBody, caller: Caller) -> Model:
         caller.account.check_model(body.model)
         model = self._catalog.get(body.model)
-        for field, neutral in _UNSUPPORTED.items():
+        for field, neutral in UNSUPPORTED.items():
             value = getattr(body, field, None)
             if not any(value == allowed and type(value) is type(allowed) for allowed in neutral):
                 raise InvalidRequest(f"{field} is not supported yet: leave it out.", field=field)

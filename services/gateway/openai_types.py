@@ -1,6 +1,6 @@
 """The shapes of OpenAI's completion APIs, as msgspec structs. Unknown fields change nothing."""
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -108,14 +108,22 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None = None
 
 
-class CompletionResponse(msgspec.Struct):
+C = TypeVar("C", bound=msgspec.Struct)  # of choice
+
+
+class CompletionResponse(msgspec.Struct, Generic[C]):
     id: str
     object: str
     created: int
     model: str
-    choices: list[CompletionChoice | ChatChoice]
+    choices: list[C]
     usage: UsageObject
     system_fingerprint: str
+
+
+class StatusObject(msgspec.Struct, omit_defaults=True):
+    status: str
+    reason: str | None = None
 
 
 class ErrorDetail(msgspec.Struct):
