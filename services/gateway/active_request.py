@@ -48,7 +48,7 @@ class ActiveRequest:
         self.cached_prompt_tokens: int | None = None
         # Loop time of the first placement; None while queued.
         self.placed_at: float | None = None
-        self.choices = new_choices(request.model, request.sampling, request.stopping, request.choices)
+        self.choices = new_choices(request.model, request)
         # Set when there is an offer, tokens, an end or an error to look at.
         self.news = asyncio.Event()
         self.error: HeadraceError | None = None

@@ -41,6 +41,7 @@ class Answer:
     # The id that its caller knows it by.
     request_id: str
     model: str
+    system_fingerprint: str
     accepted_unix_s: int
     deltas: AsyncGenerator[Delta, None]
 
@@ -87,7 +88,8 @@ class Answers:
         self._admission.check_load(requests[0])
         streams = [self._generator.generate(request) for request in requests]
         deltas = streams[0] if len(streams) == 1 else merge(streams, requests[0].choices)
-        return Answer("", requests[0].caller.request_id, requests[0].model.name, int(time.time()), deltas)
+        first, model = requests[0], requests[0].model
+        return Answer("", first.caller.request_id, model.name, model.system_fingerprint, int(time.time()), deltas)
 
     def _check_recordable(self, requests: Sequence[GenerationRequest]) -> GenerationRequest:
         if len(requests) > 1:
@@ -210,6 +212,7 @@ class Answers:
             id=answer_id,
             request_id=stored.request_id,
             model=stored.model,
+            system_fingerprint=stored.system_fingerprint,
             accepted_unix_s=stored.accepted_unix_ms // 1000,
             deltas=self._deltas(answer_id, stored, position, self._runs.get(answer_id)),
         )
@@ -240,7 +243,7 @@ class Answers:
             self._readers -= 1
 
     async def _read(self, answer_id: str, stored: StoredRequest, position: int) -> AsyncGenerator[Delta, None]:
-        choices = new_choices(self._catalog.get(stored.model), stored.sampling, stored.stopping, stored.choices)
+        choices = new_choices(self._catalog.get(stored.model), stored)
         reached = 0
         while True:
             events = await self._store.read(answer_id, reached)

@@ -6,6 +6,7 @@ whose last worker left is remembered for a while, so that its requests wait in t
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -39,12 +40,15 @@ class Model:
     block_size: int
     tokenizer: ModelTokenizer
     created_unix_s: int
+    # Names the model and the KV formats of its workers, and so what tokens depend on beside the request.
+    system_fingerprint: str
 
 
 @dataclass(slots=True)
 class _Known:
     info: ModelInfo
     worker_addresses: frozenset[str]
+    kv_formats: frozenset[str]
     created_unix_s: int
     # Monotonic time at which the last worker left; None while there is one.
     left_at: float | None = None
@@ -109,15 +113,17 @@ class Catalog:
         if self._connected:
             self._announced = {name: said for name, said in self._announced.items() if name in self._connected}
         workers: dict[str, set[str]] = {}
+        formats: dict[str, set[str]] = {}
         infos: dict[str, ModelInfo] = {}
         for catalog in self._announced.values():
             for entry in catalog.entries:
                 infos[entry.model.name] = entry.model
                 workers.setdefault(entry.model.name, set()).update(entry.worker_addresses)
+                formats.setdefault(entry.model.name, set()).update(entry.kv_formats)
         for name, info in infos.items():
             before = self._known.get(name)
             created = before.created_unix_s if before else int(time.time())
-            self._known[name] = _Known(info, frozenset(workers[name]), created)
+            self._known[name] = _Known(info, frozenset(workers[name]), frozenset(formats[name]), created)
         for name in self._known.keys() - infos.keys():
             self._known[name].left_at = self._known[name].left_at or time.monotonic()
         self._refresh_models()
@@ -133,6 +139,7 @@ class Catalog:
                 block_size=known.info.block_size,
                 tokenizer=self._tokenizers[known.info.tokenizer_hash],
                 created_unix_s=known.created_unix_s,
+                system_fingerprint=_fingerprint(name, known.kv_formats),
             )
             for name, known in self._known.items()
             if known.info.tokenizer_hash in self._tokenizers
@@ -185,6 +192,11 @@ class Catalog:
         if (address, wanted) not in self._complained:
             self._complained.add((address, wanted))
             log.warning("worker %s: no tokenizer %.12s yet: %s", address, wanted, reason)
+
+
+def _fingerprint(model: str, kv_formats: frozenset[str]) -> str:
+    named = "\0".join([model, *sorted(kv_formats)])
+    return f"fp_{hashlib.sha256(named.encode()).hexdigest()[:12]}"
 
 
 async def _download(address: str, wanted: str) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ class Choice:
 
     __slots__ = (
         "_detokenizer",
+        "_echo",
         "_logprobs",
         "_matcher",
         "_min_tokens",
@@ -29,15 +30,21 @@ class Choice:
     )
 
     def __init__(
-        self, index: int, detokenizer: Detokenizer, stopping: Stopping, logprobs: LogprobReader | None = None
+        self,
+        index: int,
+        detokenizer: Detokenizer,
+        stopping: Stopping,
+        logprobs: LogprobReader | None = None,
+        echo: str = "",
     ) -> None:
-        """`logprobs`: if they were asked for."""
+        """`logprobs`: if they were asked for. `echo`: what the text begins with, whatever stop strings it has."""
         self.index = index
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason.ValueType = _UNFINISHED
         # Loop time of the newest token.
         self.last_token_at = 0.0
         self._detokenizer = detokenizer
+        self._echo = echo
         self._logprobs = logprobs
         self._matcher = StopMatcher(stopping.stop) if stopping.stop else None
         self._stop_token_ids = frozenset(stopping.stop_token_ids)
@@ -78,6 +85,8 @@ class Choice:
         if self._matched:
             finish_reason = FinishReason.FINISH_REASON_STOP
         self.finish_reason = finish_reason
+        if not self._seq:
+            text = self._echo + text
         delta = Delta(self.index, self._seq, text, self._text_length, token_ids, finish_reason)
         if self._logprobs is not None:
             delta.logprobs = self._logprobs.read(logprobs, token_ids)

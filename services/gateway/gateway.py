@@ -44,9 +44,11 @@ from services.gateway.metrics import Metrics
 from services.gateway.openai_api import CompletionRoute, chat_kind, completion_kind, whole_response
 from services.gateway.openai_requests import RequestReader
 from services.gateway.placement_links import PlacementLinks
+from services.gateway.post_route import PostRoute
 from services.gateway.prices import read_prices
 from services.gateway.readiness import Readiness
 from services.gateway.shedder import Shedder
+from services.gateway.tokenize_api import token_routes
 from services.gateway.tracing import Tracing
 from services.gateway.worker_links import WorkerLinks
 
@@ -124,13 +126,15 @@ class Gateway:
     def _http_app(self, metrics: Metrics) -> HttpApp:
         reader = RequestReader(self._catalog, self._settings)
         completion, chat = completion_kind(reader), chat_kind(reader)
-        shared = (self._answers, self._admission, self._keys, metrics, self._settings)
-        routes: dict[str, CompletionRoute[Any]] = {
-            "/v1/completions": CompletionRoute("/v1/completions", completion, *shared),
-            "/v1/chat/completions": CompletionRoute("/v1/chat/completions", chat, *shared),
-        }
+        shared = (self._admission, self._keys, metrics, self._settings)
+        routes: list[PostRoute] = [
+            CompletionRoute(completion, self._answers, "/v1/completions", *shared),
+            CompletionRoute(chat, self._answers, "/v1/chat/completions", *shared),
+            *token_routes(self._catalog, *shared),
+        ]
         whole = partial(whole_response, completion)
-        return HttpApp(routes, self._answers, whole, self._keys, self._catalog, self._readiness, metrics)
+        by_path = {route.path: route for route in routes}
+        return HttpApp(by_path, self._answers, whole, self._keys, self._catalog, self._readiness, metrics)
 
     def _asgi_app(self, metrics: Metrics) -> AsgiApp:
         app, origins = self._http_app(metrics), self._settings.cors_origins

@@ -218,7 +218,8 @@ class Generator:
                 elif choice.token_ids and feed.token_ids:
                     metrics.inter_token_latency.observe((now - choice.last_token_at) / len(feed.token_ids))
                 choice.last_token_at = now
-                delta = choice.advance(feed.take_tokens(), feed.finish_reason, feed.take_logprobs())
+                logprobs = None if feed.logprobs is None else feed.take_logprobs()
+                delta = choice.advance(feed.take_tokens(), feed.finish_reason, logprobs)
                 metrics.tokens.inc(len(delta.token_ids))
                 if delta.finish_reason:
                     attempt.link.cancel((feed,))  # a stop string ends it before its worker knows

@@ -1,7 +1,6 @@
-"""The gateway's HTTP: the hot routes, and with Starlette the models, health and metrics."""
+"""The gateway's HTTP: what takes bodies, and with Starlette the models, health and metrics."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -17,13 +16,14 @@ from services.gateway.account import Account
 from services.gateway.answers import Answer, Answers
 from services.gateway.caller import sane_request_id
 from services.gateway.catalog import Catalog, Model
+from services.gateway.docs_page import document_routes
 from services.gateway.errors import MethodNotAllowed
 from services.gateway.http_exchange import Message, Receive, Scope, Send
 from services.gateway.keys import Keys, credential_of
 from services.gateway.metrics import Metrics
-from services.gateway.openai_api import CompletionRoute
 from services.gateway.openai_errors import error_body, error_headers
-from services.gateway.openai_types import ModelList, ModelObject
+from services.gateway.openai_types import ModelList, ModelObject, StatusObject
+from services.gateway.post_route import PostRoute
 from services.gateway.readiness import Readiness
 
 
@@ -32,7 +32,7 @@ class HttpApp:
 
     def __init__(
         self,
-        hot_routes: Mapping[str, CompletionRoute[Any]],
+        post_routes: Mapping[str, PostRoute],
         answers: Answers,
         whole: Callable[[Answer], Awaitable[bytes]],
         keys: Keys,
@@ -41,13 +41,13 @@ class HttpApp:
         metrics: Metrics,
     ) -> None:
         """`whole`: the body that an answer in one piece is."""
-        self._hot_routes = hot_routes
+        self._post_routes = post_routes
         self._metrics = metrics
         self._rest = _rest(answers, whole, keys, catalog, readiness, metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if hot := self._hot_routes.get(scope["path"]):
-            await hot(scope, receive, send)
+        if route := self._post_routes.get(scope["path"]):
+            await route(scope, receive, send)
         else:
             await self._serve_rest(scope, receive, send)
 
@@ -95,16 +95,16 @@ def _rest(
     async def cancel_answer(request: Request) -> Response:
         account = await identify(request, "generate")
         await answers.cancel(request.path_params["answer_id"], account.key_id)
-        return _json({"status": "cancelled"})
+        return _json(StatusObject("cancelled"))
 
     async def live(_: Request) -> Response:
-        return _json({"status": "live"})
+        return _json(StatusObject("live"))
 
     async def ready(_: Request) -> Response:
         problem = readiness.problem()
         if problem is None:
-            return _json({"status": "ready"})
-        return _json({"status": "not ready", "reason": problem}, status=503)
+            return _json(StatusObject("ready"))
+        return _json(StatusObject("not ready", problem), status=503)
 
     async def show_metrics(_: Request) -> Response:
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
@@ -118,6 +118,7 @@ def _rest(
             Route("/health/live", live),
             Route("/health/ready", ready),
             Route("/metrics", show_metrics),
+            *document_routes(),
         ],
         exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},
     )

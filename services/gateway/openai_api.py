@@ -1,26 +1,21 @@
 """POST /v1/completions and /v1/chat/completions: raw ASGI, since every token passes here."""
 
 import contextlib
-import logging
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from services.common.errors import HeadraceError, InvalidRequest, RequestFailed
-from services.gateway.admission import Admission
+from services.common.errors import InvalidRequest
 from services.gateway.answers import Answer, Answers
 from services.gateway.caller import Caller
-from services.gateway.config import GatewaySettings
-from services.gateway.errors import MethodNotAllowed
-from services.gateway.http_exchange import CLIENT_GONE_STATUS, ClientGone, HttpExchange, Receive, Scope, Send
-from services.gateway.keys import Keys
-from services.gateway.metrics import Metrics
+from services.gateway.http_exchange import HttpExchange
+from services.gateway.json_bodies import parse
 from services.gateway.openai_events import DONE, FINISH_REASONS, ChatEvents, CompletionEvents, usage_object
 from services.gateway.openai_logprobs import chat_logprobs, completion_logprobs
-from services.gateway.openai_requests import RequestReader, parse
+from services.gateway.openai_requests import RequestReader
 from services.gateway.openai_types import (
     AnswerMessage,
     ChatBody,
@@ -30,13 +25,11 @@ from services.gateway.openai_types import (
     CompletionChoice,
     CompletionResponse,
 )
+from services.gateway.post_route import JSON, PostRoute
 from services.gateway.recording import recording
 from services.gateway.request import Delta, GenerationRequest, Usage
 
-log = logging.getLogger(__name__)
-
 B = TypeVar("B", bound=CommonBody)
-_JSON = ((b"content-type", b"application/json"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,52 +45,19 @@ class Kind(Generic[B]):
     """A choice from its whole text and from those of its deltas that have log-probabilities."""
 
 
-class CompletionRoute(Generic[B]):
+class CompletionRoute(PostRoute, Generic[B]):
     """The ASGI application of one of the two routes."""
 
-    def __init__(
-        self,
-        path: str,
-        kind: Kind[B],
-        answers: Answers,
-        admission: Admission,
-        keys: Keys,
-        metrics: Metrics,
-        settings: GatewaySettings,
-    ) -> None:
-        self._path = path
+    def __init__(self, kind: Kind[B], answers: Answers, *shared: Any) -> None:
+        """`shared`: what `PostRoute` takes."""
+        super().__init__(*shared)
         self._kind = kind
         self._answers = answers
-        self._admission = admission
-        self._keys = keys
-        self._metrics = metrics
-        self._settings = settings
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = HttpExchange(
-            scope,
-            receive,
-            send,
-            comment_every_s=self._settings.sse_comment_every_s,
-            write_timeout_s=self._settings.write_timeout_s,
-        )
-        try:
-            if scope["method"] != "POST":
-                raise MethodNotAllowed(f"{self._path} takes POST, not {scope['method']}.")
-            await self._handle(exchange)
-        except ClientGone:
-            exchange.status = CLIENT_GONE_STATUS
-        except HeadraceError as error:
-            await exchange.fail(error)
-        except Exception:
-            log.exception("request %s failed", exchange.internal_id)
-            await exchange.fail(RequestFailed("The server failed while it handled this request; its log says why."))
-        self._metrics.http_requests.labels(self._path, str(exchange.status)).inc()
-
-    async def _handle(self, exchange: HttpExchange) -> None:
-        settings = self._settings
-        with self._admission.entering():  # before the body takes up memory
-            exchange.account = await self._keys.identify(exchange.credential, "generate")
+    async def handle(self, exchange: HttpExchange) -> None:
+        settings = self.settings
+        with self.admission.entering():  # before the body takes up memory
+            exchange.account = await self.keys.identify(exchange.credential, "generate")
             caller = exchange.caller(settings.default_timeout_s)
             content = await exchange.read_body(settings.max_body_bytes, settings.read_timeout_s)
             body = parse(content, self._kind.decoder)
@@ -116,7 +76,7 @@ class CompletionRoute(Generic[B]):
             answer_id, position = _parse_event_id(last_event)
             return await self._answers.resume(answer_id, position + 1, caller.key_id)
         requests = await self._kind.read(body, caller)
-        named = self._path.encode() + b"\0" + content
+        named = self.path.encode() + b"\0" + content
         key = exchange.header(b"idempotency-key")
         return await self._answers.begin(
             requests, recording(caller, named, resumable=bool(body.resumable), idempotency_key=key)
@@ -126,7 +86,12 @@ class CompletionRoute(Generic[B]):
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         response_id = self._kind.id_prefix + answer.request_id
         events = self._kind.events(
-            response_id, answer.model, answer.accepted_unix_s, with_usage=with_usage, answer_id=answer.id
+            response_id,
+            answer.model,
+            answer.accepted_unix_s,
+            with_usage=with_usage,
+            answer_id=answer.id,
+            system_fingerprint=answer.system_fingerprint,
         )
         usage = Usage(0, 0, 0)
         async with contextlib.aclosing(answer.deltas) as deltas:
@@ -140,7 +105,7 @@ class CompletionRoute(Generic[B]):
         await exchange.end_stream(events.usage(usage) + DONE if with_usage else DONE)
 
     async def _respond(self, exchange: HttpExchange, answer: Answer) -> None:
-        await exchange.respond(200, await whole_response(self._kind, answer), _JSON)
+        await exchange.respond(200, await whole_response(self._kind, answer), JSON)
 
 
 async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
@@ -165,6 +130,7 @@ async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
         model=answer.model,
         choices=[kind.choice(collected[index], with_logprobs.get(index, [])) for index in sorted(collected)],
         usage=usage_object(usage),
+        system_fingerprint=answer.system_fingerprint,
     )
     return msgspec.json.encode(response)
 

@@ -26,9 +26,24 @@ class CompletionEvents:
 
     object_name = "text_completion"
 
-    def __init__(self, response_id: str, model: str, created: int, *, with_usage: bool, answer_id: str = "") -> None:
+    def __init__(
+        self,
+        response_id: str,
+        model: str,
+        created: int,
+        *,
+        with_usage: bool,
+        answer_id: str = "",
+        system_fingerprint: str = "",
+    ) -> None:
         """`answer_id`: events get ids, by which a caller can go on with the answer."""
-        head = {"id": response_id, "object": self.object_name, "created": created, "model": model}
+        head = {
+            "id": response_id,
+            "object": self.object_name,
+            "created": created,
+            "model": model,
+            "system_fingerprint": system_fingerprint,
+        }
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
         self._id = b"id: %b:" % answer_id.encode() if answer_id else b""
         self._tail = b'}],"usage":null}\n\n' if with_usage else b"}]}\n\n"

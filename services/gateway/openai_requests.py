@@ -1,11 +1,8 @@
 """From OpenAI's JSON bodies to validated requests."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.errors import InvalidRequest
@@ -16,15 +13,12 @@ from services.gateway.config import GatewaySettings
 from services.gateway.openai_types import ChatBody, ChatMessage, CommonBody, CompletionBody
 from services.gateway.request import GenerationRequest
 
-B = TypeVar("B", bound=CommonBody)
-
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _PRIORITIES = {"high": Priority.PRIORITY_HIGH, "normal": Priority.PRIORITY_NORMAL, "low": Priority.PRIORITY_LOW}
 # Fields that ask for what is not there, each with the values that ask for nothing.
-_UNSUPPORTED: Mapping[str, Sequence[object]] = {
+UNSUPPORTED: Mapping[str, Sequence[object]] = {
     "suffix": (None, ""),
     "best_of": (None, 1),
-    "echo": (None, False),
     "response_format": (None, {"type": "text"}),
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -47,16 +41,11 @@ _NUMBERS = (
 )
 
 
-def parse(body: bytes, decoder: "msgspec.json.Decoder[B]") -> B:
-    """Decodes a body. Raises InvalidRequest that names the field at fault."""
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise _shape_error(body, str(error)) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The body is not valid JSON in UTF-8: {error}.") from error
-    except RecursionError as error:
-        raise InvalidRequest("The body's JSON is nested too deeply.") from error
+def chat_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    """Messages as chat templates take them. Raises InvalidRequest that names the message at fault."""
+    if not messages:
+        raise InvalidRequest("messages must not be empty.", field="messages")
+    return [_message(message, position) for position, message in enumerate(messages)]
 
 
 class RequestReader:
@@ -70,6 +59,10 @@ class RequestReader:
         """One request per prompt, in their order."""
         model = self._check_common(body, caller)
         validation.check_ranges({"logprobs": body.logprobs}, validation.COMPLETION_RANGES)
+        if body.echo and body.logprobs is not None:
+            raise InvalidRequest(
+                "echo and logprobs exclude each other: a prompt's tokens have no log-probabilities.", field="echo"
+            )
         prompts = _prompts(body.prompt)
         if len(prompts) > self._settings.max_prompts:
             raise InvalidRequest(
@@ -87,7 +80,8 @@ class RequestReader:
                 prompt_field="prompt",
                 max_tokens_field="max_tokens",
             )
-            requests.append(_request(body, own, model, ids, max_tokens, body.logprobs))
+            echo = _echo(prompt, model) if body.echo else ""
+            requests.append(_request(body, own, model, ids, max_tokens, body.logprobs, echo))
         return requests
 
     async def chat(self, body: ChatBody, caller: Caller) -> list[GenerationRequest]:
@@ -96,10 +90,7 @@ class RequestReader:
         validation.check_ranges(
             {"max_completion_tokens": body.max_completion_tokens, "top_logprobs": body.top_logprobs}
         )
-        if not body.messages:
-            raise InvalidRequest("messages must not be empty.", field="messages")
-        messages = [_message(message, position) for position, message in enumerate(body.messages)]
-        ids = await model.tokenizer.encode_chat(messages)
+        ids = await model.tokenizer.encode_chat(chat_messages(body.messages))
         new_name = body.max_completion_tokens is not None
         max_tokens = validation.token_budget(
             model,
@@ -114,7 +105,7 @@ class RequestReader:
     def _check_common(self, body: CommonBody, caller: Caller) -> Model:
         caller.account.check_model(body.model)
         model = self._catalog.get(body.model)
-        for field, neutral in _UNSUPPORTED.items():
+        for field, neutral in UNSUPPORTED.items():
             value = getattr(body, field, None)
             if not any(value == allowed and type(value) is type(allowed) for allowed in neutral):
                 raise InvalidRequest(f"{field} is not supported yet: leave it out.", field=field)
@@ -130,10 +121,31 @@ class RequestReader:
 
 
 def _request(
-    body: CommonBody, caller: Caller, model: Model, ids: Sequence[int], max_tokens: int, logprobs: int | None
+    body: CommonBody,
+    caller: Caller,
+    model: Model,
+    ids: Sequence[int],
+    max_tokens: int,
+    logprobs: int | None,
+    echo: str = "",
 ) -> GenerationRequest:
     validation.check_min_tokens(body.min_tokens or 0, max_tokens)
-    sampling = Sampling(
+    return GenerationRequest(
+        caller=caller,
+        model=model,
+        prompt_ids=ids,
+        sampling=_sampling(body, logprobs),
+        stopping=_stopping(body, max_tokens),
+        choices=1 if body.n is None else body.n,
+        cache_salt=caller.account.cache_salt(body.cache_salt or ""),
+        priority=caller.account.priority(_priority(body.priority)),
+        deterministic=bool(body.deterministic),
+        echo=echo,
+    )
+
+
+def _sampling(body: CommonBody, logprobs: int | None) -> Sampling:
+    return Sampling(
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=None if body.top_k is None else max(0, body.top_k),  # -1 is another way to say all
@@ -145,23 +157,15 @@ def _request(
         logit_bias=body.logit_bias,
         logprobs=logprobs,
     )
-    stopping = Stopping(
+
+
+def _stopping(body: CommonBody, max_tokens: int) -> Stopping:
+    return Stopping(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
         stop_token_ids=body.stop_token_ids or (),
         stop=_stops(body),
-    )
-    return GenerationRequest(
-        caller=caller,
-        model=model,
-        prompt_ids=ids,
-        sampling=sampling,
-        stopping=stopping,
-        choices=1 if body.n is None else body.n,
-        cache_salt=caller.account.cache_salt(body.cache_salt or ""),
-        priority=caller.account.priority(_priority(body.priority)),
-        deterministic=bool(body.deterministic),
     )
 
 
@@ -193,6 +197,10 @@ async def _encode_prompt(prompt: str | list[int], model: Model) -> list[int]:
     if not prompt:
         raise InvalidRequest("prompt must not be empty.", field="prompt")
     return await model.tokenizer.encode_text(prompt)
+
+
+def _echo(prompt: str | list[int], model: Model) -> str:
+    return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
 
 
 def _message(message: ChatMessage, position: int) -> dict[str, str]:
@@ -239,27 +247,3 @@ def _priority(priority: str | int | None) -> Priority.ValueType:
             f"priority must be high, normal, low or a number, but is {validation.shorten(priority)}.", field="priority"
         )
     return _PRIORITIES[priority]
-
-
-def _shape_error(body: bytes, message: str) -> InvalidRequest:
-    """msgspec's message, with the field as callers write it and the value that it has."""
-    problem, _, place = message.partition(" - at `")
-    field = place.removeprefix("key` in `").strip("`$.").removesuffix("[...]")  # "[...]": any value of a mapping
-    if not field:
-        missing = re.search(r"missing required field `(\w+)`", problem)
-        return InvalidRequest(f"{problem}.", field=missing.group(1) if missing else None)
-    problem = f"{field}: {problem.replace('`', '')}"
-    try:
-        value = validation.shorten(_value_at(msgspec.json.decode(body), field))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return InvalidRequest(f"{problem}.", field=field)
-    return InvalidRequest(f"{problem}, with the value {value}.", field=field)
-
-
-def _value_at(document: Any, path: str) -> Any:
-    for name, index in re.findall(r"(\w+)|\[(\d+)\]", path):
-        try:
-            document = document[name] if name else document[int(index)]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return document

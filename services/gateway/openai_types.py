@@ -1,6 +1,6 @@
-"""The shapes of OpenAI's completion APIs, as msgspec structs. Unknown fields are ignored."""
+"""The shapes of OpenAI's completion APIs, as msgspec structs. Unknown fields change nothing."""
 
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -29,6 +29,8 @@ class CommonBody(msgspec.Struct, kw_only=True):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # Whose request it is, to the caller; changes nothing.
+    user: str | None = None
 
     top_k: int | None = None
     min_p: float | None = None
@@ -49,7 +51,7 @@ class CompletionBody(CommonBody, kw_only=True):
     logprobs: int | None = None
     suffix: Any = None
     best_of: Any = None
-    echo: Any = None
+    echo: bool | None = None
 
 
 class ChatMessage(msgspec.Struct):
@@ -106,13 +108,22 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None = None
 
 
-class CompletionResponse(msgspec.Struct):
+C = TypeVar("C", bound=msgspec.Struct)  # of choice
+
+
+class CompletionResponse(msgspec.Struct, Generic[C]):
     id: str
     object: str
     created: int
     model: str
-    choices: list[CompletionChoice | ChatChoice]
+    choices: list[C]
     usage: UsageObject
+    system_fingerprint: str
+
+
+class StatusObject(msgspec.Struct, omit_defaults=True):
+    status: str
+    reason: str | None = None
 
 
 class ErrorDetail(msgspec.Struct):

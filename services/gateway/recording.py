@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from headrace.v1.answer_pb2 import AnswerError, AnswerEvent, StoredRequest
 from headrace.v1.inference_pb2 import Usage as UsageMessage
-from headrace.v1.sampling_pb2 import Sampling, Stopping
 from services.common.errors import (
     DeadlineExceeded,
     HeadraceError,
@@ -83,6 +82,8 @@ def stored_request(request: GenerationRequest) -> StoredRequest:
         accepted_unix_ms=int(now_ms),
         deadline_unix_ms=int(now_ms - waited_ms + caller.timeout_s * 1000),
         traceparent=caller.traceparent,
+        echo=request.echo,
+        system_fingerprint=request.model.system_fingerprint,
     )
 
 
@@ -107,6 +108,7 @@ def restored_request(stored: StoredRequest, model: Model, account: Account) -> G
         cache_salt=stored.cache_salt,
         priority=stored.priority,
         deterministic=stored.deterministic,
+        echo=stored.echo,
     )
 
 
@@ -144,11 +146,15 @@ def replay(choices: Sequence[Choice], event: AnswerEvent, position: int) -> Delt
     return delta
 
 
-def new_choices(model: Model, sampling: Sampling, stopping: Stopping, count: int) -> list[Choice]:
+def new_choices(model: Model, request: StoredRequest | GenerationRequest) -> list[Choice]:
+    """The choices of a request before their first token."""
     tokenizer = model.tokenizer
 
     def reader() -> LogprobReader | None:
-        asked = sampling.HasField("logprobs")
+        asked = request.sampling.HasField("logprobs")
         return LogprobReader(tokenizer.detokenizer(), tokenizer.spelling.bytes_of) if asked else None
 
-    return [Choice(index, tokenizer.detokenizer(), stopping, reader()) for index in range(count)]
+    return [
+        Choice(index, tokenizer.detokenizer(), request.stopping, reader(), request.echo)
+        for index in range(request.choices)
+    ]

@@ -27,6 +27,8 @@ class GenerationRequest:
     cache_salt: str = ""
     priority: Priority.ValueType = Priority.PRIORITY_NORMAL
     deterministic: bool = False
+    # What every choice's text begins with, before its first token.
+    echo: str = ""
 
     def __post_init__(self) -> None:
         if not self.sampling.HasField("seed"):

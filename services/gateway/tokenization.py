@@ -53,9 +53,9 @@ class ModelTokenizer:
         self.spelling = TokenSpelling(self._tokenizer, self._detokenizers.token_bytes)
         self.eos_token_ids = frozenset(description.eos_token_ids)
 
-    async def encode_text(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with a BOS token in front if the model wants one."""
-        if not self._description.add_bos or self._bos_id is None:
+    async def encode_text(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Token ids of a plain prompt, with a BOS token in front if the model wants one and `add_bos` allows it."""
+        if not add_bos or not self._description.add_bos or self._bos_id is None:
             return await self._encode(text, add_special_tokens=False)
         ids = await self._encode(text, add_special_tokens=True)
         return ids if ids[:1] == [self._bos_id] else [self._bos_id, *ids]  # not every tokenizer adds the BOS it wants
@@ -65,6 +65,11 @@ class ModelTokenizer:
         if self._template is None:
             raise InvalidRequest("This model has no chat template; use plain completions.", field="messages")
         return await self._encode(self._template.render(messages), add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt's ids, special tokens included."""
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return text
 
     def detokenizer(self) -> Detokenizer:
         return self._detokenizers.create()

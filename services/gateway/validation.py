@@ -27,15 +27,19 @@ class Range:
     high: float
     low_included: bool = True
 
+    @property
+    def unbounded(self) -> bool:
+        """`high` is no limit that a caller would meet."""
+        return self.high >= _INT32_MAX
+
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.low_included else value > self.low
         return math.isfinite(value) and above and value <= self.high
 
     def __str__(self) -> str:
-        beyond = self.high >= _INT32_MAX
         if self.low_included:
-            return f"at least {self.low:g}" if beyond else f"between {self.low:g} and {self.high:g}"
-        return f"above {self.low:g}" if beyond else f"above {self.low:g} and at most {self.high:g}"
+            return f"at least {self.low:g}" if self.unbounded else f"between {self.low:g} and {self.high:g}"
+        return f"above {self.low:g}" if self.unbounded else f"above {self.low:g} and at most {self.high:g}"
 
 
 RANGES: Mapping[str, Range] = {

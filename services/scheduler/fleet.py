@@ -147,7 +147,10 @@ class Fleet:
     # --- everybody's side
 
     def catalog(self) -> scheduler_pb2.Catalog:
-        """The models that connected workers serve, and where. A model's context is the shortest of its workers'."""
+        """The models that connected workers serve, where, and in which KV formats.
+
+        A model's context is the shortest of its workers'.
+        """
         entries: dict[str, scheduler_pb2.CatalogEntry] = {}
         for worker in self._workers.values():
             model = worker.registration.model
@@ -155,6 +158,8 @@ class Fleet:
             shortest = min(entry.model.max_context_tokens, model.max_context_tokens)
             entry.model.max_context_tokens = shortest
             entry.worker_addresses.append(worker.registration.address)
+            if worker.registration.kv_format not in entry.kv_formats:
+                entry.kv_formats.append(worker.registration.kv_format)
         return scheduler_pb2.Catalog(entries=[entries[name] for name in sorted(entries)])
 
     def describe(self) -> Iterator[scheduler_pb2.FleetWorker]:

@@ -1,5 +1,6 @@
 """The official OpenAI client against the whole stack."""
 
+import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
@@ -58,6 +59,26 @@ def test_a_streamed_completion_says_the_same(client: openai.OpenAI, model: str) 
     assert "".join(chunk.choices[0].text for chunk in chunks) == complete(client, model)
     assert chunks[-1].choices[0].finish_reason == "length"
     assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_a_greedy_answers_tokens_are_the_likeliest(client: openai.OpenAI, model: str) -> None:
+    answer = client.chat.completions.create(
+        model=model, messages=CAPITAL, temperature=0, max_tokens=32, logprobs=True, top_logprobs=2
+    )
+    assert answer.choices[0].logprobs is not None and answer.usage is not None
+    content = answer.choices[0].logprobs.content or []
+    assert len(content) == answer.usage.completion_tokens
+    spelled = bytes(byte for token in content for byte in token.bytes or []).decode()
+    assert spelled == (answer.choices[0].message.content or "") + "<|im_end|>"
+    for token in content:
+        likeliest, second = token.top_logprobs
+        assert (likeliest.token, likeliest.logprob) == (token.token, token.logprob)
+        assert second.logprob <= likeliest.logprob < 0
+
+
+def test_a_bias_forbids_a_token(client: openai.OpenAI, http: httpx.Client, model: str) -> None:
+    first = http.post("/tokenize", json={"model": model, "prompt": complete(client, model, 1)}).json()
+    assert complete(client, model, 1, logit_bias={str(first["tokens"][0]): -100}) != complete(client, model, 1)
 
 
 def test_usage_counts_tokens(client: openai.OpenAI, model: str) -> None:

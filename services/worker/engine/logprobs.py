@@ -4,12 +4,16 @@ They are the model's own: log-softmax of its logits as they come, before bias, p
 (vLLM's `raw_logprobs`). Each row is computed alone, so its numbers do not depend on what else is in the batch.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from services.worker.engine.sequence import Sequence
+
+# Tokens of which only the likeliest is looked at first; any number gives the same answer.
+_RUN = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,21 @@ def token_logprobs(
 
 
 def _of_row(row: Tensor, token: int, count: int) -> TokenLogprobs:
-    logprobs = row.log_softmax(dim=-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-    chosen = float(logprobs[token])
+    logprobs = row.log_softmax(dim=-1)
+    if math.isnan(chosen := float(logprobs[token])):  # one NaN, or infinity alone, makes all of them NaN
+        logprobs, chosen = torch.full_like(logprobs, -torch.inf), -math.inf
     if count == 0:
         return TokenLogprobs(chosen, [], [])
-    least = logprobs.topk(min(count, len(logprobs))).values[-1]
-    ids = (logprobs >= least).nonzero().squeeze(1)  # in order of id, and so are equals after a stable sort
-    top, order = logprobs[ids].sort(descending=True, stable=True)
+    ids = (logprobs >= _bound(logprobs, count)).nonzero().squeeze(1)
+    top, order = logprobs[ids].sort(descending=True, stable=True)  # equals stay in order of id
     return TokenLogprobs(chosen, ids[order[:count]].tolist(), top[:count].tolist())
+
+
+def _bound(logprobs: Tensor, count: int) -> Tensor:
+    """At least `count` of them, or all, are no smaller than this, and few more: it is the `count`-th of the largest of
+    each run of tokens, which is found in a fraction of the time of the `count`-th of all.
+    """
+    runs = len(logprobs) // _RUN
+    if runs < count:
+        return logprobs.min()
+    return logprobs[: runs * _RUN].view(runs, _RUN).amax(dim=-1).topk(count).values[-1]

@@ -103,6 +103,16 @@ async def test_an_answer_goes_on_while_nobody_listens(stack: Stack) -> None:
     assert json.loads(again.events[-2])["choices"][0]["finish_reason"] == "stop"
 
 
+async def test_another_gateway_echoes_the_prompt(stack: Stack, other: Stack) -> None:
+    first = await begin(stack, echo=True)
+    stack.workers[0].let_go()
+    rest = await come_back(other, first, echo=True)
+    assert first.text + rest.text == "hello" + TEXT
+    answer_id = first.event_id.rpartition(":")[0]
+    whole = (await other.http.get(f"/v1/answers/{answer_id}")).json()
+    assert whole["choices"][0]["text"] == "hello" + TEXT
+
+
 async def test_another_gateway_tells_the_rest(stack: Stack, other: Stack) -> None:
     first = await begin(stack, stop=["lazy dog"])
     coming = asyncio.create_task(come_back(other, first, stop=["lazy dog"]))

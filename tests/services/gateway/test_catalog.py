@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import socket
+from collections.abc import Sequence
 
 import pytest
 
@@ -17,14 +18,17 @@ from tests.services.gateway.tokenizers_for_tests import bundle
 HASH = bundle_hash(bundle())
 
 
-def announcing(tokenizer_hash: str = HASH, **workers: str) -> CatalogMessage:
+def announcing(tokenizer_hash: str = HASH, kv_formats: Sequence[str] = ("format",), **workers: str) -> CatalogMessage:
     """A catalog that gives each model one worker."""
     infos = {
         name: ModelInfo(name=name, max_context_tokens=8, vocabulary_size=9, tokenizer_hash=tokenizer_hash)
         for name in workers
     }
     return CatalogMessage(
-        entries=[CatalogEntry(model=infos[name], worker_addresses=[address]) for name, address in workers.items()]
+        entries=[
+            CatalogEntry(model=infos[name], worker_addresses=[address], kv_formats=kv_formats)
+            for name, address in workers.items()
+        ]
     )
 
 
@@ -50,6 +54,32 @@ async def test_a_model_is_usable_once_its_tokenizer_is_there() -> None:
         assert catalog.get("m").max_context_tokens == 8
         with pytest.raises(ModelNotFound):
             catalog.get("other")
+        running.cancel()
+
+
+async def test_a_fingerprint_names_the_model_and_its_kv_formats() -> None:
+    catalog = Catalog(memory_s=60, on_workers=lambda _: None)
+
+    def fingerprint(model: str = "m", **announced: CatalogMessage) -> str:
+        for scheduler, message in announced.items():
+            catalog.announce(scheduler, message)
+        return catalog.get(model).system_fingerprint
+
+    async with running_worker(FakeWorker("w", says("x"))) as worker:
+        both = {"m": worker.address, "other": worker.address}
+        catalog.announce("s1", announcing(**both))
+        running = asyncio.create_task(catalog.run())
+        await usable(catalog, *both)
+        first = fingerprint()
+        assert first.startswith("fp_") and first != fingerprint("other")
+        assert fingerprint(s1=announcing(kv_formats=["b", "a"], **both)) != first
+        assert fingerprint(s1=announcing(kv_formats=["b"], **both), s2=announcing(kv_formats=["a"], **both)) == (
+            fingerprint(s2=announcing(kv_formats=["a", "b"], **both))
+        )
+        last = fingerprint()
+        catalog.announce("s1", CatalogMessage())
+        catalog.announce("s2", CatalogMessage())
+        assert fingerprint() == last, "workers that left are remembered"
         running.cancel()
 
 

@@ -47,7 +47,7 @@ async def bench(redis_url: str) -> AsyncIterator[Bench]:
     queue = JobQueue(redis_url, Owner("gateway", "g", "1"))
     redis = RedisClient(redis_url)
     requests = ActiveRequests()
-    model = Model("m", 8, 9, 4, ModelTokenizer(bundle()), 0)
+    model = Model("m", 8, 9, 4, ModelTokenizer(bundle()), 0, "fp")
     request = GenerationRequest(Caller("r", "r", 0.0, 1.0), model, [1], Sampling(), Stopping())
     active = ActiveRequest(request, Job(request_id="r", model="m"), ModelLoad(60.0, time.monotonic))
     active.entry_id, active.owns_entry = LOST, True

@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
@@ -37,6 +37,7 @@ def spelled(token_ids: list[int]) -> str:
     return b"".join(map(TOKENIZER.spelling.bytes_of, token_ids)).decode()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=8), st.lists(st.sampled_from(["fox", "🦊 j", "z", "dog. Z"]), max_size=2))
 def test_how_tokens_are_cut_into_steps_changes_nothing(cuts: list[int], stops: list[str]) -> None:
     choice, deltas, begin = new_choice(Stopping(stop=stops)), list[Delta](), 0

@@ -17,7 +17,7 @@ TOKENS = len(byte_level_tokenizer().encode(TEXT).ids)
 def events(response: httpx.Response) -> list[dict[str, object]]:
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    return [json.loads(line[line.index("data: ") + 6 :]) for line in lines[:-1]]
 
 
 async def test_a_completion(stack: Stack) -> None:
@@ -45,6 +45,16 @@ async def test_a_streamed_completion_is_the_same_text(stack: Stack) -> None:
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "stop"  # type: ignore[index]
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_whole_and_streamed_answers_have_the_same_fingerprint(stack: Stack) -> None:
+    whole = (await stack.complete()).json()["system_fingerprint"]
+    assert re.fullmatch("fp_[0-9a-f]{12}", whole)
+    for fields in ({}, {"resumable": True}):
+        chunks = events(await stack.complete(stream=True, **fields))
+        assert {chunk["system_fingerprint"] for chunk in chunks} == {whole}
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+    assert (await stack.http.post("/v1/chat/completions", json=chat)).json()["system_fingerprint"] == whole
 
 
 async def test_usage_comes_last_when_asked_for(stack: Stack) -> None:
@@ -170,6 +180,18 @@ async def test_choices_share_the_prompt_and_end_each_on_their_own(redis_url: str
         finished = {c["choices"][0]["index"] for c in chunks if c["choices"][0]["finish_reason"]}  # type: ignore[index]
         assert finished == {0, 1, 2}
         assert len(stack.workers[0].starts) == 2
+
+
+async def test_echo_puts_the_prompt_before_every_choice(stack: Stack) -> None:
+    body = (await stack.complete("The fox: ", echo=True, n=2, stop=["quick", "fox"])).json()
+    assert [choice["text"] for choice in body["choices"]] == ["The fox: " + TEXT[: TEXT.index("quick")]] * 2
+    chunks = events(await stack.complete(["one ", "two "], echo=True, stream=True))
+    texts = ["", ""]
+    for chunk in chunks:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]  # type: ignore[index]
+    assert texts == ["one " + TEXT, "two " + TEXT]
+    ids = byte_level_tokenizer().encode("<|im_start|>hi").ids
+    assert (await stack.complete(ids, echo=True)).json()["choices"][0]["text"] == "<|im_start|>hi" + TEXT
 
 
 async def test_every_prompt_is_a_request_of_its_own(redis_url: str) -> None:

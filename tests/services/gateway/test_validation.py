@@ -11,7 +11,7 @@ from services.gateway.errors import ContextLengthExceeded
 from services.gateway.tokenization import ModelTokenizer
 from tests.services.gateway.tokenizers_for_tests import bundle
 
-MODEL = Model("m", 100, 50, 4, ModelTokenizer(bundle()), 0)
+MODEL = Model("m", 100, 50, 4, ModelTokenizer(bundle()), 0, "fp")
 
 
 @given(st.sampled_from(sorted(validation.RANGES)), st.floats() | st.integers())

@@ -176,6 +176,7 @@ def test_the_catalog_names_models_of_connected_workers(fleet: Fleet) -> None:
     b = fleet.register(registration("b", max_context_tokens=1024))
     fleet.register(registration("c", name="another", tokenizer_hash="u"))
     entries = fleet.catalog().entries
+    assert [len(entry.kv_formats) for entry in entries] == [1, 1]
     assert [(e.model.name, e.model.max_context_tokens, list(e.worker_addresses)) for e in entries] == [
         ("another", 2048, ["c:1"]),
         ("m", 1024, ["a:1", "b:1"]),

@@ -66,6 +66,16 @@ def test_of_equals_the_lower_id_counts_as_the_likelier() -> None:
     assert found.top_ids == [12, 30, 0, 1]
 
 
+@pytest.mark.parametrize("vocabulary", [1, 19, 128, 129, 2560, 5003])
+@pytest.mark.parametrize("grain", [0.001, 1.0])  # coarse: many equals
+def test_the_likeliest_are_those_of_a_full_sort(vocabulary: int, grain: float) -> None:
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 3
+    logits = (logits / grain).round() * grain
+    [(_, found)] = token_logprobs(logits.unsqueeze(0), [ask(20)], [0])
+    top, ids = logits.log_softmax(dim=-1).sort(descending=True, stable=True)
+    assert (found.top_ids, found.top) == (ids[:20].tolist(), top[:20].tolist())
+
+
 def test_a_row_that_cannot_be_drawn_from_has_no_likelihoods() -> None:
     [(_, found)] = token_logprobs(torch.full((1, 10), torch.nan), [ask(20)], [0])
     assert found == TokenLogprobs(-torch.inf, list(range(10)), [-torch.inf] * 10)

@@ -1,0 +1,59 @@
+"""JSON bodies into structs: mistakes are told by field and value, and fields that nobody reads are logged."""
+
+import logging
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from services.common.errors import InvalidRequest
+from services.gateway import validation
+
+log = logging.getLogger(__name__)
+
+B = TypeVar("B", bound=msgspec.Struct)
+
+
+def parse(body: bytes, decoder: "msgspec.json.Decoder[B]") -> B:
+    """Decodes a body. Raises InvalidRequest that names the field at fault."""
+    try:
+        read = decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _shape_error(body, str(error)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The body is not valid JSON in UTF-8: {error}.") from error
+    except RecursionError as error:
+        raise InvalidRequest("The body's JSON is nested too deeply.") from error
+    if log.isEnabledFor(logging.DEBUG):
+        _log_unknown(body, read)
+    return read
+
+
+def _log_unknown(body: bytes, read: msgspec.Struct) -> None:
+    unknown = sorted(msgspec.json.decode(body).keys() - set(read.__struct_fields__))
+    if unknown:
+        log.debug("fields of a body that are not known and change nothing: %s", validation.shorten(unknown))
+
+
+def _shape_error(body: bytes, message: str) -> InvalidRequest:
+    """msgspec's message, with the field as callers write it and the value that it has."""
+    problem, _, place = message.partition(" - at `")
+    field = place.removeprefix("key` in `").strip("`$.").removesuffix("[...]")  # "[...]": any value of a mapping
+    if not field:
+        missing = re.search(r"missing required field `(\w+)`", problem)
+        return InvalidRequest(f"{problem}.", field=missing.group(1) if missing else None)
+    problem = f"{field}: {problem.replace('`', '')}"
+    try:
+        value = validation.shorten(_value_at(msgspec.json.decode(body), field))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return InvalidRequest(f"{problem}.", field=field)
+    return InvalidRequest(f"{problem}, with the value {value}.", field=field)
+
+
+def _value_at(document: Any, path: str) -> Any:
+    for name, index in re.findall(r"(\w+)|\[(\d+)\]", path):
+        try:
+            document = document[name] if name else document[int(index)]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return document
