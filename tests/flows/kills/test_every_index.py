@@ -130,11 +130,17 @@ class Killing:
 
 @contextmanager
 def killing(
-    folder: Path, redis: RedisServer, roles: Sequence[str], name: str, prompt: list[int], **settings: object
+    folder: Path,
+    redis: RedisServer,
+    database: int,
+    roles: Sequence[str],
+    name: str,
+    prompt: list[int],
+    **settings: object,
 ) -> Iterator[Killing]:
     """Workers of these roles, ready."""
-    redis.flush()
-    stack = GatedStack(folder, redis.url, {"threads": 1, "deterministic": True, **settings})
+    url = redis.url.removesuffix("/0") + f"/{database}"  # stacks on one database would share their queues
+    stack = GatedStack(folder, url, {"threads": 1, "deterministic": True, **settings})
     try:
         first = stack.fork_worker(roles[0])
         stack.until_ready(1)  # it has compiled the kernels for all
@@ -154,7 +160,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer, ti
     _write_tiny(folder / "tiny")
     prompt = [(11 * position) % VOCABULARY for position in range(40)]
     settings = {"model": folder / "tiny", "store": tiny_store, "kv_blocks": 128}
-    with killing(folder, redis_server, ("both",) * 3, "tiny", prompt, **settings) as it:
+    with killing(folder, redis_server, 1, ("both",) * 3, "tiny", prompt, **settings) as it:
         yield it
 
 
@@ -167,7 +173,7 @@ def tiny_disaggregated(
     _write_tiny(folder / "tiny")
     prompt = [(11 * position) % VOCABULARY for position in range(160)]
     settings = {"model": folder / "tiny", "store": tiny_store, "kv_blocks": 128}
-    with killing(folder, redis_server, DISAGGREGATED, "tiny", prompt, **settings) as it:
+    with killing(folder, redis_server, 2, DISAGGREGATED, "tiny", prompt, **settings) as it:
         yield it
 
 
@@ -178,7 +184,7 @@ def disaggregated(
     """The default model on a worker that prefills and two that decode."""
     folder, prompt = tmp_path_factory.mktemp("disaggregated"), list(range(1000, 1160))
     settings = {"dtype": "float32", "kv_blocks": 640}
-    with killing(folder, redis_server, DISAGGREGATED, "SmolLM2-135M-Instruct", prompt, **settings) as it:
+    with killing(folder, redis_server, 3, DISAGGREGATED, "SmolLM2-135M-Instruct", prompt, **settings) as it:
         yield it
 
 
