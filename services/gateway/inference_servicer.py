@@ -42,7 +42,6 @@ class InferenceServicer(InferenceBase):
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
         caller = self._caller(context, await self._identify(context, "generate"))
-        await context.send_initial_metadata((("x-request-id", caller.request_id),))
         with self._admission.entering():
             wanted = await self._read(request, caller)
             content = request.SerializeToString(deterministic=True)
@@ -50,18 +49,23 @@ class InferenceServicer(InferenceBase):
             answer = await self._answers.begin(
                 [wanted], recording(caller, content, resumable=request.resumable, idempotency_key=key)
             )
+        begun = False
         async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
+                if not begun:
+                    begun = await _begin(context, caller)
                 yield _delta_message(delta, answer)
 
     async def Resume(
         self, request: inference_pb2.ResumeRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
         caller = self._caller(context, await self._identify(context, "generate"))
-        await context.send_initial_metadata((("x-request-id", caller.request_id),))
         answer = await self._answers.resume(request.answer_id, max(0, request.next_position), caller.key_id)
+        begun = False
         async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
+                if not begun:
+                    begun = await _begin(context, caller)
                 yield _delta_message(delta, answer)
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
@@ -143,6 +147,12 @@ class InferenceServicer(InferenceBase):
             priority=caller.account.priority(_priority(request.priority)),
             deterministic=request.deterministic,
         )
+
+
+async def _begin(context: Context, caller: Caller) -> bool:
+    """Sends what comes before an answer. Not earlier: a call that fails without it is tried again by gRPC's clients."""
+    await context.send_initial_metadata((("x-request-id", caller.request_id),))
+    return True
 
 
 def _metadata(context: Context) -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.v1 import inference_pb2
-from headrace.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, TokenIds, TokenizeRequest
+from headrace.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, ResumeRequest, TokenIds, TokenizeRequest
 from headrace.v1.sampling_pb2 import FinishReason, Logprobs, Sampling, Stopping
 from services.common.channel import dial
 from tests.services.gateway.fakes import BLOCK_SIZE, CONTEXT, MODEL, logprobs_of, unpack
@@ -104,6 +104,18 @@ async def test_a_deltas_logprobs_are_those_of_its_tokens(stack: Stack) -> None:
     assert values == logprobs_of(tokens, 0, 2)
     async for delta in stack.inference.Generate(GenerateRequest(model=MODEL, text="hello")):
         assert not delta.HasField("logprobs")
+
+
+async def test_a_refused_call_has_no_initial_metadata_so_that_clients_may_try_again(stack: Stack) -> None:
+    for call in (
+        stack.inference.Generate(GenerateRequest(model="gpt-9", text="x")),
+        stack.inference.Resume(ResumeRequest(answer_id="nobody")),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async for _ in call:
+                pass
+        assert raised.value.code() == grpc.StatusCode.NOT_FOUND
+        assert "x-request-id" not in dict(raised.value.initial_metadata())
 
 
 async def test_token_ids_and_chats_are_prompts_too(stack: Stack) -> None:
