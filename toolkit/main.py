@@ -16,6 +16,7 @@ from rich.console import Console
 from services.common.config import CommonSettings, ConfigError, home_directory, load
 from services.common.mutual_tls import files_of, showing
 from services.common.tls import FrontCert, TlsFiles, front_names
+from toolkit import up_options
 from toolkit.bench import BenchOptions, run_bench
 from toolkit.bench_chats import run_chats_bench
 from toolkit.bench_kv import KvBenchFailed, KvBenchOptions, run_kv_bench
@@ -58,26 +59,10 @@ _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)
 
 
-class Batching(StrEnum):
-    CONTINUOUS = "continuous"
-    STATIC = "static"
-
-
 class KvPart(StrEnum):
     WAYS = "ways"
     SPLIT = "split"
     CHATS = "chats"
-
-
-class Placement(StrEnum):
-    KV_AWARE = "kv_aware"
-    LEAST_LOADED = "least_loaded"
-    ROUND_ROBIN = "round_robin"
-
-
-class EngineKind(StrEnum):
-    MODEL = "model"
-    ECHO = "echo"
 
 
 class Role(StrEnum):
@@ -88,61 +73,30 @@ class Role(StrEnum):
 
 @app.command()
 def up(
-    model: Annotated[
-        str | None, typer.Option(help="Local folder, hub id or store name. Default: a small model that comes along.")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Worker processes, which share the cores. Default: 1, or 0 beside those with a role."),
-    ] = None,
-    schedulers: Annotated[int, typer.Option(min=1, help="Schedulers, which share the queue.")] = 1,
-    gateways: Annotated[
-        int, typer.Option(min=1, max=100, help="Gateways, on the two public ports and those that follow them.")
-    ] = 1,
-    prefill_workers: Annotated[int, typer.Option(min=0, help="Workers that compute long prompts for others.")] = 0,
-    decode_workers: Annotated[int, typer.Option(min=0, help="Workers that leave long prompts to those.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="Of weights and KV: float32, bfloat16, float16 or auto.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="Weights on a CPU in fewer bits: int8, int4 or none.")] = None,
-    kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks per worker. Default: by free memory.")] = None,
-    max_sequences: Annotated[int | None, typer.Option(min=1, help="Sequences that run together in a worker.")] = None,
-    max_batch_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens computed in one step, which bounds how long others wait for a prompt."),
-    ] = None,
-    batching: Annotated[
-        Batching | None, typer.Option(help="Whether sequences join a running batch (continuous) or wait for its end.")
-    ] = None,
-    placement: Annotated[
-        Placement | None, typer.Option(help="How workers are chosen. kv_aware, the default, minds where KV is.")
-    ] = None,
-    cache_disk: Annotated[
-        Path | None, typer.Option(help="Folder for KV worth keeping, found again after a restart. Default: RAM alone.")
-    ] = None,
-    deterministic: Annotated[
-        bool, typer.Option(help="The same tokens for the same request, whatever else runs. Refused where impossible.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per worker. Default: its share.")] = None,
-    engine: Annotated[
-        EngineKind, typer.Option(help="echo: no model, every answer is its prompt; to try clients, or all but a model.")
-    ] = EngineKind.MODEL,
-    host: Annotated[str, typer.Option(help="Interface of the two public ports; 0.0.0.0 opens them to others.")] = (
-        "127.0.0.1"
-    ),
-    http_port: Annotated[int, typer.Option(min=0, max=65535, help="OpenAI-compatible HTTP. 0: a free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="Public gRPC. 0: a free one.")] = 50051,
-    redis_url: Annotated[
-        str | None, typer.Option(help="A Redis of yours, with AOF and without eviction. Default: a private one.")
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(envvar="HEADRACE_GATEWAY_TLS_CERT", help="Certificate of the public ports, PEM. Default: no TLS."),
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(envvar="HEADRACE_GATEWAY_TLS_KEY", help="Its key. `headrace certs` makes both.")
-    ] = None,
-    mtls: Annotated[
-        bool, typer.Option("--mtls", help="Mutual TLS between the services, with a private CA of this run.")
-    ] = False,
+    model: up_options.Model = None,
+    workers: up_options.Workers = None,
+    schedulers: up_options.Schedulers = 1,
+    gateways: up_options.Gateways = 1,
+    prefill_workers: up_options.PrefillWorkers = 0,
+    decode_workers: up_options.DecodeWorkers = 0,
+    dtype: up_options.Dtype = None,
+    quantize: up_options.Quantize = None,
+    kv_blocks: up_options.KvBlocks = None,
+    max_sequences: up_options.MaxSequences = None,
+    max_batch_tokens: up_options.MaxBatchTokens = None,
+    batching: up_options.BatchingPolicy = None,
+    placement: up_options.PlacementPolicy = None,
+    cache_disk: up_options.CacheDisk = None,
+    deterministic: up_options.Deterministic = False,
+    threads: up_options.Threads = None,
+    engine: up_options.Engine = up_options.EngineKind.MODEL,
+    host: up_options.Host = "127.0.0.1",
+    http_port: up_options.HttpPort = 8000,
+    grpc_port: up_options.GrpcPort = 50051,
+    redis_url: up_options.RedisUrl = None,
+    tls_cert: up_options.TlsCert = None,
+    tls_key: up_options.TlsKey = None,
+    mtls: up_options.Mtls = False,
 ) -> None:
     """Starts the whole stack on this machine and keeps it running until Ctrl-C.
 
@@ -150,7 +104,7 @@ def up(
     """
     chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks, "batching": batching}
     chosen |= {"deterministic": deterministic or None}
-    chosen |= {"implementation": "echo" if engine is EngineKind.ECHO else None}
+    chosen |= {"implementation": "echo" if engine is up_options.EngineKind.ECHO else None}
     chosen |= {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "threads": threads}
     if workers is None:
         workers = 0 if prefill_workers or decode_workers else 1

@@ -22,6 +22,7 @@ from services.cache.block_file import BadFile, Found
 from services.cache.block_key import BlockKey
 from services.cache.metrics import CacheMetrics
 from services.common.channel import cancel_and_wait
+from services.common.errors import failures_logged
 from services.common.kv_blocks import BlockBytes
 
 log = logging.getLogger(__name__)
@@ -172,9 +173,8 @@ class DiskTier:
         while True:
             job = await self._jobs.get()
             try:
-                await job()
-            except Exception:
-                log.exception("a job of the disk tier failed")
+                with failures_logged(log, "a job of the disk tier failed"):
+                    await job()
             finally:
                 self._jobs.task_done()
 

@@ -13,9 +13,10 @@ The message of each is one sentence that says what and why. Everything else that
 logged with the request id and answered INTERNAL without details.
 """
 
+import contextlib
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, ClassVar, TypeAlias
 
 import grpc
@@ -95,6 +96,15 @@ class DeadlineExceeded(HeadraceError):
 
 class RequestFailed(HeadraceError):
     """The request was accepted and failed on our side."""
+
+
+@contextlib.contextmanager
+def failures_logged(logger: logging.Logger, what: str) -> Iterator[None]:
+    """For work that is repeated whatever comes of it: what fails is logged as `what`, and the next turn tries again."""
+    try:
+        yield
+    except Exception:
+        logger.exception(what)
 
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -86,7 +86,12 @@ class Gateway:
         )
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
         metrics = Metrics(registry)
-        generator = Generator(
+        self._answers = self._make_answers(owner, self._make_generator(metrics), metrics)
+        self._make_fronts(metrics)
+
+    def _make_generator(self, metrics: Metrics) -> Generator:
+        settings = self._settings
+        return Generator(
             admission=self._admission,
             active=self._active,
             queue=self._queue,
@@ -99,7 +104,10 @@ class Gateway:
             max_attempts=settings.max_attempts,
             resume_patience_s=settings.resume_patience_s,
         )
-        self._answers = Answers(
+
+    def _make_answers(self, owner: Owner, generator: Generator, metrics: Metrics) -> Answers:
+        settings = self._settings
+        return Answers(
             AnswerStore(self._queue.redis, owner, ttl_s=settings.answer_ttl_s),
             generator,
             self._admission,
@@ -111,6 +119,10 @@ class Gateway:
             max_recorded_tokens=settings.max_recorded_tokens,
             max_readers=settings.max_readers,
         )
+
+    def _make_fronts(self, metrics: Metrics) -> None:
+        """Makes both public servers, which listen from `start` on."""
+        settings = self._settings
         front = open_front(settings.tls_cert, settings.tls_key)
         self._http = HttpServer(
             self._asgi_app(metrics), settings.host, settings.http_port, http_limits(settings), front.http_context

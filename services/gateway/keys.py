@@ -5,6 +5,7 @@ on every gateway, and a busy one costs a command a second. Keys are in no log, e
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from services.common.api_keys import ApiKey, Limits, Scope, visible_part
-from services.common.errors import Unavailable
+from services.common.errors import Unavailable, failures_logged
 from services.common.redis.key_store import KeyStore
 from services.gateway.account import Account, KeyInUse
 from services.gateway.config import GatewaySettings
@@ -55,12 +56,9 @@ class Keys:
     async def run(self) -> None:
         """Counts the keys in Redis every second, until cancelled."""
         while True:
-            try:
+            # Redis says so itself when a key is looked for.
+            with failures_logged(log, "the API keys could not be counted"), contextlib.suppress(Unavailable):
                 self._in_redis = await self._store.count()
-            except Unavailable:
-                pass  # it says so itself when a key is looked for
-            except Exception:
-                log.exception("the API keys could not be counted")
             await asyncio.sleep(_HOLDS_S)
 
     async def identify(self, credential: str | None, scope: Scope) -> Account:

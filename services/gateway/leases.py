@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 
 from headrace.v1.job_pb2 import Job
-from services.common.errors import HeadraceError, Unavailable
+from services.common.errors import HeadraceError, Unavailable, failures_logged
 from services.common.redis.dead_letters import DeadLetters
 from services.common.redis.queue import LEASE_S, JobQueue, QueuedJob
 from services.gateway.active_request import ActiveRequest, ActiveRequests
@@ -48,10 +48,8 @@ class Leases:
             checked = await self._check()
             await asyncio.sleep(0 if checked else _RETRY_EVERY_S)
         while True:
-            try:
+            with failures_logged(log, "the leases could not be renewed"):
                 await self._renew()
-            except Exception:
-                log.exception("the leases could not be renewed")
             await asyncio.sleep(_RENEW_EVERY_S)
 
     def acknowledge(self, active: ActiveRequest) -> None:

@@ -1,5 +1,8 @@
 """All metrics of the gateway. Label values are bounded: model names come from the catalog, never from a caller."""
 
+from collections.abc import Callable
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -11,70 +14,57 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.requests = Counter(
+        counter, model = partial(Counter, registry=registry), ("model",)
+        self.requests = counter(
             "llm_requests",
             "Requests ended, by outcome: success, error, cancelled, or refused (never accepted).",
             ("model", "status"),
-            registry=registry,
         )
-        self.latency = Histogram(
+        self.tokens = counter("llm_tokens_generated", "Output tokens delivered.", model)
+        self.prompt_tokens = counter("llm_prompt_tokens", "Prompt tokens of started requests.", model)
+        self.cached_prompt_tokens = counter("llm_cached_prompt_tokens", "Prompt tokens whose KV was found.", model)
+        self.active = Gauge(
+            "llm_active_requests", "Requests accepted and not ended, queued ones included.", model, registry=registry
+        )
+        self.resumes = counter(
+            "headrace_resumes",
+            "Times a request was placed again, by reason: busy, draining, lost, stalled or failed.",
+            ("model", "reason"),
+        )
+        self.http_requests = counter("headrace_http_requests", "HTTP requests answered.", ("route", "status"))
+        self.adoptions = counter("headrace_adoptions", "Requests of dead gateways that go on here.")
+        self.answers_resumed = counter("headrace_answers_resumed", "Recorded answers that a caller came back for.")
+        self.answers_attached = counter(
+            "headrace_answers_attached", "Requests answered from an earlier one's idempotency key."
+        )
+        self._add_times(partial(Histogram, registry=registry))
+        self._models: dict[str, ModelMetrics] = {}
+
+    def _add_times(self, histogram: Callable[..., Histogram]) -> None:
+        self.latency = histogram(
             "llm_latency_seconds",
             "Seconds a finished request took: queue (to a worker), first_token, total.",
             ("model", "phase"),
             buckets=_SECONDS,
-            registry=registry,
         )
-        self.tokens = Counter("llm_tokens_generated", "Output tokens delivered.", ("model",), registry=registry)
-        self.prompt_tokens = Counter(
-            "llm_prompt_tokens", "Prompt tokens of started requests.", ("model",), registry=registry
-        )
-        self.cached_prompt_tokens = Counter(
-            "llm_cached_prompt_tokens", "Prompt tokens whose KV was found.", ("model",), registry=registry
-        )
-        self.active = Gauge(
-            "llm_active_requests",
-            "Requests accepted and not ended, queued ones included.",
-            ("model",),
-            registry=registry,
-        )
-        self.time_to_first_token = Histogram(
+        self.time_to_first_token = histogram(
             "headrace_time_to_first_token_seconds",
             "Seconds from a request's arrival to its first token.",
             ("model",),
             buckets=_SECONDS,
-            registry=registry,
         )
-        self.inter_token_latency = Histogram(
+        self.inter_token_latency = histogram(
             "headrace_inter_token_latency_seconds",
             "Seconds between two tokens of one choice.",
             ("model",),
             buckets=_TOKEN_GAP_SECONDS,
-            registry=registry,
         )
-        self.queue_time = Histogram(
+        self.queue_time = histogram(
             "headrace_queue_seconds",
             "Seconds from a request's arrival to its first worker.",
             ("model",),
             buckets=_SECONDS,
-            registry=registry,
         )
-        self.resumes = Counter(
-            "headrace_resumes",
-            "Times a request was placed again, by reason: busy, draining, lost, stalled or failed.",
-            ("model", "reason"),
-            registry=registry,
-        )
-        self.http_requests = Counter(
-            "headrace_http_requests", "HTTP requests answered.", ("route", "status"), registry=registry
-        )
-        self.adoptions = Counter("headrace_adoptions", "Requests of dead gateways that go on here.", registry=registry)
-        self.answers_resumed = Counter(
-            "headrace_answers_resumed", "Recorded answers that a caller came back for.", registry=registry
-        )
-        self.answers_attached = Counter(
-            "headrace_answers_attached", "Requests answered from an earlier one's idempotency key.", registry=registry
-        )
-        self._models: dict[str, ModelMetrics] = {}
 
     def for_model(self, model: str) -> "ModelMetrics":
         """The metrics of a model of the catalog."""

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import WORKER_OPTIONS
 from tests.flows.headrace_up import HeadraceUp, eventually
-from tests.flows.two_workers import conditions, sequences, stream, workers
+from tests.flows.two_workers import conditions, running_pair, sequences, stream, workers
 
 STREAMS = 6
 
@@ -19,14 +18,8 @@ STREAMS = 6
 @pytest.fixture
 def two_workers(tmp_path: Path, default_model: Path) -> Iterator[HeadraceUp]:
     """Two workers, and a gateway that soon calls one stalled."""
-    settings = {"HEADRACE_GATEWAY_WORKER_SILENCE_S": "2"}
-    running = HeadraceUp(tmp_path, *WORKER_OPTIONS, "--workers", "2", settings=settings)
-    try:
-        running.wait_ready()
-        eventually(lambda: conditions(running) == ["healthy", "healthy"], "the scheduler sees both workers")
+    with running_pair(tmp_path, settings={"HEADRACE_GATEWAY_WORKER_SILENCE_S": "2"}) as running:
         yield running
-    finally:
-        running.kill()
 
 
 def test_a_stalled_worker_is_cut_off_and_probed(two_workers: HeadraceUp) -> None:

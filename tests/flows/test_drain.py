@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import WORKER_OPTIONS
 from tests.flows.headrace_up import HeadraceUp, eventually
-from tests.flows.two_workers import conditions, sequences, stream, workers
+from tests.flows.two_workers import conditions, running_pair, sequences, stream, workers
 
 STREAMS = 6
 
@@ -17,14 +16,9 @@ STREAMS = 6
 @pytest.fixture
 def two_workers(tmp_path: Path, default_model: Path) -> Iterator[HeadraceUp]:
     """Two workers, two schedulers, and a grace too short for a stream of these."""
-    options = (*WORKER_OPTIONS, "--workers", "2", "--schedulers", "2")
-    running = HeadraceUp(tmp_path, *options, settings={"HEADRACE_WORKER_DRAIN_GRACE_S": "0.2"})
-    try:
-        running.wait_ready()
-        eventually(lambda: conditions(running) == ["healthy", "healthy"], "the scheduler sees both workers")
+    settings = {"HEADRACE_WORKER_DRAIN_GRACE_S": "0.2"}
+    with running_pair(tmp_path, "--schedulers", "2", settings=settings) as running:
         yield running
-    finally:
-        running.kill()
 
 
 def test_a_worker_is_drained_under_load_and_comes_back(two_workers: HeadraceUp) -> None:

@@ -2,11 +2,27 @@
 
 import json
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 
 from headrace.v1.scheduler_pb2 import FleetWorker
-from tests.flows.headrace_up import HeadraceUp
+from tests.flows.conftest import WORKER_OPTIONS
+from tests.flows.headrace_up import HeadraceUp, eventually
+
+
+@contextmanager
+def running_pair(folder: Path, *options: str, settings: Mapping[str, str]) -> Iterator[HeadraceUp]:
+    """A stack whose two workers can both be placed on."""
+    running = HeadraceUp(folder, *WORKER_OPTIONS, "--workers", "2", *options, settings=settings)
+    try:
+        running.wait_ready()
+        eventually(lambda: conditions(running) == ["healthy", "healthy"], "the scheduler sees both workers")
+        yield running
+    finally:
+        running.kill()
 
 
 def workers(stack: HeadraceUp) -> list[FleetWorker]:
