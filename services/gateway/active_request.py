@@ -8,9 +8,9 @@ from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import Offer, OfferAnswer, Placement
 from services.common.errors import HeadraceError
 from services.common.redis.queue import FIRST_ATTEMPT
+from services.gateway.answers.journal import Journal
+from services.gateway.answers.recording import event_of, new_choices, replay
 from services.gateway.errors import AnswerElsewhere
-from services.gateway.journal import Journal
-from services.gateway.recording import event_of, new_choices, replay
 from services.gateway.request import Delta, GenerationRequest, Usage
 from services.gateway.shedder import ModelLoad
 

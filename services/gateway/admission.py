@@ -9,7 +9,7 @@ from headrace.v1.job_pb2 import Job
 from services.common.block_hash import chain_hashes, chain_root
 from services.common.errors import Overloaded, Unavailable
 from services.gateway.active_request import ActiveRequest, ActiveRequests
-from services.gateway.journal import Journal
+from services.gateway.answers.journal import Journal
 from services.gateway.request import GenerationRequest
 from services.gateway.shedder import Shedder
 

@@ -9,7 +9,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from services.common.errors import InvalidRequest
-from services.gateway.account import Account
+from services.gateway.keys.account import Account
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 

@@ -22,7 +22,7 @@ from services.common.channel import cancel_and_wait, dial
 from services.common.errors import Unavailable
 from services.common.tokenizer_hash import bundle_hash
 from services.gateway.errors import ModelNotFound
-from services.gateway.tokenization import ModelTokenizer
+from services.gateway.text.tokenization import ModelTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -47,9 +47,9 @@ class GatewaySettings(CommonSettings):
     # Whether a key is needed where callers without one could come in: true, false, or by default as soon as there is a
     # key in Redis or in the file, revoked or not. Who makes keys means them to be used.
     require_key: bool | None = None
-    # File of keys beside those in Redis (services/gateway/key_file.py says what is in it).
+    # File of keys beside those in Redis (services/gateway/keys/key_file.py says what is in it).
     keys_file: Path | None = None
-    # File of prices per 1,000 tokens (services/gateway/prices.py), for budgets of money.
+    # File of prices per 1,000 tokens (services/gateway/keys/prices.py), for budgets of money.
     prices: Path | None = None
     # Output tokens of a chat or gRPC request that names no number and whose key has a limit on tokens or money: all it
     # may take is reserved, and the rest of a context would often be the whole limit.

@@ -26,31 +26,31 @@ from services.common.serve import GrpcServer, Registration, Stop
 from services.common.tls import open_front
 from services.gateway.active_request import ActiveRequest, ActiveRequests
 from services.gateway.admission import Admission
-from services.gateway.answers import Answers
+from services.gateway.answers.answers import Answers
+from services.gateway.answers.leases import Leases
 from services.gateway.catalog import Catalog
 from services.gateway.config import GatewaySettings
-from services.gateway.cors import Cors
 from services.gateway.generate import Generator
-from services.gateway.http_app import HttpApp
-from services.gateway.http_exchange import AsgiApp
-from services.gateway.http_server import HttpServer
+from services.gateway.http.app import HttpApp
+from services.gateway.http.cors import Cors
+from services.gateway.http.exchange import AsgiApp
+from services.gateway.http.input_limits import grpc_limits, http_limits
+from services.gateway.http.openai_api import CompletionRoute, chat_kind, completion_kind, whole_response
+from services.gateway.http.openai_requests import RequestReader
+from services.gateway.http.post_route import PostRoute
+from services.gateway.http.server import HttpServer
+from services.gateway.http.tokenize_api import token_routes
 from services.gateway.inference_servicer import InferenceServicer
-from services.gateway.input_limits import grpc_limits, http_limits
-from services.gateway.key_file import KeyFile
-from services.gateway.keys import Keys
-from services.gateway.leases import Leases
-from services.gateway.limits import KeyLimits
+from services.gateway.keys.key_file import KeyFile
+from services.gateway.keys.keys import Keys
+from services.gateway.keys.limits import KeyLimits
+from services.gateway.keys.prices import read_prices
+from services.gateway.links.placement_links import PlacementLinks
+from services.gateway.links.worker_links import WorkerLinks
 from services.gateway.metrics import Metrics
-from services.gateway.openai_api import CompletionRoute, chat_kind, completion_kind, whole_response
-from services.gateway.openai_requests import RequestReader
-from services.gateway.placement_links import PlacementLinks
-from services.gateway.post_route import PostRoute
-from services.gateway.prices import read_prices
 from services.gateway.readiness import Readiness
 from services.gateway.shedder import Shedder
-from services.gateway.tokenize_api import token_routes
 from services.gateway.tracing import Tracing
-from services.gateway.worker_links import WorkerLinks
 
 log = logging.getLogger(__name__)
 

@@ -15,16 +15,16 @@ from services.common.errors import DeadlineExceeded, HeadraceError, InvalidReque
 from services.common.redis.queue import JobQueue
 from services.gateway.active_request import ActiveRequest, ActiveRequests, ReceivedOffer
 from services.gateway.admission import Admission, seconds_left
-from services.gateway.choice import Choice
-from services.gateway.journal import Journal
-from services.gateway.leases import Leases
-from services.gateway.limits import KeyLimits
+from services.gateway.answers.journal import Journal
+from services.gateway.answers.leases import Leases
+from services.gateway.keys.limits import KeyLimits
+from services.gateway.links.placement_links import PlacementLinks
+from services.gateway.links.witness import Witness
+from services.gateway.links.worker_links import Outcome, SequenceFeed, WorkerLink, WorkerLinks
 from services.gateway.metrics import Metrics, ModelMetrics
-from services.gateway.placement_links import PlacementLinks
 from services.gateway.request import Delta, GenerationRequest, pack_ids
+from services.gateway.text.choice import Choice
 from services.gateway.tracing import RequestSpan, Tracing
-from services.gateway.witness import Witness
-from services.gateway.worker_links import Outcome, SequenceFeed, WorkerLink, WorkerLinks
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,14 @@ from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.api_keys import Scope
 from services.common.errors import InvalidRequest
 from services.gateway import validation
-from services.gateway.account import Account
 from services.gateway.admission import Admission
-from services.gateway.answers import Answer, Answers
+from services.gateway.answers.answers import Answer, Answers
+from services.gateway.answers.recording import recording
 from services.gateway.caller import Caller, internal_id, sane_request_id, timeout_seconds
 from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
-from services.gateway.keys import Keys, credential_of
-from services.gateway.recording import recording
+from services.gateway.keys.account import Account
+from services.gateway.keys.keys import Keys, credential_of
 from services.gateway.request import Delta, GenerationRequest, Usage
 
 Context = grpc.aio.ServicerContext[Any, Any]

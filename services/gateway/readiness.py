@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from services.gateway.answers.leases import Leases
 from services.gateway.catalog import Catalog
-from services.gateway.leases import Leases
-from services.gateway.placement_links import PlacementLinks
+from services.gateway.links.placement_links import PlacementLinks
 
 _LOOK_EVERY_S = 0.2
 

@@ -10,7 +10,7 @@ import msgspec
 from headrace.v1.sampling_pb2 import FinishReason, Priority, Sampling, Stopping
 from services.gateway.caller import Caller
 from services.gateway.catalog import Model
-from services.gateway.logprobs import DeltaLogprobs
+from services.gateway.text.logprobs import DeltaLogprobs
 
 
 @dataclass(frozen=True, slots=True)

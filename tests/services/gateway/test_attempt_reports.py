@@ -8,7 +8,7 @@ from headrace.v1.scheduler_pb2 import AttemptReport, GatewayHello
 from headrace.v1.worker_pb2 import SequenceEnded
 from services.gateway.active_request import ActiveRequests
 from services.gateway.catalog import Catalog
-from services.gateway.placement_links import PlacementLinks
+from services.gateway.links.placement_links import PlacementLinks
 from tests.services.gateway.fakes import FakeScheduler, FakeWorker, says
 from tests.services.gateway.stack import TEXT, Stack, eventually, running_stack
 

@@ -8,7 +8,7 @@ from services.common.errors import InvalidRequest
 from services.gateway import validation
 from services.gateway.catalog import Model
 from services.gateway.errors import ContextLengthExceeded
-from services.gateway.tokenization import ModelTokenizer
+from services.gateway.text.tokenization import ModelTokenizer
 from tests.services.gateway.tokenizers_for_tests import bundle
 
 MODEL = Model("m", 100, 50, 4, ModelTokenizer(bundle()), 0, "fp")

@@ -1,0 +1,62 @@
+"""A recorded request while it runs on this gateway: its deltas so far, for any number of readers."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+
+import msgspec
+
+from services.common.errors import HeadraceError, RequestFailed
+from services.gateway.answers.journal import Journal
+from services.gateway.request import Delta
+
+log = logging.getLogger(__name__)
+
+
+class RecordedRun:
+    """A recorded request that runs here, whoever listens."""
+
+    def __init__(self, internal_id: str, journal: Journal) -> None:
+        self.internal_id = internal_id
+        self.journal = journal
+        self._deltas: list[Delta] = []
+        self._ended = False
+        self._error: HeadraceError | None = None
+        self._changed = asyncio.Event()
+
+    async def collect(self, deltas: AsyncGenerator[Delta, None]) -> None:
+        """Takes the deltas of the request until it ends."""
+        try:
+            async with contextlib.aclosing(deltas):
+                async for delta in deltas:
+                    self._deltas.append(delta)
+                    self._tell()
+        except HeadraceError as error:
+            self._error = error
+            if not self.journal.accepted:
+                await self.journal.discard()
+        except Exception:
+            log.exception("request %s failed", self.internal_id)
+            self._error = RequestFailed("The server failed while it handled this request; its log says why.")
+            raise
+        finally:
+            self._ended = True
+            self._tell()
+
+    async def deltas(self, position: int) -> AsyncGenerator[Delta, None]:
+        """The deltas from a position on, as they come. Raises what the request ends in."""
+        while True:
+            changed = self._changed
+            for delta in self._deltas[position:]:
+                yield msgspec.structs.replace(delta)  # whoever gets it may change it
+            position = max(position, len(self._deltas))
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return
+            await changed.wait()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

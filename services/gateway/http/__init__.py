@@ -1,0 +1,1 @@
+"""HTTP in front: the ASGI application, its exchanges, and the routes that speak as OpenAI's API does."""

@@ -1,0 +1,148 @@
+"""The gateway's HTTP: what takes bodies, and with Starlette the models, health and metrics."""
+
+from collections.abc import Awaitable, Callable, Mapping
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from services.common.api_keys import Scope as KeyScope
+from services.common.errors import HeadraceError, NotFound, RequestFailed
+from services.gateway.answers.answers import Answer, Answers
+from services.gateway.caller import sane_request_id
+from services.gateway.catalog import Catalog, Model
+from services.gateway.errors import MethodNotAllowed
+from services.gateway.http.docs_page import document_routes
+from services.gateway.http.exchange import Message, Receive, Scope, Send
+from services.gateway.http.openai_errors import error_body, error_headers
+from services.gateway.http.openai_types import ModelList, ModelObject, StatusObject
+from services.gateway.http.post_route import PostRoute
+from services.gateway.keys.account import Account
+from services.gateway.keys.keys import Keys, credential_of
+from services.gateway.metrics import Metrics
+from services.gateway.readiness import Readiness
+
+
+class HttpApp:
+    """The whole ASGI application."""
+
+    def __init__(
+        self,
+        post_routes: Mapping[str, PostRoute],
+        answers: Answers,
+        whole: Callable[[Answer], Awaitable[bytes]],
+        keys: Keys,
+        catalog: Catalog,
+        readiness: Readiness,
+        metrics: Metrics,
+    ) -> None:
+        """`whole`: the body that an answer in one piece is."""
+        self._post_routes = post_routes
+        self._metrics = metrics
+        self._rest = _rest(answers, whole, keys, catalog, readiness, metrics)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if route := self._post_routes.get(scope["path"]):
+            await route(scope, receive, send)
+        else:
+            await self._serve_rest(scope, receive, send)
+
+    async def _serve_rest(self, scope: Scope, receive: Receive, send: Send) -> None:
+        wanted = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = sane_request_id(wanted)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                route = getattr(scope.get("route"), "path", "other")  # the template: paths of callers have no bound
+                self._metrics.http_requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        await self._rest(scope, receive, send_with_id)
+
+
+def _rest(
+    answers: Answers,
+    whole: Callable[[Answer], Awaitable[bytes]],
+    keys: Keys,
+    catalog: Catalog,
+    readiness: Readiness,
+    metrics: Metrics,
+) -> Starlette:
+    async def identify(request: Request, scope: KeyScope = "models") -> Account:
+        headers = request.headers
+        return await keys.identify(credential_of(headers.get("authorization"), headers.get("x-api-key")), scope)
+
+    async def list_models(request: Request) -> Response:
+        account = await identify(request)
+        allowed = (model for model in catalog.usable() if account.allows_model(model.name))
+        return _json(ModelList([_model_object(model) for model in allowed]))
+
+    async def get_model(request: Request) -> Response:
+        name = request.path_params["name"]
+        (await identify(request)).check_model(name)
+        return _json(_model_object(catalog.get(name)))
+
+    async def get_answer(request: Request) -> Response:
+        account = await identify(request, "generate")
+        answer = await answers.resume(request.path_params["answer_id"], 0, account.key_id)
+        return Response(await whole(answer), media_type="application/json")
+
+    async def cancel_answer(request: Request) -> Response:
+        account = await identify(request, "generate")
+        await answers.cancel(request.path_params["answer_id"], account.key_id)
+        return _json(StatusObject("cancelled"))
+
+    async def live(_: Request) -> Response:
+        return _json(StatusObject("live"))
+
+    async def ready(_: Request) -> Response:
+        problem = readiness.problem()
+        if problem is None:
+            return _json(StatusObject("ready"))
+        return _json(StatusObject("not ready", problem), status=503)
+
+    async def show_metrics(_: Request) -> Response:
+        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+
+    return Starlette(
+        routes=[
+            Route("/v1/models", list_models),
+            Route("/v1/models/{name:path}", get_model),
+            Route("/v1/answers/{answer_id:path}/cancel", cancel_answer, methods=["POST"]),
+            Route("/v1/answers/{answer_id:path}", get_answer),
+            Route("/health/live", live),
+            Route("/health/ready", ready),
+            Route("/metrics", show_metrics),
+            *document_routes(),
+        ],
+        exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},
+    )
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    known = _as_known(request, error)
+    headers = {name.decode(): value.decode() for name, value in error_headers(known)}
+    return Response(error_body(known), known.http_status, headers)
+
+
+def _as_known(request: Request, error: Exception) -> HeadraceError:
+    if isinstance(error, HeadraceError):
+        return error
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return MethodNotAllowed(f"{request.url.path} does not take {request.method}.")
+    if isinstance(error, HTTPException):
+        return NotFound(f"There is nothing at {request.url.path[:200]}.")
+    return RequestFailed("The server failed while it handled this request; its log says why.")
+
+
+def _model_object(model: Model) -> ModelObject:
+    return ModelObject(id=model.name, created=model.created_unix_s, max_model_len=model.max_context_tokens)
+
+
+def _json(content: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

@@ -1,0 +1,172 @@
+"""POST /v1/completions and /v1/chat/completions: raw ASGI, since every token passes here."""
+
+import contextlib
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from services.common.errors import InvalidRequest
+from services.gateway.answers.answers import Answer, Answers
+from services.gateway.answers.recording import recording
+from services.gateway.caller import Caller
+from services.gateway.http.exchange import HttpExchange
+from services.gateway.http.json_bodies import parse
+from services.gateway.http.openai_events import DONE, FINISH_REASONS, ChatEvents, CompletionEvents, usage_object
+from services.gateway.http.openai_logprobs import chat_logprobs, completion_logprobs
+from services.gateway.http.openai_requests import RequestReader
+from services.gateway.http.openai_types import (
+    AnswerMessage,
+    ChatBody,
+    ChatChoice,
+    CommonBody,
+    CompletionBody,
+    CompletionChoice,
+    CompletionResponse,
+)
+from services.gateway.http.post_route import JSON, PostRoute
+from services.gateway.request import Delta, GenerationRequest, Usage
+
+B = TypeVar("B", bound=CommonBody)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[B]):
+    """What makes one of the two APIs."""
+
+    id_prefix: str
+    object_name: str
+    decoder: "msgspec.json.Decoder[B]"
+    read: Callable[[B, Caller], Awaitable[list[GenerationRequest]]]
+    events: type[CompletionEvents]
+    choice: Callable[[Delta, list[Delta]], CompletionChoice | ChatChoice]
+    """A choice from its whole text and from those of its deltas that have log-probabilities."""
+
+
+class CompletionRoute(PostRoute, Generic[B]):
+    """The ASGI application of one of the two routes."""
+
+    def __init__(self, kind: Kind[B], answers: Answers, *shared: Any) -> None:
+        """`shared`: what `PostRoute` takes."""
+        super().__init__(*shared)
+        self._kind = kind
+        self._answers = answers
+
+    async def handle(self, exchange: HttpExchange) -> None:
+        settings = self.settings
+        with self.admission.entering():  # before the body takes up memory
+            exchange.account = await self.keys.identify(exchange.credential, "generate")
+            caller = exchange.caller(settings.default_timeout_s)
+            content = await exchange.read_body(settings.max_body_bytes, settings.read_timeout_s)
+            body = parse(content, self._kind.decoder)
+            if body.resumable and not body.stream:
+                raise InvalidRequest("resumable needs stream to be true.", field="resumable")
+            answer = await self._answer(exchange, body, caller, content)
+        await exchange.while_connected(
+            self._stream(exchange, body, answer) if body.stream else self._respond(exchange, answer)
+        )
+
+    async def _answer(self, exchange: HttpExchange, body: B, caller: Caller, content: bytes) -> Answer:
+        """A new answer; or one that the caller comes back for, then whatever else the body says."""
+        if (last_event := exchange.header(b"last-event-id")) is not None:
+            if not body.stream:
+                raise InvalidRequest("Last-Event-ID needs stream to be true.", field="stream")
+            answer_id, position = _parse_event_id(last_event)
+            return await self._answers.resume(answer_id, position + 1, caller.key_id)
+        requests = await self._kind.read(body, caller)
+        named = self.path.encode() + b"\0" + content
+        key = exchange.header(b"idempotency-key")
+        return await self._answers.begin(
+            requests, recording(caller, named, resumable=bool(body.resumable), idempotency_key=key)
+        )
+
+    async def _stream(self, exchange: HttpExchange, body: B, answer: Answer) -> None:
+        with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        response_id = self._kind.id_prefix + answer.request_id
+        events = self._kind.events(
+            response_id,
+            answer.model,
+            answer.accepted_unix_s,
+            with_usage=with_usage,
+            answer_id=answer.id,
+            system_fingerprint=answer.system_fingerprint,
+        )
+        usage = Usage(0, 0, 0)
+        async with contextlib.aclosing(answer.deltas) as deltas:
+            async for delta in deltas:
+                # A delta whose text is held back is no event unless it has log-probabilities, but the first one of a
+                # choice opens it.
+                if delta.text or delta.finish_reason or not delta.seq or delta.logprobs is not None:
+                    await exchange.send_event(events.event(delta))
+                if delta.usage is not None:
+                    usage += delta.usage
+        await exchange.end_stream(events.usage(usage) + DONE if with_usage else DONE)
+
+    async def _respond(self, exchange: HttpExchange, answer: Answer) -> None:
+        await exchange.respond(200, await whole_response(self._kind, answer), JSON)
+
+
+async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
+    """The JSON of an answer in one piece, when it has ended. Raises what it ends in."""
+    collected: dict[int, Delta] = {}
+    with_logprobs: dict[int, list[Delta]] = {}
+    usage = Usage(0, 0, 0)
+    async with contextlib.aclosing(answer.deltas) as deltas:
+        async for delta in deltas:
+            whole = collected.setdefault(delta.choice, delta)
+            if whole is not delta:
+                whole.text += delta.text
+                whole.finish_reason = delta.finish_reason
+            if delta.logprobs is not None:
+                with_logprobs.setdefault(delta.choice, []).append(delta)
+            if delta.usage is not None:
+                usage += delta.usage
+    response = CompletionResponse(
+        id=kind.id_prefix + answer.request_id,
+        object=kind.object_name,
+        created=answer.accepted_unix_s,
+        model=answer.model,
+        choices=[kind.choice(collected[index], with_logprobs.get(index, [])) for index in sorted(collected)],
+        usage=usage_object(usage),
+        system_fingerprint=answer.system_fingerprint,
+    )
+    return msgspec.json.encode(response)
+
+
+def _parse_event_id(event_id: str) -> tuple[str, int]:
+    """The answer's id and the position of the event. Raises InvalidRequest."""
+    answer_id, _, position = event_id.rpartition(":")
+    if not answer_id or not re.fullmatch(r"[0-9]{1,9}", position):
+        raise InvalidRequest(
+            f"Last-Event-ID must be the id of an event of a resumable answer, but is {event_id[:200]!r}.",
+            field="last-event-id",
+        )
+    return answer_id, int(position)
+
+
+def completion_kind(reader: RequestReader) -> Kind[CompletionBody]:
+    return Kind(
+        id_prefix="cmpl-",
+        object_name="text_completion",
+        decoder=msgspec.json.Decoder(CompletionBody),
+        read=reader.completion,
+        events=CompletionEvents,
+        choice=lambda whole, deltas: CompletionChoice(
+            whole.choice, whole.text, FINISH_REASONS[whole.finish_reason], completion_logprobs(deltas)
+        ),
+    )
+
+
+def chat_kind(reader: RequestReader) -> Kind[ChatBody]:
+    return Kind(
+        id_prefix="chatcmpl-",
+        object_name="chat.completion",
+        decoder=msgspec.json.Decoder(ChatBody),
+        read=reader.chat,
+        events=ChatEvents,
+        choice=lambda whole, deltas: ChatChoice(
+            whole.choice, AnswerMessage(whole.text), FINISH_REASONS[whole.finish_reason], chat_logprobs(deltas)
+        ),
+    )

@@ -1,0 +1,146 @@
+"""The OpenAPI document of the public HTTP routes, made from the structs that the routes read and write."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from services.gateway.http.openai_requests import UNSUPPORTED
+from services.gateway.http.openai_types import (
+    ChatBody,
+    ChatChoice,
+    CompletionBody,
+    CompletionChoice,
+    CompletionResponse,
+    ErrorObject,
+    ModelList,
+    ModelObject,
+    StatusObject,
+)
+from services.gateway.http.tokenize_api import DetokenizeBody, DetokenizeResponse, TokenizeBody, TokenizeResponse
+from services.gateway.validation import COMPLETION_RANGES, RANGES, Range
+
+VERSION = "1"
+_JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path. `answer`: what a 200 holds, by media type; None is any text."""
+
+    method: str
+    path: str
+    summary: str
+    answer: Mapping[str, Any]
+    body: type[msgspec.Struct] | None = None
+    error: type[msgspec.Struct] = ErrorObject
+    open: bool = False  # needs no API key
+
+
+OPERATIONS = (
+    Operation(
+        "post",
+        "/v1/chat/completions",
+        "Answers a chat; with `stream`, as server-sent events.",
+        {_JSON: CompletionResponse[ChatChoice], _EVENTS: None},
+        ChatBody,
+    ),
+    Operation(
+        "post",
+        "/v1/completions",
+        "Continues a prompt; with `stream`, as server-sent events.",
+        {_JSON: CompletionResponse[CompletionChoice], _EVENTS: None},
+        CompletionBody,
+    ),
+    Operation("post", "/tokenize", "Token ids of a prompt or of messages.", {_JSON: TokenizeResponse}, TokenizeBody),
+    Operation("post", "/detokenize", "The text of token ids.", {_JSON: DetokenizeResponse}, DetokenizeBody),
+    Operation("get", "/v1/models", "The models that the key may use.", {_JSON: ModelList}),
+    Operation("get", "/v1/models/{name}", "One model.", {_JSON: ModelObject}),
+    Operation(
+        "get",
+        "/v1/answers/{answer_id}",
+        "A recorded answer, when it has ended.",
+        {_JSON: CompletionResponse[CompletionChoice]},
+    ),
+    Operation(
+        "post", "/v1/answers/{answer_id}/cancel", "Ends a request whose answer is recorded.", {_JSON: StatusObject}
+    ),
+    Operation("get", "/health/live", "The process runs.", {_JSON: StatusObject}, open=True),
+    Operation(
+        "get",
+        "/health/ready",
+        "Requests can be taken; 503 says why not.",
+        {_JSON: StatusObject},
+        error=StatusObject,
+        open=True,
+    ),
+    Operation("get", "/metrics", "Metrics in Prometheus' text format.", {_TEXT: None}, open=True),
+    Operation("get", "/openapi.json", "This document.", {_JSON: None}, open=True),
+    Operation("get", "/docs", "This document as a page.", {"text/html": None}, open=True),
+)
+
+
+def openapi_document() -> dict[str, Any]:
+    """OpenAPI 3.1."""
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Headrace", "version": VERSION, "description": "OpenAI-compatible API of the gateway."},
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+def _operation(operation: Operation) -> dict[str, Any]:
+    names = [part.strip("{}") for part in operation.path.split("/") if part.startswith("{")]
+    told: dict[str, Any] = {
+        "summary": operation.summary,
+        "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names],
+        "responses": {
+            "200": {
+                "description": "The answer.",
+                "content": {media: _content(a) for media, a in operation.answer.items()},
+            },
+            "default": {"description": "What went wrong.", "content": {_JSON: _content(operation.error)}},
+        },
+        "security": [{}] if operation.open else [{"bearer": []}, {"key": []}],
+    }
+    if operation.body is not None:
+        told["requestBody"] = {"required": True, "content": {_JSON: _content(operation.body)}}
+    return told
+
+
+def _content(answer: Any) -> dict[str, Any]:
+    if answer is None:
+        return {"schema": {}}
+    [schema], _ = msgspec.json.schema_components([answer], ref_template="#/components/schemas/{name}")
+    return {"schema": schema}
+
+
+def _schemas() -> dict[str, Any]:
+    """All structs, their numbers with the ranges that are checked, and what is refused named so."""
+    used = [kind for one in OPERATIONS for kind in (one.body, *one.answer.values()) if kind is not None]
+    _, schemas = msgspec.json.schema_components([*used, ErrorObject], ref_template="#/components/schemas/{name}")
+    for name, ranges in (("ChatBody", RANGES), ("CompletionBody", {**RANGES, **COMPLETION_RANGES})):
+        for field, schema in schemas[name]["properties"].items():
+            if field in UNSUPPORTED:
+                schema["description"] = "Not supported yet."
+                schema["enum"] = list(UNSUPPORTED[field])
+            for option in schema.get("anyOf", ()):
+                if field in ranges and option["type"] in ("integer", "number"):
+                    option.update(_limits(ranges[field]))
+    return schemas
+
+
+def _limits(limits: Range) -> dict[str, float]:
+    told = {"minimum" if limits.low_included else "exclusiveMinimum": limits.low}
+    return told if limits.unbounded else told | {"maximum": limits.high}

@@ -1,0 +1,136 @@
+"""uvicorn's HTTP protocol with bounds on what a connection may send, and on how many there are.
+
+uvicorn bounds neither the head of a request, in bytes or in time, nor a connection that never sends one.
+"""
+
+import asyncio
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from services.gateway.errors import HeadTooLarge
+from services.gateway.http.exchange import Header, Receive, Scope, Send
+from services.gateway.http.openai_errors import error_body, error_headers
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Of one server. The settings of the gateway say why they are what they are."""
+
+    connections: int
+    headers: int
+    head_bytes: int
+    # A request line and headers take at most so long, from the connection's first moment or the request's first byte.
+    head_timeout_s: float
+    # What is neither head nor body: sizes of chunks, and trailers.
+    framing_bytes: int
+    keep_alive_s: float
+
+
+class LimitedConfig(uvicorn.Config):
+    """uvicorn's configuration, with what the protocols of one server share."""
+
+    def __init__(self, app: Any, limits: HttpLimits, **options: Any) -> None:
+        super().__init__(app, http=LimitedProtocol, timeout_keep_alive=int(limits.keep_alive_s), **options)
+        self.limits = limits
+        # Connections without a request under way, the one that is so for longest first.
+        self.idle: MutableMapping[LimitedProtocol, None] = {}
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    config: LimitedConfig
+
+    def __init__(self, config: LimitedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._limits = config.limits
+        self._idle = config.idle
+        self._in_head = True
+        self._counted_bytes = 0  # of the message so far, but for its body; what begins it may be left out
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._limits.connections:
+            self._make_room()
+        self._idle[self] = None
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._idle.pop(self, None)
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._counted_bytes += len(data)
+        super().data_received(data)
+        if self in self._idle:
+            self._start_head_timer()
+        if self._in_head and self._counted_bytes > self._limits.head_bytes:
+            self._refuse_head()
+        elif self._counted_bytes > self._limits.head_bytes + self._limits.framing_bytes:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._counted_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_head_timer()
+        self._idle.pop(self, None)
+        size = len(self.url) + sum([len(name) + len(value) for name, value in self.headers])
+        if len(self.headers) > self._limits.headers or size > self._limits.head_bytes:
+            self.app = self._answer_refusal
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._counted_bytes -= len(body)
+        super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self._idle[self] = None
+
+    def _make_room(self) -> None:
+        """Closes the connection that has been idle for longest; this one if all others are busy."""
+        longest = next(iter(self._idle), self)
+        self._idle.pop(longest, None)
+        longest.transport.abort()
+
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self._limits.head_timeout_s, self.transport.abort)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse_head(self) -> None:
+        """Answers what is no whole request, unless an earlier request's answer is under way."""
+        if self in self._idle and not self.transport.is_closing():
+            status, headers, body = self._refusal()
+            lines = [b"HTTP/1.1 %d Request Header Fields Too Large" % status]
+            lines += [b"%s: %s" % header for header in headers]
+            self.transport.write(b"\r\n".join([*lines, b"", body]))
+        self.transport.close()
+
+    async def _answer_refusal(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        status, headers, body = self._refusal()
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _refusal(self) -> tuple[int, list[Header], bytes]:
+        limits = self._limits
+        error = HeadTooLarge(f"A request may have {limits.headers} headers, and {limits.head_bytes} bytes of them.")
+        body = error_body(error)
+        length = b"%d" % len(body)
+        headers = [*error_headers(error), (b"content-length", length), (b"connection", b"close")]
+        return error.http_status, headers, body

@@ -1,0 +1,1 @@
+"""Streams to schedulers and workers: placements, executions, and what they show of both."""
