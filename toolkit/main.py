@@ -89,6 +89,7 @@ def up(
     cache_disk: up_options.CacheDisk = None,
     deterministic: up_options.Deterministic = False,
     threads: up_options.Threads = None,
+    price_per_hour: up_options.PricePerHour = None,
     engine: up_options.Engine = up_options.EngineKind.MODEL,
     host: up_options.Host = "127.0.0.1",
     http_port: up_options.HttpPort = 8000,
@@ -102,10 +103,17 @@ def up(
 
     Every other setting of a service can be given as a HEADRACE_SERVICE_SETTING variable.
     """
-    chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks, "batching": batching}
+    chosen: dict[str, object] = {
+        "model": model,
+        "dtype": dtype,
+        "quantize": quantize,
+        "kv_blocks": kv_blocks,
+        "batching": batching,
+    }
     chosen |= {"deterministic": deterministic or None}
     chosen |= {"implementation": "echo" if engine is up_options.EngineKind.ECHO else None}
     chosen |= {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "threads": threads}
+    chosen |= {"price_per_hour": price_per_hour}
     if workers is None:
         workers = 0 if prefill_workers or decode_workers else 1
     if not workers + prefill_workers + decode_workers:
