@@ -28,6 +28,7 @@ from toolkit.bench_servers import NotAnswering
 from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
 from toolkit.certs_commands import TOOLKIT, certificates_of_run, certs_app
+from toolkit.costs_command import costs
 from toolkit.directives import NotTold, set_role
 from toolkit.directives import drain as drain_worker
 from toolkit.keys_commands import keys_app
@@ -54,6 +55,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(queue_app, name="queue")
 app.add_typer(keys_app, name="keys")
 app.add_typer(certs_app, name="certs")
+app.command()(costs)
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)
