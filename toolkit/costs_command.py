@@ -36,7 +36,7 @@ def costs(
     ] = None,
     json_wanted: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Shows what requests cost in measured time of machines, at the workers' prices. Prices that callers pay are others."""
+    """Shows what requests cost in measured time of machines, at the workers' prices: not what callers pay."""
     try:
         today = datetime.now(UTC).date()
         rows, names = asyncio.run(_read(by, first_day(since, today), today, redis_url))
@@ -70,15 +70,13 @@ def _show(by: Grouping, rows: Rows, names: dict[str, str]) -> None:
         table.add_row(f"{name} {names.get(name, '')}".rstrip(), *_cells(row))
     table.add_row("all", *_cells(total(rows)), style="bold")
     console = Console(highlight=False)
-    console.print(table, width=max(console.width, _LEAST_WIDTH), crop=False)
+    console.width = max(console.width, _LEAST_WIDTH)
+    console.print(table, crop=False)
 
 
 def _cells(row: MachineCosts) -> tuple[str, ...]:
     money = (row.nanos / NANOS, per_thousand_tokens(row), row.saved_prefix_nanos / NANOS)
     tokens = (row.requests, row.prompt_tokens, row.cached_prompt_tokens, row.completion_tokens)
     seconds = (row.prefill_ns / NANOS, row.decode_ns / NANOS)
-    return (
-        *(f"{count:,}" for count in tokens),
-        *(f"{time:,.1f}" for time in seconds),
-        *(f"{one:.6f}" for one in money),
-    )
+    told = [f"{count:,}" for count in tokens]
+    return (*told, *(f"{time:,.1f}" for time in seconds), *(f"{amount:.6f}" for amount in money))

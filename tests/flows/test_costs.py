@@ -43,7 +43,6 @@ def test_costs_add_up_to_the_busy_seconds_at_the_price(priced: HeadraceUp) -> No
     stopped = complete("other", stop="o", max_tokens=64)
     told = [usage["cost"] for usage in (first, hit, three, stopped)]
     assert hit["prompt_tokens_details"]["cached_tokens"] > 0
-    assert 0 < hit["cost"] < first["cost"]
     _cancel_in_the_middle(priced, keys["other"]["key"], model)
 
     busy_s = _settled_seconds(priced, requests=5)

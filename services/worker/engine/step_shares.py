@@ -13,19 +13,20 @@ from services.worker.engine.batcher import Slice
 def charge(slices: Items[Slice], step_ns: int) -> tuple[int, int]:
     """Adds to each sequence its share of a step that took `step_ns`; the prefill and the decode shares, summed.
 
-    The running sum of the shares is rounded and not each of them, so that nothing is lost. About 0.3 microseconds per
-    slice. Slices have at least one token.
+    `slices` is not empty. What is left of a nanosecond per token is the last slice's, which is the longest kind. Called
+    after every step: 0.2 microseconds per slice.
     """
-    tokens = sum([piece.length for piece in slices])
-    done = spent = decode_ns = 0
+    token_ns, left_ns = divmod(step_ns, sum([piece.length for piece in slices]))
+    decode_ns = 0
     for piece in slices:
-        sequence = piece.sequence
-        done += piece.length
-        until = step_ns * done // tokens
         if piece.is_decode:
-            sequence.decode_ns += until - spent
-            decode_ns += until - spent
+            piece.sequence.decode_ns += token_ns
+            decode_ns += token_ns
         else:
-            sequence.prefill_ns += until - spent
-        spent = until
-    return spent - decode_ns, decode_ns
+            piece.sequence.prefill_ns += token_ns * piece.length
+    if piece.is_decode:
+        piece.sequence.decode_ns += left_ns
+        decode_ns += left_ns
+    else:
+        piece.sequence.prefill_ns += left_ns
+    return step_ns - decode_ns, decode_ns
