@@ -42,6 +42,7 @@ from toolkit.ps import show_stacks
 from toolkit.queue_commands import queue_app
 from toolkit.run_directory import RunDirectory, running_stacks
 from toolkit.stack import INTERNAL_HOST, StackOptions, plan_stack, reachable_host
+from toolkit.stats_command import stats
 from toolkit.up import run_stack
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ app.add_typer(queue_app, name="queue")
 app.add_typer(keys_app, name="keys")
 app.add_typer(certs_app, name="certs")
 app.command()(costs)
+app.command()(stats)
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)

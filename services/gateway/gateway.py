@@ -89,6 +89,7 @@ class Gateway:
         )
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
         metrics = Metrics(registry)
+        self._stats = metrics.stats
         self._costs = CostBook(
             CostStore(self._queue.redis), CostMetrics(registry), writer=incarnation, keep_days=settings.cost_days
         )
@@ -135,7 +136,7 @@ class Gateway:
             self._asgi_app(metrics), settings.host, settings.http_port, http_limits(settings), front.http_context
         )
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, settings)
+        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, metrics.stats, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)],
             front,
@@ -175,6 +176,7 @@ class Gateway:
             self._keys.run(),
             self._limits.run(),
             self._costs.run(),
+            self._stats.run(),
             self._readiness.follow(self._tell_readiness),
         )
         background = [asyncio.create_task(part) for part in parts]

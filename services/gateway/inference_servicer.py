@@ -22,16 +22,24 @@ from services.gateway.config import GatewaySettings
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
 from services.gateway.request import Delta, GenerationRequest, Usage
+from services.gateway.stats import InferenceStats
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(InferenceBase):
-    """Generate, Resume, Cancel, ListModels and Tokenize."""
+    """Generate, Resume, Cancel, ListModels, Tokenize and GetStats."""
 
     def __init__(
-        self, answers: Answers, admission: Admission, keys: Keys, catalog: Catalog, settings: GatewaySettings
+        self,
+        answers: Answers,
+        admission: Admission,
+        keys: Keys,
+        catalog: Catalog,
+        stats: InferenceStats,
+        settings: GatewaySettings,
     ) -> None:
+        self._stats = stats
         self._answers = answers
         self._admission = admission
         self._keys = keys
@@ -90,6 +98,11 @@ class InferenceServicer(InferenceBase):
         if request.HasField("chat"):
             return inference_pb2.TokenizeResponse(token_ids=await _encode_chat(request.chat, model))
         return inference_pb2.TokenizeResponse(token_ids=await model.tokenizer.encode_text(request.text))
+
+    async def GetStats(
+        self, request: inference_pb2.GetStatsRequest, context: Context
+    ) -> inference_pb2.InferenceMetrics:
+        return self._stats.report(sketches=request.sketches)
 
     async def _identify(self, context: Context, scope: Scope) -> Account:
         metadata = _metadata(context)

@@ -5,6 +5,8 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.gateway.stats import Counted, InferenceStats, Observed, Recorders
+
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _TOKEN_GAP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 5.0)
 
@@ -39,6 +41,7 @@ class Metrics:
         )
         self._add_times(partial(Histogram, registry=registry))
         self._models: dict[str, ModelMetrics] = {}
+        self.stats = InferenceStats()
 
     def _add_times(self, histogram: Callable[..., Histogram]) -> None:
         self.latency = histogram(
@@ -69,7 +72,8 @@ class Metrics:
     def for_model(self, model: str) -> "ModelMetrics":
         """The metrics of a model of the catalog."""
         if model not in self._models:
-            self._models[model] = ModelMetrics(self, model)
+            self._models[model] = bound = ModelMetrics(self, model)
+            self.stats.follow(model, bound.recorders)
         return self._models[model]
 
 
@@ -77,21 +81,29 @@ class ModelMetrics:
     """The metrics of one model, bound once, so that the token path looks no label up."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
-        self.succeeded = metrics.requests.labels(model, "success")
-        self.errored = metrics.requests.labels(model, "error")
+        self.succeeded = Counted(metrics.requests.labels(model, "success").inc)
+        self.errored = Counted(metrics.requests.labels(model, "error").inc)
         self.cancelled = metrics.requests.labels(model, "cancelled")
         self.refused = metrics.requests.labels(model, "refused")
-        self.total_latency = metrics.latency.labels(model, "total")
+        self.total_latency = Observed(metrics.latency.labels(model, "total").observe)
         self.queue_latency = metrics.latency.labels(model, "queue")
         self.first_token_latency = metrics.latency.labels(model, "first_token")
-        self.tokens = metrics.tokens.labels(model)
+        self.tokens = Counted(metrics.tokens.labels(model).inc)
         self.prompt_tokens = metrics.prompt_tokens.labels(model)
         self.cached_prompt_tokens = metrics.cached_prompt_tokens.labels(model)
         self.active = metrics.active.labels(model)
-        self.time_to_first_token = metrics.time_to_first_token.labels(model)
-        self.inter_token_latency = metrics.inter_token_latency.labels(model)
+        self.time_to_first_token = Observed(metrics.time_to_first_token.labels(model).observe)
+        self.inter_token_latency = Observed(metrics.inter_token_latency.labels(model).observe)
         self.queue_time = metrics.queue_time.labels(model)
         self.resumes = {
             reason: metrics.resumes.labels(model, reason)
             for reason in ("busy", "draining", "lost", "stalled", "failed")
         }
+        self.recorders = Recorders(
+            self.succeeded,
+            self.errored,
+            self.tokens,
+            self.time_to_first_token,
+            self.inter_token_latency,
+            self.total_latency,
+        )

@@ -21,6 +21,7 @@ from services.gateway.http.exchange import Message, Receive, Scope, Send
 from services.gateway.http.openai_errors import error_body, error_headers
 from services.gateway.http.openai_types import ModelList, ModelObject, StatusObject
 from services.gateway.http.post_route import PostRoute
+from services.gateway.http.stats_api import stats_object
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
 from services.gateway.metrics import Metrics
@@ -109,6 +110,9 @@ def _rest(
     async def show_metrics(_: Request) -> Response:
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
+    async def show_stats(_: Request) -> Response:
+        return _json(stats_object(metrics.stats.report()))
+
     return Starlette(
         routes=[
             Route("/v1/models", list_models),
@@ -118,6 +122,7 @@ def _rest(
             Route("/health/live", live),
             Route("/health/ready", ready),
             Route("/metrics", show_metrics),
+            Route("/v1/stats", show_stats),
             *document_routes(),
         ],
         exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},

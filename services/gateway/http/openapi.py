@@ -18,6 +18,7 @@ from services.gateway.http.openai_types import (
     ModelObject,
     StatusObject,
 )
+from services.gateway.http.stats_api import StatsObject
 from services.gateway.http.tokenize_api import DetokenizeBody, DetokenizeResponse, TokenizeBody, TokenizeResponse
 from services.gateway.validation import COMPLETION_RANGES, RANGES, Range
 
@@ -76,6 +77,7 @@ OPERATIONS = (
         open=True,
     ),
     Operation("get", "/metrics", "Metrics in Prometheus' text format.", {_TEXT: None}, open=True),
+    Operation("get", "/v1/stats", "How requests went, by model and window.", {_JSON: StatsObject}, open=True),
     Operation("get", "/openapi.json", "This document.", {_JSON: None}, open=True),
     Operation("get", "/docs", "This document as a page.", {"text/html": None}, open=True),
 )
