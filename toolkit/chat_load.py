@@ -20,8 +20,8 @@ _PASSAGE = (
     "one has to find the slope that keeps the water moving without letting it tear at the banks, and a gate at the "
     "upper end that can be closed before a flood comes down. Leaves and ice are kept out by a rack of iron bars, "
     "which somebody rakes clean every morning in autumn. Old millers judged the flow by ear and opened the gate a "
-    "hand's width at a time; a modern plant measures pressure and level and lets a motor do it. Say in two "
-    "sentences what this passage tells about water. The number of this question is {number}."
+    "hand's width at a time; a modern plant measures pressure and level and lets a motor do it. "
+    "Question {number}: say in two sentences what this passage tells about water."
 )
 # Streams begin one after the other: a crowd that comes at once to an idle server may be turned away.
 _APART_S = 0.01
@@ -57,6 +57,7 @@ class ChatResult:
     requests: int = 0
     # Events with text. Fewer than tokens where a server puts several into one, or a token has no text.
     events: int = 0
+    # To the first event. That may be one without text: a special token has none.
     ttft_s: list[float] = field(default_factory=list)
 
 
@@ -80,12 +81,10 @@ class ChatStream(asyncio.Protocol):
             if not data.startswith(b"HTTP/1.1 200"):
                 self._run.fail(data.decode(errors="replace")[:500])
                 return
-        events = len(_TOKEN.findall(data))
-        if events:
-            self._run.result.events += events
-            if not self._begun:
-                self._begun = True
-                self._run.result.ttft_s.append(time.perf_counter() - self._sent_at)
+        if not self._begun and b"data: " in data:
+            self._begun = True
+            self._run.result.ttft_s.append(time.perf_counter() - self._sent_at)
+        self._run.result.events += len(_TOKEN.findall(data))
         self._tail = (self._tail + data[-len(_LAST_CHUNK) :])[-len(_LAST_CHUNK) :]
         if self._tail == _LAST_CHUNK:
             self._run.answered()
