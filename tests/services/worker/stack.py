@@ -305,6 +305,7 @@ class Stack:
             limits=ModelLimits("tiny", 31, CONTEXT, BLOCK_SIZE, frozenset(), settings.max_sequences),
             num_blocks=NUM_BLOCKS,
             block_bytes=8 * BLOCK_SIZE,
+            device=torch.device("cpu"),
             kv_format="format",
             tokenizer_hash="hash",
             tokenizer_files={"tokenizer.json": b"t" * 1_500_000, "empty": b""},
