@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 from torch import Tensor
