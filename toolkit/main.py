@@ -37,6 +37,7 @@ from toolkit.models import PullFailed, pull_model
 from toolkit.ports import PortTaken, choose_public_port, free_ports
 from toolkit.process import ProcessFailed
 from toolkit.process_tree import NotStopped
+from toolkit.profile_commands import profile
 from toolkit.ps import show_stacks
 from toolkit.queue_commands import queue_app
 from toolkit.run_directory import RunDirectory, running_stacks
@@ -54,6 +55,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(queue_app, name="queue")
 app.add_typer(keys_app, name="keys")
 app.add_typer(certs_app, name="certs")
+app.command()(profile)
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)
