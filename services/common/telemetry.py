@@ -39,7 +39,9 @@ def serve_metrics(settings: CommonSettings, port: int) -> int:
 
 
 def _metrics_page(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Always the text format: in OpenMetrics the client library writes the colons of vLLM's names as underscores."""
+    """Always the text format: in OpenMetrics the client library writes the colons of vLLM's names as underscores. Only
+    the gateway, whose names have none, speaks OpenMetrics, and so has exemplars.
+    """
     start_response("200 OK", [("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)])
     return [generate_latest()]
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import Offer, OfferAnswer, Placement
@@ -13,6 +13,7 @@ from services.gateway.answers.recording import event_of, new_choices, replay
 from services.gateway.errors import AnswerElsewhere
 from services.gateway.request import Delta, GenerationRequest, Usage
 from services.gateway.shedder import ModelLoad
+from services.gateway.time_budget import TimeBudget, now_us
 
 
 @dataclass(slots=True)
@@ -22,6 +23,7 @@ class ReceivedOffer:
     offer: Offer
     send: Callable[[OfferAnswer], None]
     answered: bool = False
+    received_at: int = field(default_factory=now_us)
 
     def answer(self, status: OfferAnswer.Status.ValueType) -> None:
         if not self.answered:
@@ -39,6 +41,8 @@ class ActiveRequest:
         self.journal = journal
         # Where it counts as waiting until it is placed, and as running from then on.
         self.load = load
+        self.budget = TimeBudget(int(request.caller.arrived * 1e6))
+        self.budget.spend("gateway", now_us())
         self.entry_id = ""
         # The entry is ours and its lease ours to renew.
         self.owns_entry = False

@@ -11,6 +11,7 @@ from headrace.v1.sampling_pb2 import FinishReason, Priority, Sampling, Stopping
 from services.gateway.caller import Caller
 from services.gateway.catalog import Model
 from services.gateway.text.logprobs import DeltaLogprobs
+from services.gateway.time_budget import TimeBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ class Delta(msgspec.Struct):
     logprobs: DeltaLogprobs | None = None
     # Set in the last delta of the request.
     usage: Usage | None = None
+    # Where the time went; set beside the usage where the request ran.
+    timings: TimeBudget | None = None
     # Place among the deltas of all choices, from 0, where the answer is recorded.
     position: int = -1
 

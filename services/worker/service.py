@@ -22,9 +22,11 @@ from services.worker.kv_export import KvExporter, Prefills
 from services.worker.kv_import import KvImporter, Patience
 from services.worker.kv_metrics import KvMetrics
 from services.worker.kv_offload import KvOffloader
+from services.worker.memory_metrics import show_memory
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefill_rate import PrefillRate
 from services.worker.profiling import Profiler
+from services.worker.request_metrics import RequestMetrics
 from services.worker.scheduler_links import SchedulerLinks, WorkerLoad
 from services.worker.servicer import WorkerServicer
 
@@ -51,6 +53,7 @@ class WorkerService:
         self._engine = EngineLoop(model.engine, model.limits.block_size)
         exchange = self._engine.exchange
         self._metrics = WorkerMetrics(model.limits.name, lambda: 1 - exchange.free_blocks / model.num_blocks, registry)
+        show_memory(model.device, registry)
         self._capacity = Capacity(
             max_sequences=settings.max_sequences,
             max_pending_prefill_tokens=self._most_pending_prefill_tokens(),
@@ -77,6 +80,7 @@ class WorkerService:
             self._importer,
             self._prefill_rate,
             self._cancellations,
+            RequestMetrics(model.limits.name, registry),
             self._on_settled,
         )
         self._prefills = Prefills(

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -18,6 +18,7 @@ from services.gateway.catalog import Catalog, Model
 from services.gateway.errors import MethodNotAllowed
 from services.gateway.http.docs_page import document_routes
 from services.gateway.http.exchange import Message, Receive, Scope, Send
+from services.gateway.http.openai_api import WholeResponse
 from services.gateway.http.openai_errors import error_body, error_headers
 from services.gateway.http.openai_types import ModelList, ModelObject, StatusObject
 from services.gateway.http.post_route import PostRoute
@@ -34,7 +35,7 @@ class HttpApp:
         self,
         post_routes: Mapping[str, PostRoute],
         answers: Answers,
-        whole: Callable[[Answer], Awaitable[bytes]],
+        whole: Callable[[Answer], Awaitable[WholeResponse]],
         keys: Keys,
         catalog: Catalog,
         readiness: Readiness,
@@ -67,7 +68,7 @@ class HttpApp:
 
 def _rest(
     answers: Answers,
-    whole: Callable[[Answer], Awaitable[bytes]],
+    whole: Callable[[Answer], Awaitable[WholeResponse]],
     keys: Keys,
     catalog: Catalog,
     readiness: Readiness,
@@ -90,7 +91,7 @@ def _rest(
     async def get_answer(request: Request) -> Response:
         account = await identify(request, "generate")
         answer = await answers.resume(request.path_params["answer_id"], 0, account.key_id)
-        return Response(await whole(answer), media_type="application/json")
+        return Response((await whole(answer)).body, media_type="application/json")
 
     async def cancel_answer(request: Request) -> Response:
         account = await identify(request, "generate")
@@ -106,8 +107,10 @@ def _rest(
             return _json(StatusObject("ready"))
         return _json(StatusObject("not ready", problem), status=503)
 
-    async def show_metrics(_: Request) -> Response:
-        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+    async def show_metrics(request: Request) -> Response:
+        # Exemplars are told to scrapers that ask for OpenMetrics: no name here has a colon (see common/telemetry.py).
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), headers={"content-type": content_type})
 
     return Starlette(
         routes=[
