@@ -32,6 +32,7 @@ from toolkit.directives import NotTold, set_role
 from toolkit.directives import drain as drain_worker
 from toolkit.keys_commands import keys_app
 from toolkit.loadtest import ROWS, LoadFailed, Row
+from toolkit.log_levels import NotChanged, change_level
 from toolkit.log_tail import last_lines
 from toolkit.models import PullFailed, pull_model
 from toolkit.ports import PortTaken, choose_public_port, free_ports
@@ -71,6 +72,13 @@ class Role(StrEnum):
     BOTH = "both"
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 @app.command()
@@ -207,6 +215,19 @@ def drain(
         typer.echo(asyncio.run(drain_worker(running_stacks(_runs()), worker, undo=undo)))
     except NotTold as error:
         _fail(str(error))
+
+
+@app.command()
+def log_level(
+    service: Annotated[str, typer.Argument(help="A service, the id of one process, or `all`.")],
+    level: Annotated[LogLevel, typer.Argument(help="The least that is logged from now on.")],
+) -> None:
+    """Changes what running services log. A process that restarts logs as it was set."""
+    try:
+        changed = change_level(running_stacks(_runs()), service, level.value)
+    except NotChanged as error:
+        _fail(str(error))
+    typer.echo(f"{', '.join(changed)}: log level {level.value}")
 
 
 @app.command()
