@@ -41,11 +41,13 @@ from toolkit.directives import NotTold, set_role
 from toolkit.directives import drain as drain_worker
 from toolkit.keys_commands import keys_app
 from toolkit.loadtest import ROWS, LoadFailed, Row
+from toolkit.log_levels import NotChanged, change_level
 from toolkit.log_tail import last_lines
 from toolkit.models import PullFailed, pull_model
 from toolkit.ports import PortTaken, choose_public_port, free_ports
 from toolkit.process import ProcessFailed
 from toolkit.process_tree import NotStopped
+from toolkit.profile_commands import profile
 from toolkit.ps import show_stacks
 from toolkit.queue_commands import queue_app
 from toolkit.run_directory import RunDirectory, running_stacks
@@ -63,6 +65,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(queue_app, name="queue")
 app.add_typer(keys_app, name="keys")
 app.add_typer(certs_app, name="certs")
+app.command()(profile)
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)
@@ -84,6 +87,13 @@ class Role(StrEnum):
     BOTH = "both"
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 @app.command()
@@ -220,6 +230,19 @@ def drain(
         typer.echo(asyncio.run(drain_worker(running_stacks(_runs()), worker, undo=undo)))
     except NotTold as error:
         _fail(str(error))
+
+
+@app.command()
+def log_level(
+    service: Annotated[str, typer.Argument(help="A service, the id of one process, or `all`.")],
+    level: Annotated[LogLevel, typer.Argument(help="The least that is logged from now on.")],
+) -> None:
+    """Changes what running services log. A process that restarts logs as it was set."""
+    try:
+        changed = change_level(running_stacks(_runs()), service, level.value)
+    except NotChanged as error:
+        _fail(str(error))
+    typer.echo(f"{', '.join(changed)}: log level {level.value}")
 
 
 @app.command()

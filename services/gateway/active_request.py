@@ -52,6 +52,10 @@ class ActiveRequest:
         self.cached_prompt_tokens: int | None = None
         # Loop time of the first placement; None while queued.
         self.placed_at: float | None = None
+        # Loop time of the first token; None before.
+        self.first_token_at: float | None = None
+        # Of the newest attempt; empty while queued.
+        self.worker_id = ""
         self.choices = new_choices(request.model, request)
         # Set when there is an offer, tokens, an end or an error to look at.
         self.news = asyncio.Event()
@@ -156,6 +160,7 @@ class ActiveRequest:
         offer.answer(OfferAnswer.STATUS_ACCEPTED)
         self._wants_offer, self._offer = False, None
         placement = offer.offer.placement
+        self.worker_id = placement.worker_id
         if self.job.deterministic:  # it goes on only where its tokens come out alike
             self.job.kv_format = placement.kv_format
         return placement

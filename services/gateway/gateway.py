@@ -49,6 +49,7 @@ from services.gateway.links.placement_links import PlacementLinks
 from services.gateway.links.worker_links import WorkerLinks
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
+from services.gateway.request_log import RequestLog
 from services.gateway.shedder import Shedder
 from services.gateway.tracing import Tracing
 
@@ -101,6 +102,7 @@ class Gateway:
             workers=self._workers,
             metrics=metrics,
             tracing=Tracing(trace.get_tracer("headrace.gateway") if settings.otlp_endpoint else None),
+            request_log=RequestLog(texts=settings.log_texts),
             max_attempts=settings.max_attempts,
             resume_patience_s=settings.resume_patience_s,
         )

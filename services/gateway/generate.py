@@ -24,6 +24,7 @@ from services.gateway.links.witness import Witness
 from services.gateway.links.worker_links import Outcome, SequenceFeed, WorkerLink, WorkerLinks
 from services.gateway.metrics import Metrics, ModelMetrics
 from services.gateway.request import Delta, GenerationRequest, pack_ids
+from services.gateway.request_log import RequestLog
 from services.gateway.text.choice import Choice
 from services.gateway.time_budget import TimeBudget, now_us
 from services.gateway.tracing import RequestSpan, Tracing
@@ -80,6 +81,7 @@ class Generator:
         workers: WorkerLinks,
         metrics: Metrics,
         tracing: Tracing,
+        request_log: RequestLog,
         max_attempts: int,
         resume_patience_s: float,
     ) -> None:
@@ -92,6 +94,7 @@ class Generator:
         self._workers = workers
         self._metrics = metrics
         self._tracing = tracing
+        self._request_log = request_log
         self._max_attempts = max_attempts
         self._resume_patience_s = resume_patience_s
 
@@ -296,9 +299,9 @@ class Generator:
             outcome = "refused"
         else:
             metrics.errored.inc()
-            log.info("request %s: ended with an error: %s", active.id, active.error)
             outcome = "error"
         span.end(active.usage(), outcome, active.error)
+        self._request_log.ended(active, outcome)
 
 
 async def _record_failure(active: ActiveRequest, error: HeadraceError) -> None:
@@ -331,6 +334,7 @@ def _first_token(
 ) -> None:
     """The answer begins: the deadline no longer applies."""
     active.unlimit()
+    active.first_token_at = now
     active.cached_prompt_tokens = feed.cached_prompt_tokens or 0
     waited_s = now - active.request.caller.arrived
     if active.placed_at is not None:

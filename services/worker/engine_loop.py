@@ -18,6 +18,7 @@ from services.worker.engine.block_exchange import BlockExchange, PublishedBlocks
 from services.worker.engine.counters import EngineCounters
 from services.worker.engine.engine import Engine, StepResult
 from services.worker.engine.sequence import Sequence
+from services.worker.engine.step_probe import StepProbe
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class EngineLoop:
         self._failed: list[tuple[Sequence, str]] = []
         self._held_blocks: PublishedBlocks | None = None
         self._filling = False
+        self._probe: StepProbe | None = None
         self._failures_in_a_row = 0
 
     @property
@@ -97,6 +99,16 @@ class EngineLoop:
     def request_snapshot(self) -> None:
         """Has the next turn bring the hashes of all blocks held; block events after it go on from there."""
         self._send(self._take_snapshot)
+
+    def profile(self, *, steps: int, traced_steps: int, on_end: Callable[[], None]) -> StepProbe:
+        """Has the next steps timed and those after them traced; `on_end` is called on the thread. One at a time."""
+        probe = StepProbe(self._engine, steps=steps, traced_steps=traced_steps, on_end=on_end)
+        self._send(partial(self._begin_profile, probe))
+        return probe
+
+    def end_profile(self, probe: StepProbe) -> None:
+        """Ends a profile before it has all its steps. One that has ended stays as it is."""
+        self._send(partial(self._end_profile, probe))
 
     async def stop(self) -> None:
         """Ends the thread after the step it is in."""
@@ -150,7 +162,7 @@ class EngineLoop:
         started = time.perf_counter()
         if self._engine.has_work:
             try:
-                result = self._engine.step()
+                result = self._engine.step() if self._probe is None else self._probed_step(self._probe)
             except Exception as error:
                 lost = self._give_up_running(error)
                 log.exception("a step failed, which ends sequences %s", _names(lost))
@@ -162,6 +174,21 @@ class EngineLoop:
                 del self._sequences[sequence.key]
         failed, self._failed = self._failed, []
         return Turn(self._status(), held_blocks, result, failed, step_seconds)
+
+    def _begin_profile(self, probe: StepProbe) -> None:
+        self._probe = probe
+        probe.begin()
+
+    def _probed_step(self, probe: StepProbe) -> StepResult:
+        result = probe.step()
+        if probe.ended:
+            self._probe = None
+        return result
+
+    def _end_profile(self, probe: StepProbe) -> None:
+        probe.end()
+        if self._probe is probe:
+            self._probe = None
 
     def _status(self) -> EngineStatus:
         engine = self._engine

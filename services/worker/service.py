@@ -25,6 +25,7 @@ from services.worker.kv_offload import KvOffloader
 from services.worker.memory_metrics import show_memory
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefill_rate import PrefillRate
+from services.worker.profiling import Profiler
 from services.worker.request_metrics import RequestMetrics
 from services.worker.scheduler_links import SchedulerLinks, WorkerLoad
 from services.worker.servicer import WorkerServicer
@@ -93,8 +94,9 @@ class WorkerService:
             on_left=lambda: self._schedulers.notify(),
         )
         self._drain = Drain(self._executions, self._prefills, settings.drain_grace_s)
+        profiler = Profiler(settings.id, self._engine, kv_metrics, model.limits.block_size)
         servicer = WorkerServicer(
-            self._executions, exporter, self._prefills, model.tokenizer_hash, model.tokenizer_files
+            self._executions, exporter, self._prefills, profiler, model.tokenizer_hash, model.tokenizer_files
         )
         name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
         add = with_chunks(worker_pb2_grpc.add_WorkerServicer_to_server)
