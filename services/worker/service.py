@@ -209,6 +209,8 @@ class WorkerService:
             draining=self._executions.draining,
             prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             role=_ROLES[self._role],
+            prefix_queried_tokens=status.counters.prefix_queried_tokens if status else 0,
+            prefix_hit_tokens=status.counters.prefix_hit_tokens if status else 0,
         )
 
     def _registration(self, address: str) -> scheduler_pb2.Registration:

@@ -1,6 +1,6 @@
 """The gateway's HTTP: what takes bodies, and with Starlette the models, health and metrics."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import msgspec
 from prometheus_client.exposition import choose_encoder
@@ -40,11 +40,12 @@ class HttpApp:
         catalog: Catalog,
         readiness: Readiness,
         metrics: Metrics,
+        more: Sequence[Route] = (),
     ) -> None:
-        """`whole`: the body that an answer in one piece is."""
+        """`whole`: the body that an answer in one piece is. `more`: routes that stand beside those made here."""
         self._post_routes = post_routes
         self._metrics = metrics
-        self._rest = _rest(answers, whole, keys, catalog, readiness, metrics)
+        self._rest = _rest(answers, whole, keys, catalog, readiness, metrics, more)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if route := self._post_routes.get(scope["path"]):
@@ -73,6 +74,7 @@ def _rest(
     catalog: Catalog,
     readiness: Readiness,
     metrics: Metrics,
+    more: Sequence[Route],
 ) -> Starlette:
     async def identify(request: Request, scope: KeyScope = "models") -> Account:
         headers = request.headers
@@ -122,6 +124,7 @@ def _rest(
             Route("/health/ready", ready),
             Route("/metrics", show_metrics),
             *document_routes(),
+            *more,
         ],
         exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from services.gateway.http.cluster_api import ClusterObject
 from services.gateway.http.openai_requests import UNSUPPORTED
 from services.gateway.http.openai_types import (
     ChatBody,
@@ -57,6 +58,12 @@ OPERATIONS = (
     Operation("post", "/detokenize", "The text of token ids.", {_JSON: DetokenizeResponse}, DetokenizeBody),
     Operation("get", "/v1/models", "The models that the key may use.", {_JSON: ModelList}),
     Operation("get", "/v1/models/{name}", "One model.", {_JSON: ModelObject}),
+    Operation(
+        "get",
+        "/v1/cluster",
+        "The workers and queues of the models that the key may use, and the schedulers.",
+        {_JSON: ClusterObject},
+    ),
     Operation(
         "get",
         "/v1/answers/{answer_id}",
