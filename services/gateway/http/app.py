@@ -21,6 +21,7 @@ from services.gateway.http.exchange import Message, Receive, Scope, Send
 from services.gateway.http.openai_api import WholeResponse
 from services.gateway.http.openai_errors import error_body, error_headers
 from services.gateway.http.openai_types import ModelList, ModelObject, StatusObject
+from services.gateway.http.playground import playground_routes
 from services.gateway.http.post_route import PostRoute
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
@@ -124,6 +125,7 @@ def _rest(
             Route("/health/ready", ready),
             Route("/metrics", show_metrics),
             *document_routes(),
+            *playground_routes(),
             *more,
         ],
         exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},

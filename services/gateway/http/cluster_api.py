@@ -74,6 +74,8 @@ class WorkerObject(msgspec.Struct):
     prefix_hit_tokens: int
     credits: CreditsObject
     deterministic: bool
+    # None: nobody has said.
+    price_per_hour: float | None
 
 
 class ClusterObject(msgspec.Struct):
@@ -151,4 +153,5 @@ def _worker_object(views: Sequence[FleetWorker]) -> WorkerObject:
             prefill_tokens=sum(credit.prefill_tokens for credit in credits),
         ),
         deterministic=registration.deterministic,
+        price_per_hour=registration.price_per_hour if registration.HasField("price_per_hour") else None,
     )

@@ -85,6 +85,8 @@ OPERATIONS = (
     Operation("get", "/metrics", "Metrics in Prometheus' text format.", {_TEXT: None}, open=True),
     Operation("get", "/openapi.json", "This document.", {_JSON: None}, open=True),
     Operation("get", "/docs", "This document as a page.", {"text/html": None}, open=True),
+    Operation("get", "/", "A page to chat and to watch the cluster.", {"text/html": None}, open=True),
+    Operation("get", "/playground/{name}", "A file of that page.", {"*/*": None}, open=True),
 )
 
 
