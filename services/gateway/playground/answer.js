@@ -4,7 +4,6 @@ import { duration, element, money, plural } from "/playground/dom.js";
 import { Tokens } from "/playground/tokens.js";
 
 const PHASES = ["gateway", "admission", "queue", "placement", "fetch", "prefill", "decode", "detokenize", "network"];
-const ENDINGS = { stop: "the model or a stop string", length: "max tokens" };
 
 export class Answer {
   text = "";
@@ -78,7 +77,7 @@ export class Answer {
     this.#tokens?.add(logprobs?.content ?? []);
     this.#tokens?.reach(this.text.length);
     this.#plain.data = this.text;
-    if (ending) this.#ending = ENDINGS[ending] ?? ending;
+    if (ending) this.#ending = ending;
   }
 
   #draw() {
@@ -90,7 +89,7 @@ export class Answer {
       speed: seconds > 0 && count > 1 ? `${((count - 1) / seconds).toFixed(1)} tokens/s` : "",
       output: count ? plural(count, "token") : "",
       ...(this.#usage && usageStats(this.#usage)),
-      "ended by": this.#ending,
+      finish: this.#ending,
     };
     this.stats.replaceChildren(
       ...Object.entries(shown)

@@ -24,6 +24,7 @@ function showPane(name) {
   for (const button of document.querySelectorAll("[data-show]")) {
     button.setAttribute("aria-pressed", button.dataset.show === name);
   }
+  if (name === "chat") chat.showNewest();
   cluster.look();
 }
 

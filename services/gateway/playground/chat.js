@@ -39,6 +39,11 @@ export class Chat {
     return true;
   }
 
+  /** Scrolls to the end: what is not displayed forgets where it was. */
+  showNewest() {
+    this.#turns.scrollTop = this.#turns.scrollHeight;
+  }
+
   stop() {
     this.#running?.abort();
   }
@@ -60,7 +65,7 @@ export class Chat {
     const body = this.#settings.request(this.#messages());
     turn.answer = new Answer(body.model);
     this.#turns.append(turn.answer.node);
-    this.#turns.scrollTop = this.#turns.scrollHeight;
+    this.showNewest();
     this.#stream(turn.answer, body);
   }
 

@@ -46,7 +46,7 @@ export class ClusterView {
     const totals = Object.entries(totalsOf(cluster)).filter(([, value]) => value !== "");
     this.#totals.replaceChildren(
       ...totals.map(([name, value]) =>
-        element("div", { class: name }, element("dt", { textContent: name }), element("dd", { textContent: value })),
+        element("div", { "data-name": name }, element("dt", { textContent: name }), element("dd", { textContent: value })),
       ),
     );
     const before = this.#cards;

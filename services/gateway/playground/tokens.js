@@ -2,6 +2,7 @@
 
 import { element, percent } from "/playground/dom.js";
 
+const MOST_SURPRISE = 5; // nats; less likely tokens, below 0.7 %, look alike
 const tooltip = document.getElementById("tooltip");
 const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "␣") || "∅";
 
@@ -33,7 +34,7 @@ export class Tokens {
       const text = this.#decoder.decode(Uint8Array.from(entry.bytes), { stream: true });
       const token = element("span", { class: "token beyond", textContent: text, tabIndex: this.count ? -1 : 0 });
       token.entry = entry;
-      token.style.setProperty("--unlikely", 1 - Math.exp(entry.logprob));
+      token.style.setProperty("--unlikely", Math.min(1, -entry.logprob / MOST_SURPRISE));
       this.#ends.push((this.#ends.at(-1) ?? 0) + text.length);
       this.node.append(token);
     }

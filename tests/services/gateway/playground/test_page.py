@@ -58,7 +58,7 @@ async def test_a_chat_streams_and_nothing_is_complained_of_or_loaded_from_elsewh
     await browser.wait_for(ANSWERED)
     assert await said(browser) == TEXT
     stats = await browser.text(".stats")
-    assert "first token" in stats and "tokens/s" in stats and "ended by the model" in stats
+    assert "first token" in stats and "tokens/s" in stats and "finish stop" in stats
     await browser.wait_for("document.querySelector('.worker')")
     assert browser.complaints == []
     assert {url for url in browser.requested if not url.startswith(stack.base_url)} == set()
