@@ -3,8 +3,6 @@
 import { duration, element, money, plural } from "/playground/dom.js";
 import { Tokens } from "/playground/tokens.js";
 
-const PHASES = ["gateway", "admission", "queue", "placement", "fetch", "prefill", "decode", "detokenize", "network"];
-
 export class Answer {
   text = "";
   /** Of the newest event of a resumable answer; what follows it can be asked for. */
@@ -102,21 +100,20 @@ export class Answer {
     if (!this.#first && !this.ended) this.#frame = requestAnimationFrame(() => this.#draw());
   }
 
-  #showBudget(timings) {
-    const others = Object.keys(timings).filter((name) => name !== "total" && !PHASES.includes(name));
-    const phases = [...PHASES, ...others].filter((name) => timings[name] > 0);
-    const total = phases.reduce((sum, name) => sum + timings[name], 0);
+  /** `timings`: milliseconds by phase, as `decode_ms`, and their `total_ms`. */
+  #showBudget({ total_ms: total, ...timings }) {
     const bar = element("div", { class: "stack", "aria-hidden": "true" });
-    const legend = element("ul", { "aria-label": `Time budget, ${duration(total)}` });
-    for (const name of phases) {
-      const text = `${name} ${duration(timings[name])}`;
+    const legend = element("ul", { "aria-label": `Time budget, ${duration(total / 1000)}` });
+    for (const [key, ms] of Object.entries(timings).filter(([, ms]) => ms > 0)) {
+      const name = key.replace(/_ms$/, "");
+      const text = `${name} ${duration(ms / 1000)}`;
       const part = element("span", { class: `phase ${name}`, title: text });
-      part.style.setProperty("flex-grow", timings[name] / total);
+      part.style.setProperty("flex-grow", ms / total);
       bar.append(part);
       legend.append(element("li", { class: `phase ${name}`, textContent: text }));
     }
     this.budget.replaceChildren(bar, legend);
-    this.budget.hidden = !phases.length;
+    this.budget.hidden = false;
   }
 }
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from headrace.v1.scheduler_pb2 import DescribeFleetResponse
+from headrace.v1.scheduler_pb2 import DescribeFleetResponse, FleetWorker
 from tests.browser import Browser, chromium
 from tests.relay import CuttableRelay
 from tests.services.gateway.fakes import FakeWorker, says
@@ -27,6 +27,28 @@ SETTINGS = {
     "repetition_penalty": "1.5",
 }
 ANSWERED = "document.querySelector('.answer[aria-busy=false]')"
+
+# The texts of the page that have less than the 4.5 : 1 of WCAG's AA with what is painted beneath them.
+FAINT = """
+(() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const luminance = (...colors) => {
+    for (const color of colors) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); }
+    const [red, green, blue] = [...canvas.getImageData(0, 0, 1, 1).data].map((part) => part / 255)
+      .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const beneath = (node) => (node ? [...beneath(node.parentElement), getComputedStyle(node).backgroundColor] : []);
+  const contrast = (node) => {
+    const [one, other] = [luminance(...beneath(node), getComputedStyle(node).color), luminance(...beneath(node))];
+    return (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+  };
+  const speaks = (node) => [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+  return [...document.body.querySelectorAll("*")]
+    .filter((node) => node.checkVisibility() && speaks(node) && contrast(node) < 4.5)
+    .map((node) => `${node.className} ${node.textContent}: ${contrast(node).toFixed(2)}`);
+})()
+"""
 
 
 async def opened(browser: Browser, url: str) -> None:
@@ -201,7 +223,8 @@ async def test_a_time_budget_is_a_bar_of_whatever_phases_come(browser: Browser, 
     await opened(browser, stack.base_url)
     shown = await browser.evaluate(
         "import('/playground/answer.js').then(({ Answer }) => { const answer = new Answer('m');"
-        " answer.add({ choices: [], timings: { queue: 0, decode: 1.5, prefill: 0.5, thinking: 0.002 } });"
+        " const timings = { total_ms: 2002, queue_ms: 0, prefill_ms: 500, decode_ms: 1500, thinking_ms: 2 };"
+        " answer.add({ choices: [], timings });"
         " return [[...answer.budget.querySelectorAll('li')].map((part) => part.textContent),"
         " [...answer.budget.querySelectorAll('.stack span')].map((part) => Number(part.style.flexGrow).toFixed(2))]; })"
     )
@@ -242,6 +265,23 @@ async def test_the_theme_follows_the_system_until_it_is_chosen(browser: Browser,
     assert await browser.evaluate(theme) == other
     await opened(browser, stack.base_url)
     assert await browser.evaluate(theme) == other
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_text_stands_out_from_what_it_lies_on(browser: Browser, stack: Stack, scheme: str) -> None:
+    for number, condition in enumerate(FleetWorker.Condition.values()[1:]):
+        stack.scheduler.fleet.workers.append(seen(f"w{number}", condition=condition))
+    await browser.prefer(prefers_color_scheme=scheme)
+    await opened(browser, stack.base_url)
+    await browser.wait_for("document.querySelector('.worker')")
+    assert await browser.evaluate(FAINT) == []
+    await asked(browser)
+    await browser.wait_for(ANSWERED)
+    await browser.hover(".token")
+    await browser.fill("[name=max_tokens]", "100000")
+    await asked(browser)
+    await browser.wait_for("document.querySelector('.answer:last-child .notice:not([hidden])')")
+    assert await browser.evaluate(FAINT) == []
 
 
 async def test_a_narrow_screen_has_one_pane_at_a_time_and_never_scrolls_sideways(
