@@ -20,6 +20,8 @@ async def test_the_default_model_answers_on_the_page(stack: HeadraceUp, model: s
         await browser.press("Enter")
         await browser.wait_for("document.querySelector('.answer[aria-busy=false]')")
         assert "Paris" in await browser.text(".answer .text")
+        budget = await browser.text(".answer .budget")
+        assert "prefill" in budget and "decode" in budget
         await browser.wait_for("document.querySelector('.worker')")
         assert f"{model} Batch" in await browser.text(".worker")
         assert browser.complaints == []

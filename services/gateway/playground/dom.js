@@ -11,9 +11,10 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** 0.0042 s is "4.2 ms", 1.5 s is "1.50 s". */
+/** 0.0042 s is "4.2 ms", 1.5 s is "1.50 s", and what took time did not take "0.0 ms". */
 export function duration(seconds) {
   if (seconds >= 1) return `${seconds.toFixed(2)} s`;
+  if (seconds > 0 && seconds < 0.0001) return "< 0.1 ms";
   const ms = seconds * 1000;
   return `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
 }
