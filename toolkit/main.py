@@ -37,6 +37,7 @@ from toolkit.bench_servers import NotAnswering
 from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
 from toolkit.certs_commands import TOOLKIT, certificates_of_run, certs_app
+from toolkit.costs_command import costs
 from toolkit.directives import NotTold, set_role
 from toolkit.directives import drain as drain_worker
 from toolkit.keys_commands import keys_app
@@ -66,6 +67,7 @@ app.add_typer(queue_app, name="queue")
 app.add_typer(keys_app, name="keys")
 app.add_typer(certs_app, name="certs")
 app.command()(profile)
+app.command()(costs)
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)
@@ -114,6 +116,7 @@ def up(
     cache_disk: up_options.CacheDisk = None,
     deterministic: up_options.Deterministic = False,
     threads: up_options.Threads = None,
+    price_per_hour: up_options.PricePerHour = None,
     engine: up_options.Engine = up_options.EngineKind.MODEL,
     host: up_options.Host = "127.0.0.1",
     http_port: up_options.HttpPort = 8000,
@@ -127,10 +130,17 @@ def up(
 
     Every other setting of a service can be given as a HEADRACE_SERVICE_SETTING variable.
     """
-    chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks, "batching": batching}
+    chosen: dict[str, object] = {
+        "model": model,
+        "dtype": dtype,
+        "quantize": quantize,
+        "kv_blocks": kv_blocks,
+        "batching": batching,
+    }
     chosen |= {"deterministic": deterministic or None}
     chosen |= {"implementation": "echo" if engine is up_options.EngineKind.ECHO else None}
     chosen |= {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "threads": threads}
+    chosen |= {"price_per_hour": price_per_hour}
     if workers is None:
         workers = 0 if prefill_workers or decode_workers else 1
     if not workers + prefill_workers + decode_workers:

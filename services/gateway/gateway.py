@@ -17,6 +17,7 @@ from headrace.v1.scheduler_pb2 import GatewayHello
 from headrace.v1.worker_pb2 import ExecuteHello
 from services.common.errors import Unavailable
 from services.common.redis.answers import AnswerStore
+from services.common.redis.costs import CostStore
 from services.common.redis.dead_letters import DeadLetters
 from services.common.redis.key_store import KeyStore
 from services.common.redis.keys import Owner
@@ -31,6 +32,8 @@ from services.gateway.answers.leases import Leases
 from services.gateway.catalog import Catalog
 from services.gateway.cluster import Cluster
 from services.gateway.config import GatewaySettings
+from services.gateway.costs.cost_book import CostBook
+from services.gateway.costs.metrics import CostMetrics
 from services.gateway.generate import Generator
 from services.gateway.http.app import HttpApp
 from services.gateway.http.cluster_api import cluster_route
@@ -89,6 +92,9 @@ class Gateway:
         )
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
         metrics = Metrics(registry)
+        self._costs = CostBook(
+            CostStore(self._queue.redis), CostMetrics(registry), writer=incarnation, keep_days=settings.cost_days
+        )
         self._answers = self._make_answers(owner, self._make_generator(metrics), metrics)
         self._make_fronts(metrics)
 
@@ -100,6 +106,7 @@ class Gateway:
             queue=self._queue,
             leases=self._leases,
             limits=self._limits,
+            costs=self._costs,
             placements=self._placements,
             workers=self._workers,
             metrics=metrics,
@@ -173,6 +180,7 @@ class Gateway:
             self._leases.run(),
             self._keys.run(),
             self._limits.run(),
+            self._costs.run(),
             self._readiness.follow(self._tell_readiness),
         )
         background = [asyncio.create_task(part) for part in parts]
@@ -214,7 +222,11 @@ class Gateway:
 
     async def _close(self, background: list["asyncio.Task[Any]"]) -> None:
         await asyncio.gather(self._http.stop(), self._grpc.stop(_LAST_WORDS_S))
-        await asyncio.gather(self._leases.wait_ended(_LAST_WORDS_S), self._limits.wait_settled(_LAST_WORDS_S))
+        await asyncio.gather(
+            self._leases.wait_ended(_LAST_WORDS_S),
+            self._limits.wait_settled(_LAST_WORDS_S),
+            self._costs.wait_written(_LAST_WORDS_S),
+        )
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
