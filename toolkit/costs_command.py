@@ -36,7 +36,7 @@ def costs(
     ] = None,
     json_wanted: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Shows what requests cost in measured time of machines, at the workers' prices: not what callers pay."""
+    """Shows what requests cost: measured machine time at the workers' prices, not the prices that callers pay."""
     try:
         today = datetime.now(UTC).date()
         rows, names = asyncio.run(_read(by, first_day(since, today), today, redis_url))

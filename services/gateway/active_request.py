@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import Offer, OfferAnswer, Placement
@@ -14,6 +14,7 @@ from services.gateway.costs.spending import Spending
 from services.gateway.errors import AnswerElsewhere
 from services.gateway.request import Delta, GenerationRequest, Usage
 from services.gateway.shedder import ModelLoad
+from services.gateway.time_budget import TimeBudget, now_us
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class ReceivedOffer:
     offer: Offer
     send: Callable[[OfferAnswer], None]
     answered: bool = False
+    received_at: int = field(default_factory=now_us)
 
     def answer(self, status: OfferAnswer.Status.ValueType) -> None:
         if not self.answered:
@@ -40,6 +42,8 @@ class ActiveRequest:
         self.journal = journal
         # Where it counts as waiting until it is placed, and as running from then on.
         self.load = load
+        self.budget = TimeBudget(int(request.caller.arrived * 1e6))
+        self.budget.spend("gateway", now_us())
         self.entry_id = ""
         # The entry is ours and its lease ours to renew.
         self.owns_entry = False
@@ -49,6 +53,10 @@ class ActiveRequest:
         self.cached_prompt_tokens: int | None = None
         # Loop time of the first placement; None while queued.
         self.placed_at: float | None = None
+        # Loop time of the first token; None before.
+        self.first_token_at: float | None = None
+        # Of the newest attempt; empty while queued.
+        self.worker_id = ""
         self.choices = new_choices(request.model, request)
         self.spending = Spending()
         # Set when there is an offer, tokens, an end or an error to look at.
@@ -155,6 +163,7 @@ class ActiveRequest:
         offer.answer(OfferAnswer.STATUS_ACCEPTED)
         self._wants_offer, self._offer = False, None
         placement = offer.offer.placement
+        self.worker_id = placement.worker_id
         if self.job.deterministic:  # it goes on only where its tokens come out alike
             self.job.kv_format = placement.kv_format
         return placement

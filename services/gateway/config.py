@@ -120,5 +120,9 @@ class GatewaySettings(CommonSettings):
     drain_settle_s: float = Field(default=0.0, ge=0)
     # On SIGTERM: seconds that running requests may take to finish before they are ended with an error.
     drain_grace_s: float = Field(default=30.0, ge=0)
+    # Write the prompt and the answers of each request into its line of the log. WARNING: what callers said then lies
+    # wherever logs go, for everybody who reads those, for as long as they are kept. To look into a problem; never set
+    # where callers have not been told.
+    log_texts: bool = False
     # Accept a Redis without AOF: queued requests then do not outlive it. For private and test instances.
     allow_volatile_redis: bool = False

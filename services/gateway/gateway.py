@@ -30,11 +30,13 @@ from services.gateway.admission import Admission
 from services.gateway.answers.answers import Answers
 from services.gateway.answers.leases import Leases
 from services.gateway.catalog import Catalog
+from services.gateway.cluster import Cluster
 from services.gateway.config import GatewaySettings
 from services.gateway.costs.cost_book import CostBook
 from services.gateway.costs.metrics import CostMetrics
 from services.gateway.generate import Generator
 from services.gateway.http.app import HttpApp
+from services.gateway.http.cluster_api import cluster_route
 from services.gateway.http.cors import Cors
 from services.gateway.http.exchange import AsgiApp
 from services.gateway.http.input_limits import grpc_limits, http_limits
@@ -52,6 +54,7 @@ from services.gateway.links.placement_links import PlacementLinks
 from services.gateway.links.worker_links import WorkerLinks
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
+from services.gateway.request_log import RequestLog
 from services.gateway.shedder import Shedder
 from services.gateway.tracing import Tracing
 
@@ -109,6 +112,7 @@ class Gateway:
             workers=self._workers,
             metrics=metrics,
             tracing=Tracing(trace.get_tracer("headrace.gateway") if settings.otlp_endpoint else None),
+            request_log=RequestLog(texts=settings.log_texts),
             max_attempts=settings.max_attempts,
             resume_patience_s=settings.resume_patience_s,
         )
@@ -154,7 +158,9 @@ class Gateway:
         ]
         whole = partial(whole_response, completion)
         by_path = {route.path: route for route in routes}
-        return HttpApp(by_path, self._answers, whole, self._keys, self._catalog, self._readiness, metrics)
+        cluster = Cluster(self._placements, self._queue, self._catalog)
+        more = [cluster_route(cluster, self._keys, self._settings.id, self._active)]
+        return HttpApp(by_path, self._answers, whole, self._keys, self._catalog, self._readiness, metrics, more)
 
     def _asgi_app(self, metrics: Metrics) -> AsgiApp:
         app, origins = self._http_app(metrics), self._settings.cors_origins

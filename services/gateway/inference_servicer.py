@@ -12,7 +12,7 @@ from headrace.v1.inference_pb2_grpc import InferenceServicer as InferenceBase
 from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.api_keys import Scope
 from services.common.errors import InvalidRequest
-from services.gateway import validation
+from services.gateway import timings, validation
 from services.gateway.admission import Admission
 from services.gateway.answers.answers import Answer, Answers
 from services.gateway.answers.recording import recording
@@ -57,24 +57,24 @@ class InferenceServicer(InferenceBase):
             answer = await self._answers.begin(
                 [wanted], recording(caller, content, resumable=request.resumable, idempotency_key=key)
             )
-        begun = False
+        begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
         async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
                 if not begun:
                     begun = await _begin(context, caller)
-                yield _delta_message(delta, answer)
+                yield _delta_message(delta, answer, timed=timed)
 
     async def Resume(
         self, request: inference_pb2.ResumeRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
         caller = self._caller(context, await self._identify(context, "generate"))
         answer = await self._answers.resume(request.answer_id, max(0, request.next_position), caller.key_id)
-        begun = False
+        begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
         async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
                 if not begun:
                     begun = await _begin(context, caller)
-                yield _delta_message(delta, answer)
+                yield _delta_message(delta, answer, timed=timed)
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
         account = await self._identify(context, "generate")
@@ -209,7 +209,7 @@ def _priority(priority: Priority.ValueType) -> Priority.ValueType:
     return priority
 
 
-def _delta_message(delta: Delta, answer: Answer) -> inference_pb2.GenerateDelta:
+def _delta_message(delta: Delta, answer: Answer, *, timed: bool) -> inference_pb2.GenerateDelta:
     return inference_pb2.GenerateDelta(
         request_id=answer.request_id,
         answer_id=answer.id,
@@ -222,6 +222,7 @@ def _delta_message(delta: Delta, answer: Answer) -> inference_pb2.GenerateDelta:
         finish_reason=delta.finish_reason,
         logprobs=None if delta.logprobs is None else delta.logprobs.values,
         usage=None if delta.usage is None else _usage_message(delta.usage),
+        timings=timings.timings_message(delta.timings) if timed and delta.timings is not None else None,
     )
 
 

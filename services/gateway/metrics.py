@@ -5,8 +5,10 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from services.gateway.stats import Counted, InferenceStats, Observed, Recorders
+from services.gateway.stats import Counted, Exemplar, InferenceStats, Observed, Recorders
+from services.gateway.time_budget import PHASES, TimeBudget
 
+_PHASE_SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _TOKEN_GAP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 5.0)
 
@@ -46,9 +48,9 @@ class Metrics:
     def _add_times(self, histogram: Callable[..., Histogram]) -> None:
         self.latency = histogram(
             "llm_latency_seconds",
-            "Seconds a finished request took: queue (to a worker), first_token, total.",
+            "Seconds of a finished request: total, and each part of its time budget, which add up to it.",
             ("model", "phase"),
-            buckets=_SECONDS,
+            buckets=(*_PHASE_SECONDS, *_SECONDS),
         )
         self.time_to_first_token = histogram(
             "headrace_time_to_first_token_seconds",
@@ -85,9 +87,8 @@ class ModelMetrics:
         self.errored = Counted(metrics.requests.labels(model, "error").inc)
         self.cancelled = metrics.requests.labels(model, "cancelled")
         self.refused = metrics.requests.labels(model, "refused")
-        self.total_latency = Observed(metrics.latency.labels(model, "total").observe)
-        self.queue_latency = metrics.latency.labels(model, "queue")
-        self.first_token_latency = metrics.latency.labels(model, "first_token")
+        self._total = Observed(metrics.latency.labels(model, "total").observe)
+        self._phases = [(phase, metrics.latency.labels(model, phase)) for phase in PHASES]
         self.tokens = Counted(metrics.tokens.labels(model).inc)
         self.prompt_tokens = metrics.prompt_tokens.labels(model)
         self.cached_prompt_tokens = metrics.cached_prompt_tokens.labels(model)
@@ -105,5 +106,11 @@ class ModelMetrics:
             self.tokens,
             self.time_to_first_token,
             self.inter_token_latency,
-            self.total_latency,
+            self._total,
         )
+
+    def spent(self, budget: TimeBudget, exemplar: Exemplar) -> None:
+        """A request has finished, in that time. Only traces that are recorded make exemplars."""
+        self._total.observe(budget.total / 1e6, exemplar)
+        for phase, histogram in self._phases:
+            histogram.observe(budget.parts[phase] / 1e6, exemplar)

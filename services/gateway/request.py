@@ -12,6 +12,7 @@ from services.common.machine_costs import NANOS
 from services.gateway.caller import Caller
 from services.gateway.catalog import Model
 from services.gateway.text.logprobs import DeltaLogprobs
+from services.gateway.time_budget import TimeBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class Delta(msgspec.Struct):
     logprobs: DeltaLogprobs | None = None
     # Set in the last delta of the request.
     usage: Usage | None = None
+    # Where the time went; set beside the usage where the request ran.
+    timings: TimeBudget | None = None
     # Place among the deltas of all choices, from 0, where the answer is recorded.
     position: int = -1
 

@@ -24,6 +24,12 @@ class RequestSpan:
         TraceContextTextMapPropagator().inject(carrier, trace.set_span_in_context(self._span))
         return carrier.get(_HEADER, "")
 
+    @property
+    def exemplar(self) -> dict[str, str] | None:
+        """Labels for what is measured of the request, if its trace is recorded."""
+        context = self._span.get_span_context()
+        return {"trace_id": trace.format_trace_id(context.trace_id)} if context.trace_flags.sampled else None
+
     def placed(self, placement: Placement, attempt: int) -> None:
         self._span.add_event("placed", {"worker": placement.worker_id, "attempt": attempt})
 
@@ -49,6 +55,10 @@ class NoSpan(RequestSpan):
     @property
     def traceparent(self) -> str:
         return self._traceparent
+
+    @property
+    def exemplar(self) -> None:
+        """Names nothing."""
 
     def placed(self, placement: Placement, attempt: int) -> None:
         """Records nothing."""

@@ -204,6 +204,7 @@ class Dispatcher:
         return True
 
     def _place(self, held: HeldJob, session: GatewaySession) -> bool:
+        began = self._clock()
         workers = self._fleet.candidates(self._model)
         if reason := impossible(held.shape, workers):
             # What has run already was no mistake of its caller's: the worker it fits is away.
@@ -214,13 +215,13 @@ class Dispatcher:
             self._untried(held, workers),
             self._index(),
             avoid=held.tried_worker_id,
-            beyond_share=self._clock() - held.since >= self._timing.share_s,
+            beyond_share=began - held.since >= self._timing.share_s,
             policy=self._policy,
             turn=self._placed,
         )
         if choice is None:
             return False
-        self._offer(held, choice, session)
+        self._offer(held, choice, session, began)
         return True
 
     def _untried(self, held: HeldJob, workers: list[Candidate]) -> list[Candidate]:
@@ -229,7 +230,8 @@ class Dispatcher:
             return workers
         return [worker for worker in workers if worker.id != held.tried_worker_id]
 
-    def _offer(self, held: HeldJob, choice: Choice, session: GatewaySession) -> None:
+    def _offer(self, held: HeldJob, choice: Choice, session: GatewaySession, began: float) -> None:
+        """`began`: when this job's placement did."""
         worker = choice.worker
         self._placed += 1
         costs = choice.costs()
@@ -253,6 +255,8 @@ class Dispatcher:
             attempt=held.attempt,
             queue_entry_id=held.queued.entry_id,
             placement=placement,
+            queue_us=held.queued_us(began),
+            placement_us=int((self._clock() - began) * 1e6),
         )
         session.offer(offer, lambda status: self._answered(held, status))
         self._metrics.placements.labels(self._model, "replaced" if held.replaces else choice.reason).inc()

@@ -49,6 +49,7 @@ class LoadedModel:
     limits: ModelLimits
     num_blocks: int
     block_bytes: int
+    device: torch.device
     kv_format: str
     tokenizer_hash: str
     tokenizer_files: dict[str, bytes]
@@ -111,6 +112,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
         limits=limits,
         num_blocks=runner.num_blocks,
         block_bytes=runner.block_bytes,
+        device=runner.device,
         kv_format=kv_format(
             folder,
             dtype=dtype,

@@ -18,6 +18,7 @@ from services.worker.engine.block_exchange import BlockExchange, PublishedBlocks
 from services.worker.engine.counters import EngineCounters
 from services.worker.engine.engine import Engine, StepResult
 from services.worker.engine.sequence import Sequence
+from services.worker.engine.step_probe import StepProbe
 from services.worker.engine.step_shares import charge
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class EngineLoop:
         self._step_began_ns: int | None = None
         self._held_blocks: PublishedBlocks | None = None
         self._filling = False
+        self._probe: StepProbe | None = None
         self._failures_in_a_row = 0
 
     @property
@@ -115,6 +117,16 @@ class EngineLoop:
     def request_snapshot(self) -> None:
         """Has the next turn bring the hashes of all blocks held; block events after it go on from there."""
         self._send(self._take_snapshot)
+
+    def profile(self, *, steps: int, traced_steps: int, on_end: Callable[[], None]) -> StepProbe:
+        """Has the next steps timed and those after them traced; `on_end` is called on the thread. One at a time."""
+        probe = StepProbe(self._engine, steps=steps, traced_steps=traced_steps, on_end=on_end)
+        self._send(partial(self._begin_profile, probe))
+        return probe
+
+    def end_profile(self, probe: StepProbe) -> None:
+        """Ends a profile before it has all its steps. One that has ended stays as it is."""
+        self._send(partial(self._end_profile, probe))
 
     async def stop(self) -> None:
         """Ends the thread after the step it is in."""
@@ -179,7 +191,7 @@ class EngineLoop:
         counters = self._engine.counters
         self._step_began_ns = began_ns = time.perf_counter_ns()
         try:
-            result = self._engine.step()
+            result = self._engine.step() if self._probe is None else self._probed_step(self._probe)
         except Exception as error:
             lost = self._give_up_running(error)
             log.exception("a step failed, which ends sequences %s", _names(lost))
@@ -195,6 +207,21 @@ class EngineLoop:
             self._busy_ns += step_ns
         self._step_began_ns = None
         return result, step_ns
+
+    def _begin_profile(self, probe: StepProbe) -> None:
+        self._probe = probe
+        probe.begin()
+
+    def _probed_step(self, probe: StepProbe) -> StepResult:
+        result = probe.step()
+        if probe.ended:
+            self._probe = None
+        return result
+
+    def _end_profile(self, probe: StepProbe) -> None:
+        probe.end()
+        if self._probe is probe:
+            self._probe = None
 
     def _status(self) -> EngineStatus:
         engine = self._engine

@@ -6,6 +6,7 @@ stream leaves behind. Knows no gRPC: a stream is an `Execution` with an outbox.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import cast
@@ -21,6 +22,8 @@ from services.worker.engine.sequence import Finish, Sequence
 from services.worker.engine_loop import EngineLoop, Turn
 from services.worker.kv_import import Gathered, KvImporter
 from services.worker.prefill_rate import PrefillRate
+from services.worker.request_metrics import RequestMetrics
+from services.worker.run_times import RunTimes
 from services.worker.sequence_times import SequenceTimes
 from services.worker.start_request import ModelLimits, build_sequences, demand_of
 from services.worker.step_output import StepOutput
@@ -59,7 +62,7 @@ class Ticket:
     request_id: str
     attempt: int
     choice: int
-    begun: bool = False  # it has a token
+    times: RunTimes
     ended: bool = False  # what the engine still produces has no reader
     gathering: "_Gathering | None" = None  # while its request's KV is brought from elsewhere
     computed_elsewhere: int = 0  # prompt tokens that were computed for it on another worker
@@ -93,10 +96,12 @@ class Executions:
         importer: KvImporter,
         prefill_rate: PrefillRate,
         cancellations: Cancellations,
+        metrics: RequestMetrics,
         on_settled: Callable[[str, int], None],
         price_per_hour: float | None = None,
     ) -> None:
         self._engine = engine
+        self._metrics = metrics
         self._price_per_hour = price_per_hour
         self._times = SequenceTimes()
         self._cancellations = cancellations
@@ -108,6 +113,7 @@ class Executions:
         self._on_settled = on_settled
         self._executions: set[Execution] = set()
         self._step = 0
+        self._delivered_at = -1.0  # when the turn before was
         self.draining = False
         """Whether no new requests are taken on."""
 
@@ -135,8 +141,10 @@ class Executions:
         handles = [choice.handle for choice in start.choices]
         if not handles or len(set(handles)) < len(handles) or not execution.tickets.keys().isdisjoint(handles):
             raise InvalidRequest(f"Request {start.request_id} needs choices with handles that are not in use.")
+        now = time.monotonic()
         tickets = [
-            Ticket(execution, choice.handle, start.request_id, start.attempt, choice.choice) for choice in start.choices
+            Ticket(execution, choice.handle, start.request_id, start.attempt, choice.choice, RunTimes(now))
+            for choice in start.choices
         ]
         try:
             sequences = build_sequences(start, tickets, self._limits)
@@ -165,10 +173,13 @@ class Executions:
         """Sends each gateway what a turn of the engine brought for its sequences."""
         self._step = turn.status.counters.steps
         outputs: dict[Execution, StepOutput] = {}
+        now = time.monotonic()
         if turn.result is not None:
-            self._collect(turn.result, outputs)
+            self._collect(turn.result, outputs, now)
         for sequence, reason in turn.failed:
-            self._collect_end(sequence, SequenceEnded(outcome=SequenceEnded.OUTCOME_FAILED, error=reason), outputs)
+            ended = SequenceEnded(outcome=SequenceEnded.OUTCOME_FAILED, error=reason)
+            if self._collect_end(sequence, ended, outputs, now) is not None:
+                self._metrics.ended("error")
         self._collect_times(turn, outputs)
         for execution, output in outputs.items():
             execution.send(output.to_proto(self._step))
@@ -210,6 +221,7 @@ class Executions:
         else:
             execution.tickets.update(zip(handles, tickets, strict=True))
             claim = self._capacity.take(demand, alone=start.alone)
+            self._metrics.choices(len(handles))
             if coming_blocks > 0:
                 self._gather(start, _Gathering(tickets, sequences, claim))
             else:
@@ -250,8 +262,11 @@ class Executions:
             self._capacity.withdraw(gathering.claim)
             return
         live[0].held = gathered.blocks
+        now = time.monotonic()
         for sequence in live:
-            cast(Ticket, sequence.key).computed_elsewhere = gathered.computed_blocks * self._limits.block_size
+            ticket = cast(Ticket, sequence.key)
+            ticket.times.gathered = now
+            ticket.computed_elsewhere = gathered.computed_blocks * self._limits.block_size
         cast(Ticket, live[0].key).elsewhere = gathered.spent
         self._run(gathering.claim, live)
 
@@ -287,24 +302,48 @@ class Executions:
         if tickets:
             running = [ticket for ticket in tickets if ticket.gathering is None]
             if running:
-                self._cancellations.cancel({ticket: "decode" if ticket.begun else "prefill" for ticket in running})
+                self._cancellations.cancel(
+                    {ticket: "decode" if ticket.times.begun else "prefill" for ticket in running}
+                )
+            now = time.monotonic()
             for ticket in tickets:
-                self._end(ticket)
+                self._end(ticket, now)
+                self._metrics.ended("abort")
 
-    def _end(self, ticket: Ticket) -> None:
+    def _end(self, ticket: Ticket, now: float) -> None:
         ticket.ended = True
+        ticket.times.ended = now
         gathering = ticket.gathering
         if gathering is not None and gathering.task is not None and all(one.ended for one in gathering.tickets):
             gathering.task.add_done_callback(self._cancellations.watch("fetch"))
             gathering.task.cancel()
         if gathering is not None and ticket.execution in self._executions:  # the engine never had it
-            time = worker_pb2.SequenceTime(handle=ticket.handle)
-            ticket.execution.send(worker_pb2.StepOutput(step=self._step, times=[time]))
+            spent = worker_pb2.SequenceTime(handle=ticket.handle)
+            ticket.execution.send(worker_pb2.StepOutput(step=self._step, times=[spent]))
         del ticket.execution.tickets[ticket.handle]
         self._capacity.release()
 
-    def _collect(self, result: StepResult, outputs: dict[Execution, StepOutput]) -> None:
-        """The hot path: once per token of every gateway."""
+    def _collect(self, result: StepResult, outputs: dict[Execution, StepOutput], now: float) -> None:
+        self._collect_tokens(result, outputs, now)
+        for sequence, logprobs in result.logprobs:
+            ticket = cast(Ticket, sequence.key)
+            if not ticket.ended:
+                outputs[ticket.execution].add_logprobs(ticket.handle, logprobs)
+        for sequence in result.started:
+            ticket = cast(Ticket, sequence.key)
+            if not ticket.ended:
+                outputs[ticket.execution].started.append(self._started(sequence, ticket, now))
+        for sequence in result.finished:
+            assert sequence.finish is not None, "a finished sequence says why"
+            reason = _FINISH_REASONS[sequence.finish]
+            ended = SequenceEnded(outcome=SequenceEnded.OUTCOME_FINISHED, finish_reason=reason)
+            if (finished := self._collect_end(sequence, ended, outputs, now)) is not None:
+                self._metrics.ended(sequence.finish.value)
+                self._metrics.finished(sequence, finished.times)
+
+    def _collect_tokens(self, result: StepResult, outputs: dict[Execution, StepOutput], now: float) -> None:
+        """The hot path: once per token of every gateway. Most sequences had their last token in the turn before."""
+        before, in_turn_before = self._delivered_at, 0
         for sequence, token in result.tokens:
             ticket = cast(Ticket, sequence.key)
             if not ticket.ended:
@@ -312,32 +351,41 @@ class Executions:
                 if output is None:
                     output = outputs[ticket.execution] = StepOutput()
                 output.add_token(ticket.handle, token)
-        for sequence, logprobs in result.logprobs:
-            ticket = cast(Ticket, sequence.key)
-            if not ticket.ended:
-                outputs[ticket.execution].add_logprobs(ticket.handle, logprobs)
-        for sequence in result.started:
-            ticket = cast(Ticket, sequence.key)
-            ticket.begun = True
-            if not ticket.ended:
-                started = worker_pb2.SequenceStarted(
-                    handle=ticket.handle, cached_prompt_tokens=_cached_tokens(sequence, ticket)
-                )
-                outputs[ticket.execution].started.append(started)
-        for sequence in result.finished:
-            assert sequence.finish is not None, "a finished sequence says why"
-            reason = _FINISH_REASONS[sequence.finish]
-            ended = SequenceEnded(outcome=SequenceEnded.OUTCOME_FINISHED, finish_reason=reason)
-            self._collect_end(sequence, ended, outputs)
+                times = ticket.times
+                if times.newest == before:
+                    in_turn_before += 1
+                elif times.newest and times.newest != now:
+                    self._metrics.gap(now - times.newest)
+                times.newest = now
+        if in_turn_before:
+            self._metrics.gap(now - before, in_turn_before)
+        self._delivered_at = now
+
+    def _started(self, sequence: Sequence, ticket: Ticket, now: float) -> worker_pb2.SequenceStarted:
+        times = ticket.times
+        times.admitted, times.begun = sequence.admitted_at, now
+        self._metrics.began(times)
+        return worker_pb2.SequenceStarted(
+            handle=ticket.handle,
+            cached_prompt_tokens=_cached_tokens(sequence, ticket),
+            fetch_us=int(times.fetch_s * 1e6),
+            queue_us=int(times.queue_s * 1e6),
+            prefill_us=int(times.prefill_s * 1e6),
+        )
 
     def _collect_end(
-        self, sequence: Sequence, ended: worker_pb2.SequenceEnded, outputs: dict[Execution, StepOutput]
-    ) -> None:
+        self, sequence: Sequence, ended: worker_pb2.SequenceEnded, outputs: dict[Execution, StepOutput], now: float
+    ) -> Ticket | None:
+        """Returns whose end it is, if anybody still waits for it."""
         ticket = cast(Ticket, sequence.key)
-        if not ticket.ended:
-            ended.handle = ticket.handle
-            outputs.setdefault(ticket.execution, StepOutput()).ended.append(ended)
-            self._end(ticket)
+        if ticket.ended:
+            return None
+        self._end(ticket, now)
+        ended.handle = ticket.handle
+        if ticket.times.begun:
+            ended.decode_us = int(ticket.times.decode_s * 1e6)
+        outputs.setdefault(ticket.execution, StepOutput()).ended.append(ended)
+        return ticket
 
     def _collect_times(self, turn: Turn, outputs: dict[Execution, StepOutput]) -> None:
         """Tells what was spent on each sequence that left the engine in this turn, to whoever still listens."""
@@ -348,9 +396,9 @@ class Executions:
             ticket = sequence.key
             if isinstance(ticket, Ticket):  # and nothing that runs for another worker
                 cached = _cached_tokens(sequence, ticket)
-                time = self._times.left(ticket.handle, sequence, cached, ticket.elsewhere, turn.status.counters)
+                spent = self._times.left(ticket.handle, sequence, cached, ticket.elsewhere, turn.status.counters)
                 if ticket.execution in self._executions:
-                    outputs.setdefault(ticket.execution, StepOutput()).times.append(time)
+                    outputs.setdefault(ticket.execution, StepOutput()).times.append(spent)
 
 
 def _cached_tokens(sequence: Sequence, ticket: Ticket) -> int:

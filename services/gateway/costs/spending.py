@@ -45,12 +45,14 @@ class Spending:
             if self._then is not None:
                 self._then()
 
-    async def told(self) -> None:
-        """Waits until every sequence has reported, if that is money; not longer than a step takes."""
-        if self.priced and self._missing:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LONGEST_STEP_S):
-                    await self._complete.wait()
+    async def told(self) -> bool:
+        """Waits until every sequence has reported, if that is money, for a step at most. Whether it waited."""
+        if not (self.priced and self._missing):
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LONGEST_STEP_S):
+                await self._complete.wait()
+        return True
 
     def close(self, then: Callable[[], None]) -> None:
         """The request has ended: calls `then` once everything is known, now or later."""

@@ -12,10 +12,20 @@ from enum import StrEnum
 import grpc.aio
 
 from headrace.v1.sampling_pb2 import FinishReason, Logprobs
-from headrace.v1.worker_pb2 import Cancel, ExecuteCommand, ExecuteHello, SequenceEnded, Start, StartChoice, StepOutput
+from headrace.v1.worker_pb2 import (
+    Cancel,
+    ExecuteCommand,
+    ExecuteHello,
+    SequenceEnded,
+    SequenceStarted,
+    Start,
+    StartChoice,
+    StepOutput,
+)
 from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.channel import Outbox, cancel_and_wait, dial
 from services.gateway.costs.spending import Spending
+from services.gateway.time_budget import RunTimes, now_us
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +66,7 @@ class SequenceFeed:
         "logprobs",
         "news",
         "outcome",
+        "times",
         "token_ids",
     )
 
@@ -72,6 +83,7 @@ class SequenceFeed:
         self.finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
         self.error = ""
         self.invalid_request = False
+        self.times = RunTimes()
 
     def take_tokens(self) -> list[int]:
         token_ids, self.token_ids = self.token_ids, []
@@ -86,8 +98,15 @@ class SequenceFeed:
             self.logprobs = Logprobs()
         self.logprobs.MergeFrom(values)
 
+    def begin(self, started: SequenceStarted) -> None:
+        self.cached_prompt_tokens = started.cached_prompt_tokens
+        times = self.times
+        times.begun_at = now_us()
+        times.fetch, times.queue, times.prefill = started.fetch_us, started.queue_us, started.prefill_us
+
     def end(self, outcome: Outcome, error: str = "") -> None:
         self.outcome, self.error = outcome, error
+        self.times.ended_at = now_us()
         self.news.set()
 
 
@@ -149,7 +168,7 @@ class WorkerLink:
         feeds = self._feeds
         for started in output.started:
             if feed := feeds.get(started.handle):
-                feed.cached_prompt_tokens = started.cached_prompt_tokens
+                feed.begin(started)
         if output.token_counts:
             self._receive_runs(output)
         else:
@@ -283,6 +302,8 @@ class WorkerLinks:
 
 def _end(feed: SequenceFeed, ended: SequenceEnded) -> None:
     outcome = _OUTCOMES.get(ended.outcome, Outcome.FAILED)
+    if ended.HasField("decode_us"):
+        feed.times.decode = ended.decode_us
     if outcome is not Outcome.FINISHED:
         feed.invalid_request = ended.invalid_request
         feed.end(outcome, ended.error)

@@ -4,6 +4,7 @@ Moves sequences between waiting and running and gives them blocks; knows nothing
 sampled, or of why a sequence ends.
 """
 
+import time
 from collections import deque
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Items
@@ -197,6 +198,7 @@ class Batcher:
         sequence.leader = None
         self._running.append(sequence)
         if not sequence.preemptions:
+            sequence.admitted_at = time.monotonic()
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
             self.counters.prefix_queried_tokens += sequence.prompt_length
             self.counters.prefix_hit_tokens += sequence.cached_tokens

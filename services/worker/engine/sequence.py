@@ -76,6 +76,7 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)  # chain hashes of its leading full blocks, as far as asked for
     computed: int = 0
     cached_tokens: int = 0  # leading prompt tokens whose KV was found in the pool at first admission
+    admitted_at: float = 0.0  # when it first got blocks, in seconds of the monotonic clock
     preemptions: int = 0
     prefill_ns: int = 0  # its shares of the steps that it was in: see step_shares.py
     decode_ns: int = 0

@@ -18,6 +18,8 @@ from headrace.v1.scheduler_pb2 import (
     AttemptReport,
     Catalog,
     CatalogEntry,
+    DescribeFleetRequest,
+    DescribeFleetResponse,
     GatewayMessage,
     ModelInfo,
     Offer,
@@ -243,6 +245,9 @@ class FakeScheduler(SchedulerServicer):
         self.requests: list[PlacementRequest] = []
         self.jobs: list[Job] = []
         self.reports: list[AttemptReport] = []
+        # What it says of its fleet, and how often it was asked.
+        self.fleet = DescribeFleetResponse(scheduler_id="s")
+        self.described = 0
         # Workers whose placements are probes, and watched.
         self.probed: set[str] = set()
         # Offers wait until this is set.
@@ -288,6 +293,10 @@ class FakeScheduler(SchedulerServicer):
         finally:
             self.outboxes.remove(outbox)
             await cancel_and_wait([reader])
+
+    async def DescribeFleet(self, request: DescribeFleetRequest, context: Context) -> DescribeFleetResponse:
+        self.described += 1
+        return self.fleet
 
     def catalog(self) -> Catalog:
         info = ModelInfo(

@@ -1,7 +1,7 @@
 import pytest
 
 from headrace.v1.inference_pb2 import GetStatsRequest, WindowMetrics
-from services.gateway.stats import Counted, InferenceStats, Observed, Recorders
+from services.gateway.stats import Counted, Exemplar, InferenceStats, Observed, Recorders
 from tests.services.gateway.fakes import MODEL
 from tests.services.gateway.stack import Stack
 
@@ -14,9 +14,12 @@ class Bench:
         self.stats = InferenceStats(clock=lambda: self.now)
         self.observed: list[float] = []
         self.recorders = Recorders(
-            *(Counted(self.observed.append) for _ in range(3)), *(Observed(self.observed.append) for _ in range(3))
+            *(Counted(self.observed.append) for _ in range(3)), *(Observed(self._observe) for _ in range(3))
         )
         self.stats.follow("m", self.recorders)
+
+    def _observe(self, seconds: float, exemplar: Exemplar) -> None:
+        self.observed.append(seconds)
 
     def pass_slices(self, count: int) -> None:
         for _ in range(count):

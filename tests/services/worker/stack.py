@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 from torch import Tensor
@@ -313,6 +314,7 @@ class Stack:
             limits=ModelLimits("tiny", 31, CONTEXT, BLOCK_SIZE, frozenset(), settings.max_sequences),
             num_blocks=NUM_BLOCKS,
             block_bytes=8 * BLOCK_SIZE,
+            device=torch.device("cpu"),
             kv_format="format",
             tokenizer_hash="hash",
             tokenizer_files={"tokenizer.json": b"t" * 1_500_000, "empty": b""},

@@ -34,5 +34,5 @@ async def test_what_is_complete_closes_at_once() -> None:
 async def test_what_has_no_price_is_not_waited_for() -> None:
     spending = Spending()
     spending.expect()
-    await spending.told()
+    assert not await spending.told()
     assert not spending.priced
