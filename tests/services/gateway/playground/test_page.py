@@ -284,6 +284,16 @@ async def test_text_stands_out_from_what_it_lies_on(browser: Browser, stack: Sta
     assert await browser.evaluate(FAINT) == []
 
 
+async def test_nothing_moves_for_who_wants_less_motion(browser: Browser, stack: Stack) -> None:
+    stack.scheduler.fleet.workers.append(seen("w0"))
+    await opened(browser, stack.base_url)
+    await browser.wait_for("document.querySelector('.bar')")
+    moves = "getComputedStyle(document.querySelector('.bar'), '::before').transitionProperty"
+    assert await browser.evaluate(moves) == "width"
+    await browser.prefer(prefers_reduced_motion="reduce")
+    assert await browser.evaluate(moves) == "none"
+
+
 async def test_a_narrow_screen_has_one_pane_at_a_time_and_never_scrolls_sideways(
     browser: Browser, stack: Stack
 ) -> None:
