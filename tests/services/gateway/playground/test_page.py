@@ -1,6 +1,7 @@
 """The playground in a real browser, before a real gateway whose worker does as the test says."""
 
 import asyncio
+import json
 import os
 
 import pytest
@@ -198,6 +199,27 @@ async def test_a_token_tells_its_rivals_to_pointer_and_keys(browser: Browser, st
     await browser.press("ArrowRight")
     assert await browser.evaluate("document.activeElement.getAttribute('aria-describedby')") == "tooltip"
     assert "88.2 %" in await browser.text("#tooltip .chosen")  # e to the -1/8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "found"),
+    [
+        (["<s>", "Hel", "lo", "</s>"], "Hello", ["Hel", "lo"]),
+        (["Hel", "lo", " there"], "Hello", ["Hel", "lo"]),
+        (["Hel", "lo"], "Hell", ["Hel"]),
+        (["<s>", "</s>"], "", []),
+    ],
+)
+async def test_tokens_that_are_no_part_of_the_text_are_told_apart(
+    browser: Browser, stack: Stack, tokens: list[str], text: str, found: list[str]
+) -> None:
+    await browser.open(stack.base_url)
+    entries = [{"token": token, "bytes": list(token.encode()), "logprob": 0, "top_logprobs": []} for token in tokens]
+    assert found == await browser.evaluate(
+        "import('/playground/tokens.js').then(({ Tokens }) => { const tokens = new Tokens();"
+        f" tokens.add({json.dumps(entries)}); tokens.find({json.dumps(text)});"
+        " return [...tokens.node.children].filter((token) => !token.matches('.beyond')).map((it) => it.textContent); })"
+    )
 
 
 async def test_the_keyboard_alone_does_it(browser: Browser, stack: Stack) -> None:
