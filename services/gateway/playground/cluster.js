@@ -96,7 +96,7 @@ class WorkerCard {
     this.#facts.textContent = [
       `room for ${worker.credits.sequences}`,
       worker.prefill_tokens_per_s ? `prefill ${Math.round(worker.prefill_tokens_per_s)} tokens/s` : "",
-      worker.price_per_hour == null ? "" : `${money(worker.price_per_hour)} an hour`,
+      worker.price_per_hour == null ? "" : `${money(worker.price_per_hour)}/h`,
     ].filter(Boolean).join(" · ");
   }
 }

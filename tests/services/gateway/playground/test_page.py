@@ -265,7 +265,7 @@ async def test_the_cluster_is_followed(browser: Browser, stack: Stack) -> None:
         "Batch 3 of 8, 1 waiting",
         "KV blocks 3 of 100",
         "Prefix hits 75.0 %",
-        "1.25 an hour",
+        "1.25/h",
     ):
         assert part in card
     totals = await browser.text(".totals")
