@@ -206,6 +206,7 @@ async def test_the_scheduler_learns_who_this_is_and_what_is_free(stack: Stack) -
     assert (registration.model.name, registration.model.tokenizer_hash) == ("tiny", "hash")
     assert (registration.max_sequences, registration.total_blocks) == (4, NUM_BLOCKS)
     assert registration.role == scheduler_pb2.WORKER_ROLE_BOTH
+    assert not registration.HasField("price_per_hour")
     stack.hold(after=3)
     gateway.start("r1", [1], [3] * 9, max_tokens=150, attempt=2)
     gateway.start("r2", [2], [99], max_tokens=150)
