@@ -105,7 +105,7 @@ class Generator:
         comes first.
         """
         metrics = self._metrics.for_model(request.model.name)
-        span = self._tracing.begin(request.caller, request.model.name)
+        span = self._tracing.begin(request)
         active = await self._admission.admit(request, span.traceparent, journal)
         witness = Witness(active.id, self._placements.tell)
         try:
@@ -298,7 +298,8 @@ class Generator:
             metrics.errored.inc()
             log.info("request %s: ended with an error: %s", active.id, active.error)
             outcome = "error"
-        span.end(active.usage(), outcome, active.error)
+        reasons = [choice.finish_reason for choice in active.choices]
+        span.end(active.usage(), outcome, active.error, reasons, active.budget)
 
 
 async def _record_failure(active: ActiveRequest, error: HeadraceError) -> None:

@@ -140,6 +140,7 @@ class InferenceServicer(InferenceBase):
             caller=caller,
             model=model,
             prompt_ids=prompt_ids,
+            operation="chat" if request.HasField("chat") else "text_completion",
             sampling=sampling,
             stopping=stopping,
             choices=choices,

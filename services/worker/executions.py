@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
+from opentelemetry.trace import Span
+
 from headrace.v1 import sampling_pb2, worker_pb2
 from services.common.channel import Outbox, cancel_and_wait
 from services.common.errors import InvalidRequest
+from services.common.tracing import traceparent_of
 from services.worker.cancellations import Cancellations
 from services.worker.capacity import Capacity, Claim
 from services.worker.engine.engine import StepResult
@@ -23,6 +26,7 @@ from services.worker.kv_import import Gathered, KvImporter
 from services.worker.prefill_rate import PrefillRate
 from services.worker.request_metrics import RequestMetrics
 from services.worker.run_times import RunTimes
+from services.worker.run_traces import RunTraces
 from services.worker.start_request import ModelLimits, build_sequences, demand_of
 from services.worker.step_output import StepOutput
 
@@ -59,6 +63,7 @@ class Ticket:
     attempt: int
     choice: int
     times: RunTimes
+    span: Span | None = None  # if its trace is recorded
     ended: bool = False  # what the engine still produces has no reader
     gathering: "_Gathering | None" = None  # while its request's KV is brought from elsewhere
     computed_elsewhere: int = 0  # prompt tokens that were computed for it on another worker
@@ -92,10 +97,12 @@ class Executions:
         prefill_rate: PrefillRate,
         cancellations: Cancellations,
         metrics: RequestMetrics,
+        traces: RunTraces,
         on_settled: Callable[[str, int], None],
     ) -> None:
         self._engine = engine
         self._metrics = metrics
+        self._traces = traces
         self._cancellations = cancellations
         self._capacity = capacity
         self._limits = limits
@@ -211,6 +218,8 @@ class Executions:
             execution.tickets.update(zip(handles, tickets, strict=True))
             claim = self._capacity.take(demand, alone=start.alone)
             self._metrics.choices(len(handles))
+            for ticket in tickets:
+                ticket.span = self._traces.begin(start.traceparent, start.request_id, start.attempt, ticket.choice)
             if coming_blocks > 0:
                 self._gather(start, _Gathering(tickets, sequences, claim))
             else:
@@ -228,6 +237,8 @@ class Executions:
         first, block_size = gathering.sequences[0], self._limits.block_size
         first.hash_blocks((len(first.tokens) - 1) // block_size, block_size)
         gathered = Gathered()
+        if (span := gathering.tickets[0].span) is not None:
+            start.traceparent = traceparent_of(span)
         try:
             gathered = await self._importer.gather(
                 first.hashes,
@@ -290,6 +301,8 @@ class Executions:
     def _end(self, ticket: Ticket, now: float) -> None:
         ticket.ended = True
         ticket.times.ended = now
+        if ticket.span is not None:
+            self._traces.end(ticket.span, ticket.times)
         gathering = ticket.gathering
         if gathering is not None and gathering.task is not None and all(one.ended for one in gathering.tickets):
             gathering.task.add_done_callback(self._cancellations.watch("fetch"))

@@ -10,6 +10,7 @@ from headrace.v1 import cache_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channel import cancel_and_wait, reachable
 from services.common.kv_wire import with_chunks
 from services.common.serve import GrpcServer, Registration, Stop, stopped
+from services.common.tracing import make_tracer
 from services.worker.build import LoadedModel
 from services.worker.cache_link import CacheLink
 from services.worker.cancellations import Cancellations
@@ -26,6 +27,7 @@ from services.worker.memory_metrics import show_memory
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefill_rate import PrefillRate
 from services.worker.request_metrics import RequestMetrics
+from services.worker.run_traces import RunTraces
 from services.worker.scheduler_links import SchedulerLinks, WorkerLoad
 from services.worker.servicer import WorkerServicer
 
@@ -71,6 +73,7 @@ class WorkerService:
             settings.kv_offload_least_tokens,
             kv_metrics,
         )
+        tracer = make_tracer("worker", settings)
         self._cancellations = Cancellations(self._engine, registry)
         self._executions = Executions(
             self._engine,
@@ -80,6 +83,7 @@ class WorkerService:
             self._prefill_rate,
             self._cancellations,
             RequestMetrics(model.limits.name, registry),
+            RunTraces(tracer, model.limits.name),
             self._on_settled,
         )
         self._prefills = Prefills(
@@ -94,7 +98,7 @@ class WorkerService:
         )
         self._drain = Drain(self._executions, self._prefills, settings.drain_grace_s)
         servicer = WorkerServicer(
-            self._executions, exporter, self._prefills, model.tokenizer_hash, model.tokenizer_files
+            self._executions, exporter, self._prefills, model.tokenizer_hash, model.tokenizer_files, tracer
         )
         name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
         add = with_chunks(worker_pb2_grpc.add_WorkerServicer_to_server)

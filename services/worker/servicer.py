@@ -7,6 +7,7 @@ import grpc.aio
 
 from headrace.v1 import cache_pb2, worker_pb2, worker_pb2_grpc
 from services.common.errors import InvalidRequest, NotFound
+from services.common.tracing import Tracer
 from services.worker.executions import Execution, Executions
 from services.worker.kv_export import KvExporter, Prefills
 
@@ -26,12 +27,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         prefills: Prefills,
         tokenizer_hash: str,
         tokenizer_files: Mapping[str, bytes],
+        tracer: Tracer,
     ) -> None:
         self._executions = executions
         self._exporter = exporter
         self._prefills = prefills
         self._tokenizer_hash = tokenizer_hash
         self._tokenizer_files = tokenizer_files
+        self._tracer = tracer
 
     async def Execute(self, request_iterator: Commands, context: Context) -> AsyncIterator[worker_pb2.StepOutput]:
         """Ends when the gateway ends its side, when the connection breaks, or after a drain."""
@@ -76,14 +79,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     async def Prefill(  # type: ignore[override]
         self, request: worker_pb2.PrefillRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        async for chunk in self._prefills.run(request):
-            yield chunk
+        with self._tracer.serving("prefill for another", context):
+            async for chunk in self._prefills.run(request):
+                yield chunk
 
     async def FetchBlocks(  # type: ignore[override]
         self, request: cache_pb2.FetchBlocksRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        async for chunk in self._exporter.fetch(request):
-            yield chunk
+        with self._tracer.serving("fetch blocks", context):
+            async for chunk in self._exporter.fetch(request):
+                yield chunk
 
 
 async def _read_hello(commands: Commands) -> str:
