@@ -50,6 +50,7 @@ from services.gateway.links.worker_links import WorkerLinks
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
 from services.gateway.shedder import Shedder
+from services.gateway.state_metrics import show_state
 from services.gateway.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Gateway:
         )
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
         metrics = Metrics(registry)
+        show_state(registry, self._active, self._leases, self._limits)
         self._answers = self._make_answers(owner, self._make_generator(metrics), metrics)
         self._make_fronts(metrics)
 
@@ -128,7 +130,7 @@ class Gateway:
             self._asgi_app(metrics), settings.host, settings.http_port, http_limits(settings), front.http_context
         )
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, settings)
+        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, metrics, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)],
             front,
