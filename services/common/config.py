@@ -52,7 +52,9 @@ class CommonSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # The least that is logged; `headrace log-level` changes it while a service runs.
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    # text for people, json for programs: one object a line.
     log_format: Literal["text", "json"] = "text"
     # OTLP/gRPC endpoint that traces are sent to, e.g. http://127.0.0.1:4317. Empty: no traces are recorded.
     otlp_endpoint: str = ""

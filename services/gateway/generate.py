@@ -18,12 +18,14 @@ from services.gateway.active_request import ActiveRequest, ActiveRequests, Recei
 from services.gateway.admission import Admission, seconds_left
 from services.gateway.answers.journal import Journal
 from services.gateway.answers.leases import Leases
+from services.gateway.costs.cost_book import CostBook
 from services.gateway.keys.limits import KeyLimits
 from services.gateway.links.placement_links import PlacementLinks
 from services.gateway.links.witness import Witness
 from services.gateway.links.worker_links import Outcome, SequenceFeed, WorkerLink, WorkerLinks
 from services.gateway.metrics import Metrics, ModelMetrics
 from services.gateway.request import Delta, GenerationRequest, pack_ids
+from services.gateway.request_log import RequestLog
 from services.gateway.text.choice import Choice
 from services.gateway.time_budget import TimeBudget, now_us
 from services.gateway.tracing import RequestSpan, Tracing
@@ -76,10 +78,12 @@ class Generator:
         queue: JobQueue,
         leases: Leases,
         limits: KeyLimits,
+        costs: CostBook,
         placements: PlacementLinks,
         workers: WorkerLinks,
         metrics: Metrics,
         tracing: Tracing,
+        request_log: RequestLog,
         max_attempts: int,
         resume_patience_s: float,
     ) -> None:
@@ -88,10 +92,12 @@ class Generator:
         self._queue = queue
         self._leases = leases
         self._limits = limits
+        self._costs = costs
         self._placements = placements
         self._workers = workers
         self._metrics = metrics
         self._tracing = tracing
+        self._request_log = request_log
         self._max_attempts = max_attempts
         self._resume_patience_s = resume_patience_s
 
@@ -205,6 +211,7 @@ class Generator:
             _start_command(active, placement),
             [(choice.index, choice.delivered_ids()) for choice in choices],
             active.news,
+            active.spending,
         )
         return Attempt(placement, link, list(zip(choices, feeds, strict=True)))
 
@@ -228,7 +235,9 @@ class Generator:
                 metrics.tokens.inc(len(delta.token_ids))
                 if delta.finish_reason:
                     attempt.link.cancel((feed,))  # a stop string ends it before its worker knows
-                    delta.usage = active.usage() if active.finished else None
+                    if active.finished:
+                        await active.spending.told()
+                        delta.usage = active.usage()
                 await active.record(delta)
                 if delta.usage is not None:
                     delta.timings = _close_budget(active.budget, feed, looked_at=int(now * 1e6))
@@ -282,6 +291,7 @@ class Generator:
         elif active.entry_id:
             self._leases.acknowledge(active)
         self._limits.settle(active)
+        self._costs.close(active)
         self._active.remove(active)
         active.load.ended(was_placed=active.placed_at is not None)
         metrics.active.dec()
@@ -296,10 +306,10 @@ class Generator:
             outcome = "refused"
         else:
             metrics.errored.inc()
-            log.info("request %s: ended with an error: %s", active.id, active.error)
             outcome = "error"
         reasons = [choice.finish_reason for choice in active.choices]
         span.end(active.usage(), outcome, active.error, reasons, active.budget)
+        self._request_log.ended(active, outcome)
 
 
 async def _record_failure(active: ActiveRequest, error: HeadraceError) -> None:
@@ -332,6 +342,7 @@ def _first_token(
 ) -> None:
     """The answer begins: the deadline no longer applies."""
     active.unlimit()
+    active.first_token_at = now
     active.cached_prompt_tokens = feed.cached_prompt_tokens or 0
     waited_s = now - active.request.caller.arrived
     if active.placed_at is not None:

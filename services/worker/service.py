@@ -23,9 +23,11 @@ from services.worker.kv_export import KvExporter, Prefills
 from services.worker.kv_import import KvImporter, Patience
 from services.worker.kv_metrics import KvMetrics
 from services.worker.kv_offload import KvOffloader
+from services.worker.machine_metrics import register_machine_metrics
 from services.worker.memory_metrics import show_memory
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefill_rate import PrefillRate
+from services.worker.profiling import Profiler
 from services.worker.request_metrics import RequestMetrics
 from services.worker.run_traces import RunTraces
 from services.worker.scheduler_links import SchedulerLinks, WorkerLoad
@@ -55,6 +57,7 @@ class WorkerService:
         exchange = self._engine.exchange
         self._metrics = WorkerMetrics(model.limits.name, lambda: 1 - exchange.free_blocks / model.num_blocks, registry)
         show_memory(model.device, registry)
+        register_machine_metrics(model.limits.name, self._engine, model.price_per_hour, registry)
         self._capacity = Capacity(
             max_sequences=settings.max_sequences,
             max_pending_prefill_tokens=self._most_pending_prefill_tokens(),
@@ -85,6 +88,7 @@ class WorkerService:
             RequestMetrics(model.limits.name, registry),
             RunTraces(tracer, model.limits.name),
             self._on_settled,
+            model.price_per_hour,
         )
         self._prefills = Prefills(
             self._engine,
@@ -95,10 +99,18 @@ class WorkerService:
             draining=lambda: self._executions.draining,
             on_settled=self._on_settled,
             on_left=lambda: self._schedulers.notify(),
+            price_per_hour=model.price_per_hour,
         )
         self._drain = Drain(self._executions, self._prefills, settings.drain_grace_s)
+        profiler = Profiler(settings.id, self._engine, kv_metrics, model.limits.block_size)
         servicer = WorkerServicer(
-            self._executions, exporter, self._prefills, model.tokenizer_hash, model.tokenizer_files, tracer
+            self._executions,
+            exporter,
+            self._prefills,
+            profiler,
+            model.tokenizer_hash,
+            model.tokenizer_files,
+            tracer,
         )
         name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
         add = with_chunks(worker_pb2_grpc.add_WorkerServicer_to_server)
@@ -211,6 +223,8 @@ class WorkerService:
             draining=self._executions.draining,
             prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             role=_ROLES[self._role],
+            prefix_queried_tokens=status.counters.prefix_queried_tokens if status else 0,
+            prefix_hit_tokens=status.counters.prefix_hit_tokens if status else 0,
         )
 
     def _registration(self, address: str) -> scheduler_pb2.Registration:

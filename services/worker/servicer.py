@@ -5,11 +5,13 @@ from collections.abc import AsyncIterator, Mapping
 
 import grpc.aio
 
-from headrace.v1 import cache_pb2, worker_pb2, worker_pb2_grpc
+from headrace.v1 import cache_pb2, profile_pb2, worker_pb2, worker_pb2_grpc
 from services.common.errors import InvalidRequest, NotFound
 from services.common.tracing import Tracer
-from services.worker.executions import Execution, Executions
+from services.worker.executions import Executions
 from services.worker.kv_export import KvExporter, Prefills
+from services.worker.profiling import Profiler
+from services.worker.ticket import Execution
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -25,6 +27,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         executions: Executions,
         exporter: KvExporter,
         prefills: Prefills,
+        profiler: Profiler,
         tokenizer_hash: str,
         tokenizer_files: Mapping[str, bytes],
         tracer: Tracer,
@@ -32,6 +35,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         self._executions = executions
         self._exporter = exporter
         self._prefills = prefills
+        self._profiler = profiler
         self._tokenizer_hash = tokenizer_hash
         self._tokenizer_files = tokenizer_files
         self._tracer = tracer
@@ -73,6 +77,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         for name, data in self._tokenizer_files.items():
             for start in range(0, max(len(data), 1), _CHUNK_BYTES):
                 yield worker_pb2.FileChunk(name=name, data=data[start : start + _CHUNK_BYTES])
+
+    async def Profile(
+        self, request: profile_pb2.ProfileRequest, context: Context
+    ) -> AsyncIterator[profile_pb2.ProfilePart]:
+        async for part in self._profiler.run(request):
+            yield part
 
     # Both yield KvChunk as `kv_wire` encodes it.
 
