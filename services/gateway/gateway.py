@@ -31,6 +31,7 @@ from services.gateway.answers.leases import Leases
 from services.gateway.catalog import Catalog
 from services.gateway.config import GatewaySettings
 from services.gateway.generate import Generator
+from services.gateway.held_metrics import show_held
 from services.gateway.http.app import HttpApp
 from services.gateway.http.cors import Cors
 from services.gateway.http.exchange import AsgiApp
@@ -82,11 +83,17 @@ class Gateway:
         self._keys = Keys(KeyStore(self._queue.redis), KeyFile(settings.keys_file), settings)
         self._limits = KeyLimits(LimitStore(self._queue.redis), read_prices(settings.prices))
         shedder = Shedder(max_wait_s=settings.max_wait_s, clock=time.monotonic, draw=random.random)
+        metrics = Metrics(registry)
+        show_held(self._active, self._limits, registry)
         self._admission = Admission(
-            self._active, shedder, max_requests=settings.max_requests, gateway_id=settings.id, incarnation=incarnation
+            self._active,
+            shedder,
+            metrics.shed,
+            max_requests=settings.max_requests,
+            gateway_id=settings.id,
+            incarnation=incarnation,
         )
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
-        metrics = Metrics(registry)
         self._answers = self._make_answers(owner, self._make_generator(metrics), metrics)
         self._make_fronts(metrics)
 

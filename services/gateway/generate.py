@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from headrace.v1.sampling_pb2 import Stopping
 from headrace.v1.scheduler_pb2 import Placement, PlacementRequest
 from headrace.v1.worker_pb2 import Start
-from services.common.errors import DeadlineExceeded, HeadraceError, InvalidRequest, RequestFailed, Unavailable
+from services.common.errors import (
+    DeadlineExceeded,
+    HeadraceError,
+    InvalidRequest,
+    Overloaded,
+    RequestFailed,
+    Unavailable,
+)
 from services.common.redis.queue import JobQueue
 from services.gateway.active_request import ActiveRequest, ActiveRequests, ReceivedOffer
 from services.gateway.admission import Admission, seconds_left
@@ -296,6 +303,8 @@ class Generator:
             outcome = "cancelled"
         elif not active.entry_id:  # never accepted
             metrics.refused.inc()
+            if isinstance(active.error, Overloaded | Unavailable):
+                self._metrics.shed.labels(active.error.reason).inc()
             outcome = "refused"
         else:
             metrics.errored.inc()

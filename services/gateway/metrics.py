@@ -37,6 +37,13 @@ class Metrics:
             "Times a request was placed again, by reason: busy, draining, lost, stalled or failed.",
             ("model", "reason"),
         )
+        self.shed = counter(
+            "headrace_shed",
+            "Requests refused for lack of room, by reason: queue_full, overloaded, unavailable, rate_limit or quota.",
+            ("reason",),
+        )
+        for reason in ("queue_full", "overloaded", "unavailable", "rate_limit", "quota"):
+            self.shed.labels(reason)
         self.http_requests = counter("headrace_http_requests", "HTTP requests answered.", ("route", "status"))
         self.adoptions = counter("headrace_adoptions", "Requests of dead gateways that go on here.")
         self.answers_resumed = counter("headrace_answers_resumed", "Recorded answers that a caller came back for.")

@@ -70,6 +70,10 @@ class KeyLimits:
         # Why nothing can be reserved now: Redis may have lost what is reserved already.
         self._problem: str | None = None
 
+    def count(self, *, ended: bool) -> int:
+        """Requests with a reservation: those that go on, or those that have ended and are not charged yet."""
+        return sum(reservation.ended is ended for reservation in self._open.values())
+
     async def reserve(self, active: ActiveRequest) -> None:
         """Reserves what a request may take; without limits it asks nobody. `settle` follows, however it ends.
 
