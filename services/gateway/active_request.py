@@ -10,6 +10,7 @@ from services.common.errors import HeadraceError
 from services.common.redis.queue import FIRST_ATTEMPT
 from services.gateway.answers.journal import Journal
 from services.gateway.answers.recording import event_of, new_choices, replay
+from services.gateway.costs.spending import Spending
 from services.gateway.errors import AnswerElsewhere
 from services.gateway.request import Delta, GenerationRequest, Usage
 from services.gateway.shedder import ModelLoad
@@ -57,6 +58,7 @@ class ActiveRequest:
         # Of the newest attempt; empty while queued.
         self.worker_id = ""
         self.choices = new_choices(request.model, request)
+        self.spending = Spending()
         # Set when there is an offer, tokens, an end or an error to look at.
         self.news = asyncio.Event()
         self.error: HeadraceError | None = None
@@ -88,6 +90,7 @@ class ActiveRequest:
             prompt_tokens=len(self.request.prompt_ids),
             completion_tokens=sum(len(choice.token_ids) for choice in self.choices),
             cached_prompt_tokens=self.cached_prompt_tokens or 0,
+            cost_nanos=self.spending.costs.nanos if self.spending.priced else None,
         )
 
     def fail(self, error: HeadraceError) -> None:

@@ -17,6 +17,7 @@ from headrace.v1.scheduler_pb2 import GatewayHello
 from headrace.v1.worker_pb2 import ExecuteHello
 from services.common.errors import Unavailable
 from services.common.redis.answers import AnswerStore
+from services.common.redis.costs import CostStore
 from services.common.redis.dead_letters import DeadLetters
 from services.common.redis.key_store import KeyStore
 from services.common.redis.keys import Owner
@@ -29,10 +30,14 @@ from services.gateway.admission import Admission
 from services.gateway.answers.answers import Answers
 from services.gateway.answers.leases import Leases
 from services.gateway.catalog import Catalog
+from services.gateway.cluster import Cluster
 from services.gateway.config import GatewaySettings
+from services.gateway.costs.cost_book import CostBook
+from services.gateway.costs.metrics import CostMetrics
 from services.gateway.generate import Generator
 from services.gateway.held_metrics import show_held
 from services.gateway.http.app import HttpApp
+from services.gateway.http.cluster_api import cluster_route
 from services.gateway.http.cors import Cors
 from services.gateway.http.exchange import AsgiApp
 from services.gateway.http.input_limits import grpc_limits, http_limits
@@ -94,6 +99,9 @@ class Gateway:
             incarnation=incarnation,
         )
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
+        self._costs = CostBook(
+            CostStore(self._queue.redis), CostMetrics(registry), writer=incarnation, keep_days=settings.cost_days
+        )
         self._answers = self._make_answers(owner, self._make_generator(metrics), metrics)
         self._make_fronts(metrics)
 
@@ -105,6 +113,7 @@ class Gateway:
             queue=self._queue,
             leases=self._leases,
             limits=self._limits,
+            costs=self._costs,
             placements=self._placements,
             workers=self._workers,
             metrics=metrics,
@@ -155,7 +164,9 @@ class Gateway:
         ]
         whole = partial(whole_response, completion)
         by_path = {route.path: route for route in routes}
-        return HttpApp(by_path, self._answers, whole, self._keys, self._catalog, self._readiness, metrics)
+        cluster = Cluster(self._placements, self._queue, self._catalog)
+        more = [cluster_route(cluster, self._keys, self._settings.id, self._active)]
+        return HttpApp(by_path, self._answers, whole, self._keys, self._catalog, self._readiness, metrics, more)
 
     def _asgi_app(self, metrics: Metrics) -> AsgiApp:
         app, origins = self._http_app(metrics), self._settings.cors_origins
@@ -176,6 +187,7 @@ class Gateway:
             self._leases.run(),
             self._keys.run(),
             self._limits.run(),
+            self._costs.run(),
             self._readiness.follow(self._tell_readiness),
         )
         background = [asyncio.create_task(part) for part in parts]
@@ -217,7 +229,11 @@ class Gateway:
 
     async def _close(self, background: list["asyncio.Task[Any]"]) -> None:
         await asyncio.gather(self._http.stop(), self._grpc.stop(_LAST_WORDS_S))
-        await asyncio.gather(self._leases.wait_ended(_LAST_WORDS_S), self._limits.wait_settled(_LAST_WORDS_S))
+        await asyncio.gather(
+            self._leases.wait_ended(_LAST_WORDS_S),
+            self._limits.wait_settled(_LAST_WORDS_S),
+            self._costs.wait_written(_LAST_WORDS_S),
+        )
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)

@@ -25,6 +25,7 @@ from services.gateway.active_request import ActiveRequest, ActiveRequests, Recei
 from services.gateway.admission import Admission, seconds_left
 from services.gateway.answers.journal import Journal
 from services.gateway.answers.leases import Leases
+from services.gateway.costs.cost_book import CostBook
 from services.gateway.keys.limits import KeyLimits
 from services.gateway.links.placement_links import PlacementLinks
 from services.gateway.links.witness import Witness
@@ -84,6 +85,7 @@ class Generator:
         queue: JobQueue,
         leases: Leases,
         limits: KeyLimits,
+        costs: CostBook,
         placements: PlacementLinks,
         workers: WorkerLinks,
         metrics: Metrics,
@@ -97,6 +99,7 @@ class Generator:
         self._queue = queue
         self._leases = leases
         self._limits = limits
+        self._costs = costs
         self._placements = placements
         self._workers = workers
         self._metrics = metrics
@@ -215,6 +218,7 @@ class Generator:
             _start_command(active, placement),
             [(choice.index, choice.delivered_ids()) for choice in choices],
             active.news,
+            active.spending,
         )
         return Attempt(placement, link, list(zip(choices, feeds, strict=True)))
 
@@ -238,7 +242,9 @@ class Generator:
                 metrics.tokens.inc(len(delta.token_ids))
                 if delta.finish_reason:
                     attempt.link.cancel((feed,))  # a stop string ends it before its worker knows
-                    delta.usage = active.usage() if active.finished else None
+                    if active.finished:
+                        await active.spending.told()
+                        delta.usage = active.usage()
                 await active.record(delta)
                 if delta.usage is not None:
                     delta.timings = _close_budget(active.budget, feed, looked_at=int(now * 1e6))
@@ -292,6 +298,7 @@ class Generator:
         elif active.entry_id:
             self._leases.acknowledge(active)
         self._limits.settle(active)
+        self._costs.close(active)
         self._active.remove(active)
         active.load.ended(was_placed=active.placed_at is not None)
         metrics.active.dec()

@@ -218,6 +218,7 @@ def _usage_message(usage: Usage) -> inference_pb2.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,
+        cost=usage.cost,
     )
 
 

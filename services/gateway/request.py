@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from headrace.v1.sampling_pb2 import FinishReason, Priority, Sampling, Stopping
+from services.common.machine_costs import NANOS
 from services.gateway.caller import Caller
 from services.gateway.catalog import Model
 from services.gateway.text.logprobs import DeltaLogprobs
@@ -42,12 +43,21 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int
+    # What machines spent on it, in billionths of the unit of their prices; None where they have none.
+    cost_nanos: int | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """In that unit."""
+        return None if self.cost_nanos is None else self.cost_nanos / NANOS
 
     def __add__(self, other: "Usage") -> "Usage":
+        costs = [cost for cost in (self.cost_nanos, other.cost_nanos) if cost is not None]
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_prompt_tokens + other.cached_prompt_tokens,
+            sum(costs) if costs else None,
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from headrace.v1 import sampling_pb2, worker_pb2
+from headrace.v1.machine_time_pb2 import PricedTime
 from services.common.channel import Outbox, cancel_and_wait
 from services.common.errors import InvalidRequest
 from services.worker.cancellations import Cancellations
@@ -23,10 +24,13 @@ from services.worker.kv_import import Gathered, KvImporter
 from services.worker.prefill_rate import PrefillRate
 from services.worker.request_metrics import RequestMetrics
 from services.worker.run_times import RunTimes
+from services.worker.sequence_times import SequenceTimes
 from services.worker.start_request import ModelLimits, build_sequences, demand_of
 from services.worker.step_output import StepOutput
 
 log = logging.getLogger(__name__)
+
+_LONGEST_STEP_S = 5.0  # what streams that are to end wait for, so that gateways hear of what their sequences took
 
 SequenceEnded = worker_pb2.SequenceEnded
 _FINISH_REASONS = {
@@ -62,6 +66,7 @@ class Ticket:
     ended: bool = False  # what the engine still produces has no reader
     gathering: "_Gathering | None" = None  # while its request's KV is brought from elsewhere
     computed_elsewhere: int = 0  # prompt tokens that were computed for it on another worker
+    elsewhere: list[PricedTime] = field(default_factory=list)  # what that took there
 
     def __str__(self) -> str:
         return f"{self.request_id}/{self.choice}/{self.attempt}"
@@ -93,9 +98,12 @@ class Executions:
         cancellations: Cancellations,
         metrics: RequestMetrics,
         on_settled: Callable[[str, int], None],
+        price_per_hour: float | None = None,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
+        self._price_per_hour = price_per_hour
+        self._times = SequenceTimes()
         self._cancellations = cancellations
         self._capacity = capacity
         self._limits = limits
@@ -113,6 +121,8 @@ class Executions:
         """A new stream."""
         execution = Execution(gateway_id)
         self._executions.add(execution)
+        if self._price_per_hour is not None:
+            execution.send(worker_pb2.StepOutput(step=self._step, price_per_hour=self._price_per_hour))
         return execution
 
     def close(self, execution: Execution) -> None:
@@ -139,7 +149,7 @@ class Executions:
         try:
             sequences = build_sequences(start, tickets, self._limits)
         except InvalidRequest as error:
-            self._refuse(execution, handles, SequenceEnded.OUTCOME_FAILED, error.message)
+            self._turn_away(execution, handles, SequenceEnded.OUTCOME_FAILED, error.message)
         else:
             self._admit(execution, start, tickets, sequences)
         self._on_settled(start.request_id, start.attempt)
@@ -170,6 +180,7 @@ class Executions:
             ended = SequenceEnded(outcome=SequenceEnded.OUTCOME_FAILED, error=reason)
             if self._collect_end(sequence, ended, outputs, now) is not None:
                 self._metrics.ended("error")
+        self._collect_times(turn, outputs)
         for execution, output in outputs.items():
             execution.send(output.to_proto(self._step))
 
@@ -188,11 +199,11 @@ class Executions:
         except TimeoutError:
             log.info("%d sequences are left after %g s and go on elsewhere", self._capacity.live_sequences, grace_s)
         for execution in self._executions:
-            self._refuse(execution, list(execution.tickets), SequenceEnded.OUTCOME_DRAINING, "")
-            self._drop(list(execution.tickets.values()))
+            self._hand_on(execution, list(execution.tickets.values()))
 
     async def close_all(self) -> None:
         """Ends all streams, after a drain."""
+        await self._times.wait_told(_LONGEST_STEP_S)
         for execution in self._executions:
             execution.outbox.close()
         await cancel_and_wait(self._gathering)
@@ -204,9 +215,9 @@ class Executions:
         demand = demand_of(sequences, self._limits.block_size, coming_blocks)
         handles = [ticket.handle for ticket in tickets]
         if self.draining:
-            self._refuse(execution, handles, SequenceEnded.OUTCOME_DRAINING, "")
+            self._turn_away(execution, handles, SequenceEnded.OUTCOME_DRAINING)
         elif not self._capacity.admits(demand, alone=start.alone):
-            self._refuse(execution, handles, SequenceEnded.OUTCOME_BUSY, "")
+            self._turn_away(execution, handles, SequenceEnded.OUTCOME_BUSY)
         else:
             execution.tickets.update(zip(handles, tickets, strict=True))
             claim = self._capacity.take(demand, alone=start.alone)
@@ -214,7 +225,11 @@ class Executions:
             if coming_blocks > 0:
                 self._gather(start, _Gathering(tickets, sequences, claim))
             else:
-                self._capacity.sent(claim, self._engine.add(sequences))
+                self._run(claim, sequences)
+
+    def _run(self, claim: Claim, sequences: list[Sequence]) -> None:
+        self._times.entered(sequences)
+        self._capacity.sent(claim, self._engine.add(sequences))
 
     def _gather(self, start: worker_pb2.Start, gathering: _Gathering) -> None:
         for ticket in gathering.tickets:
@@ -252,27 +267,35 @@ class Executions:
             ticket = cast(Ticket, sequence.key)
             ticket.times.gathered = now
             ticket.computed_elsewhere = gathered.computed_blocks * self._limits.block_size
-        self._capacity.sent(gathering.claim, self._engine.add(live))
+        cast(Ticket, live[0].key).elsewhere = gathered.spent
+        self._run(gathering.claim, live)
 
     def _gathered(self, task: "asyncio.Task[None]") -> None:
         self._gathering.discard(task)
         if not task.cancelled() and (bug := task.exception()) is not None:
             log.error("%s failed, all of its KV is computed", task.get_name(), exc_info=bug)
 
-    def _refuse(
+    def _turn_away(
         self,
         execution: Execution,
         handles: list[int],
         outcome: worker_pb2.SequenceEnded.Outcome.ValueType,
-        invalid: str,
+        invalid: str = "",
     ) -> None:
-        """Answers sequences that do not run, or no more. `invalid`: one sentence why the request can never run."""
+        """Answers sequences that are not taken on. `invalid`: one sentence why the request can never run."""
         ended = [
             SequenceEnded(handle=handle, outcome=outcome, error=invalid, invalid_request=bool(invalid))
             for handle in handles
         ]
-        if ended:
+        times = [worker_pb2.SequenceTime(handle=handle) for handle in handles]
+        execution.send(worker_pb2.StepOutput(step=self._step, ended=ended, times=times))
+
+    def _hand_on(self, execution: Execution, tickets: list[Ticket]) -> None:
+        if tickets:
+            outcome = SequenceEnded.OUTCOME_DRAINING
+            ended = [SequenceEnded(handle=ticket.handle, outcome=outcome) for ticket in tickets]
             execution.send(worker_pb2.StepOutput(step=self._step, ended=ended))
+            self._drop(tickets)
 
     def _drop(self, tickets: list[Ticket]) -> None:
         """Ends live sequences whose tokens nobody wants any more."""
@@ -294,6 +317,9 @@ class Executions:
         if gathering is not None and gathering.task is not None and all(one.ended for one in gathering.tickets):
             gathering.task.add_done_callback(self._cancellations.watch("fetch"))
             gathering.task.cancel()
+        if gathering is not None and ticket.execution in self._executions:  # the engine never had it
+            spent = worker_pb2.SequenceTime(handle=ticket.handle)
+            ticket.execution.send(worker_pb2.StepOutput(step=self._step, times=[spent]))
         del ticket.execution.tickets[ticket.handle]
         self._capacity.release()
 
@@ -341,7 +367,7 @@ class Executions:
         self._metrics.began(times)
         return worker_pb2.SequenceStarted(
             handle=ticket.handle,
-            cached_prompt_tokens=max(0, sequence.cached_tokens - ticket.computed_elsewhere),
+            cached_prompt_tokens=_cached_tokens(sequence, ticket),
             fetch_us=int(times.fetch_s * 1e6),
             queue_us=int(times.queue_s * 1e6),
             prefill_us=int(times.prefill_s * 1e6),
@@ -360,3 +386,21 @@ class Executions:
             ended.decode_us = int(ticket.times.decode_s * 1e6)
         outputs.setdefault(ticket.execution, StepOutput()).ended.append(ended)
         return ticket
+
+    def _collect_times(self, turn: Turn, outputs: dict[Execution, StepOutput]) -> None:
+        """Tells what was spent on each sequence that left the engine in this turn, to whoever still listens."""
+        left = [*turn.dropped, *(sequence for sequence, _ in turn.failed)]
+        if turn.result is not None:
+            left += turn.result.finished
+        for sequence in left:
+            ticket = sequence.key
+            if isinstance(ticket, Ticket):  # and nothing that runs for another worker
+                cached = _cached_tokens(sequence, ticket)
+                spent = self._times.left(ticket.handle, sequence, cached, ticket.elsewhere, turn.status.counters)
+                if ticket.execution in self._executions:
+                    outputs.setdefault(ticket.execution, StepOutput()).times.append(spent)
+
+
+def _cached_tokens(sequence: Sequence, ticket: Ticket) -> int:
+    """Prompt tokens that nobody computed for it."""
+    return max(0, sequence.cached_tokens - ticket.computed_elsewhere)

@@ -34,10 +34,12 @@ class WorkerLoad:
     draining: bool
     prefill_tokens_per_s: float
     role: scheduler_pb2.WorkerRole.ValueType
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
 
     @property
     def without_step(self) -> tuple[object, ...]:
-        """What a state is worth sending for; the step alone can wait for the heartbeat."""
+        """What a state is worth sending for; what only grows can wait for the heartbeat."""
         return (self.running, self.waiting, self.pending_prefill_tokens, self.free, self.draining, self.role)
 
 
@@ -156,4 +158,6 @@ def _to_state(load: WorkerLoad, share: Room) -> scheduler_pb2.WorkerState:
         draining=load.draining,
         prefill_tokens_per_s=load.prefill_tokens_per_s,
         role=load.role,
+        prefix_queried_tokens=load.prefix_queried_tokens,
+        prefix_hit_tokens=load.prefix_hit_tokens,
     )

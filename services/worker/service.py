@@ -22,6 +22,7 @@ from services.worker.kv_export import KvExporter, Prefills
 from services.worker.kv_import import KvImporter, Patience
 from services.worker.kv_metrics import KvMetrics
 from services.worker.kv_offload import KvOffloader
+from services.worker.machine_metrics import register_machine_metrics
 from services.worker.memory_metrics import show_memory
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefill_rate import PrefillRate
@@ -54,6 +55,7 @@ class WorkerService:
         exchange = self._engine.exchange
         self._metrics = WorkerMetrics(model.limits.name, lambda: 1 - exchange.free_blocks / model.num_blocks, registry)
         show_memory(model.device, registry)
+        register_machine_metrics(model.limits.name, self._engine, model.price_per_hour, registry)
         self._capacity = Capacity(
             max_sequences=settings.max_sequences,
             max_pending_prefill_tokens=self._most_pending_prefill_tokens(),
@@ -82,6 +84,7 @@ class WorkerService:
             self._cancellations,
             RequestMetrics(model.limits.name, registry),
             self._on_settled,
+            model.price_per_hour,
         )
         self._prefills = Prefills(
             self._engine,
@@ -92,6 +95,7 @@ class WorkerService:
             draining=lambda: self._executions.draining,
             on_settled=self._on_settled,
             on_left=lambda: self._schedulers.notify(),
+            price_per_hour=model.price_per_hour,
         )
         self._drain = Drain(self._executions, self._prefills, settings.drain_grace_s)
         profiler = Profiler(settings.id, self._engine, kv_metrics, model.limits.block_size)
@@ -209,6 +213,8 @@ class WorkerService:
             draining=self._executions.draining,
             prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             role=_ROLES[self._role],
+            prefix_queried_tokens=status.counters.prefix_queried_tokens if status else 0,
+            prefix_hit_tokens=status.counters.prefix_hit_tokens if status else 0,
         )
 
     def _registration(self, address: str) -> scheduler_pb2.Registration:

@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import openai
@@ -18,45 +17,8 @@ from headrace.v1.sampling_pb2 import Stopping
 from services.common.api_keys import new_key, visible_part
 from tests.flows.conftest import WORKER_OPTIONS
 from tests.flows.headrace_up import HeadraceUp, eventually
+from tests.flows.keyed_stack import MODEL, PROMPT, KeyedStack
 from tests.flows.node_program import install, run
-
-MODEL = "SmolLM2-135M-Instruct"
-PROMPT = [100, 200, 300]
-
-
-class KeyedStack:
-    """The stack, and clients of its gateways by key."""
-
-    def __init__(self, up: HeadraceUp) -> None:
-        self.up = up
-
-    def keys(self, *words: str) -> dict[str, Any]:
-        told = json.loads(self.up.run("keys", *words, "--json"))
-        assert isinstance(told, dict)
-        return told
-
-    def base_url(self, gateway: int) -> str:
-        return str(self.up.member(f"gateway-{gateway}").metrics_url).removesuffix("/metrics") + "/v1"
-
-    def client(self, key: str, gateway: int = 1) -> openai.OpenAI:
-        return openai.OpenAI(base_url=self.base_url(gateway), api_key=key, max_retries=0, timeout=120)
-
-    def complete(self, key: str, gateway: int = 1, max_tokens: int = 4) -> int:
-        """Tokens that a call took."""
-        with self.client(key, gateway) as client:
-            answer = client.completions.create(
-                model=MODEL, prompt=PROMPT, max_tokens=max_tokens, extra_body={"ignore_eos": True}
-            )
-        assert answer.usage is not None
-        return answer.usage.total_tokens
-
-    def is_refused(self, key: str, gateway: int) -> bool:
-        with self.client(key, gateway) as client:
-            try:
-                client.models.list()
-            except openai.AuthenticationError as error:
-                return error.code == "invalid_api_key"
-        return False
 
 
 @pytest.fixture(scope="module")

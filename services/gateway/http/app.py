@@ -1,6 +1,6 @@
 """The gateway's HTTP: what takes bodies, and with Starlette the models, health and metrics."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import msgspec
 from prometheus_client.exposition import choose_encoder
@@ -21,6 +21,7 @@ from services.gateway.http.exchange import Message, Receive, Scope, Send
 from services.gateway.http.openai_api import WholeResponse
 from services.gateway.http.openai_errors import error_body, error_headers
 from services.gateway.http.openai_types import ModelList, ModelObject, StatusObject
+from services.gateway.http.playground import playground_routes
 from services.gateway.http.post_route import PostRoute
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
@@ -40,11 +41,12 @@ class HttpApp:
         catalog: Catalog,
         readiness: Readiness,
         metrics: Metrics,
+        more: Sequence[Route] = (),
     ) -> None:
-        """`whole`: the body that an answer in one piece is."""
+        """`whole`: the body that an answer in one piece is. `more`: routes that stand beside those made here."""
         self._post_routes = post_routes
         self._metrics = metrics
-        self._rest = _rest(answers, whole, keys, catalog, readiness, metrics)
+        self._rest = _rest(answers, whole, keys, catalog, readiness, metrics, more)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if route := self._post_routes.get(scope["path"]):
@@ -73,6 +75,7 @@ def _rest(
     catalog: Catalog,
     readiness: Readiness,
     metrics: Metrics,
+    more: Sequence[Route],
 ) -> Starlette:
     async def identify(request: Request, scope: KeyScope = "models") -> Account:
         headers = request.headers
@@ -122,6 +125,8 @@ def _rest(
             Route("/health/ready", ready),
             Route("/metrics", show_metrics),
             *document_routes(),
+            *playground_routes(),
+            *more,
         ],
         exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},
     )

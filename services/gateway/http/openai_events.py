@@ -106,4 +106,5 @@ def usage_object(usage: Usage) -> UsageObject:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(usage.cached_prompt_tokens),
+        cost=msgspec.UNSET if usage.cost is None else usage.cost,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from services.gateway.http.cluster_api import ClusterObject
 from services.gateway.http.openai_requests import UNSUPPORTED
 from services.gateway.http.openai_types import (
     ChatBody,
@@ -59,6 +60,12 @@ OPERATIONS = (
     Operation("get", "/v1/models/{name}", "One model.", {_JSON: ModelObject}),
     Operation(
         "get",
+        "/v1/cluster",
+        "The workers and queues of the models that the key may use, and the schedulers.",
+        {_JSON: ClusterObject},
+    ),
+    Operation(
+        "get",
         "/v1/answers/{answer_id}",
         "A recorded answer, when it has ended.",
         {_JSON: CompletionResponse[CompletionChoice]},
@@ -78,6 +85,8 @@ OPERATIONS = (
     Operation("get", "/metrics", "Metrics in Prometheus' text format.", {_TEXT: None}, open=True),
     Operation("get", "/openapi.json", "This document.", {_JSON: None}, open=True),
     Operation("get", "/docs", "This document as a page.", {"text/html": None}, open=True),
+    Operation("get", "/", "A page to chat and to watch the cluster.", {"text/html": None}, open=True),
+    Operation("get", "/playground/{name}", "A file of that page.", {"*/*": None}, open=True),
 )
 
 

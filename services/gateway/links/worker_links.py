@@ -24,11 +24,13 @@ from headrace.v1.worker_pb2 import (
 )
 from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.channel import Outbox, cancel_and_wait, dial
+from services.gateway.costs.spending import Spending
 from services.gateway.time_budget import RunTimes, now_us
 
 log = logging.getLogger(__name__)
 
 _WATCH_EVERY_S = 1.0
+_MOST_UNTOLD = 10_000
 # A watch that comes later than this says nothing of the workers: the gateway itself had no CPU.
 _LATE_S = 2.0
 
@@ -122,6 +124,9 @@ class WorkerLink:
         self._step = 0
         self._feeds: dict[int, SequenceFeed] = {}
         self._last_handle = 0
+        self.price_per_hour: float | None = None
+        # By handle, of sequences whose worker has not told what it spent on them, the oldest first.
+        self._untold: dict[int, Spending] = {}
         self.stalled = False
         """It is given up, since it was silent or its engine stood still."""
         self.broken = False
@@ -130,8 +135,12 @@ class WorkerLink:
     def idle(self) -> bool:
         return not self._feeds
 
-    def start(self, start: Start, choices: Iterable[tuple[int, bytes]], news: asyncio.Event) -> list[SequenceFeed]:
-        """Starts one sequence for each (choice index, delivered ids). Their feeds come in the same order."""
+    def start(
+        self, start: Start, choices: Iterable[tuple[int, bytes]], news: asyncio.Event, spending: Spending
+    ) -> list[SequenceFeed]:
+        """Starts one sequence for each (choice index, delivered ids). Their feeds come in the same order. `spending` is
+        told what each took, once, whether or not it was cancelled before.
+        """
         feeds = []
         if self.idle:
             self.moved_at = asyncio.get_running_loop().time()
@@ -141,6 +150,7 @@ class WorkerLink:
             start.choices.append(StartChoice(handle=feed.handle, choice=index, delivered_ids=delivered_ids))
             self._feeds[feed.handle] = feed
             feeds.append(feed)
+            self._expect(feed.handle, spending)
         self.outbox.put(ExecuteCommand(start=start))
         return feeds
 
@@ -172,6 +182,11 @@ class WorkerLink:
         for ended in output.ended:
             if feed := feeds.pop(ended.handle, None):
                 _end(feed, ended)
+        for told in output.times:
+            if spending := self._untold.pop(told.handle, None):
+                spending.receive(told, self.price_per_hour)
+        if output.HasField("price_per_hour"):
+            self._learn_price(output.price_per_hour)
 
     def excuse(self, seconds: float) -> None:
         """Leaves out a time in which this process could hear nothing."""
@@ -185,6 +200,22 @@ class WorkerLink:
         feeds, self._feeds = self._feeds, {}
         for feed in feeds.values():
             feed.end(Outcome.STALLED if self.stalled else Outcome.LOST, reason)
+        untold, self._untold = self._untold, {}
+        for spending in untold.values():
+            spending.lose()
+
+    def _expect(self, handle: int, spending: Spending) -> None:
+        spending.expect()
+        spending.priced = spending.priced or bool(self.price_per_hour)
+        self._untold[handle] = spending
+        if len(self._untold) > _MOST_UNTOLD:  # a worker of another version, that tells nothing
+            self._untold.pop(next(iter(self._untold))).lose()
+
+    def _learn_price(self, price_per_hour: float) -> None:
+        """The first message of the stream has come, behind which sequences may have been started."""
+        self.price_per_hour = price_per_hour
+        for spending in self._untold.values():
+            spending.priced = spending.priced or price_per_hour > 0
 
     def _receive_runs(self, output: StepOutput) -> None:
         begin = 0

@@ -33,6 +33,11 @@ class Slice:
     def samples(self) -> bool:
         return self.start + self.length == len(self.sequence.tokens)
 
+    @property
+    def is_decode(self) -> bool:
+        """It computes one output token; what is more, or of the prompt, is prefill."""
+        return self.length == 1 and self.start >= self.sequence.prompt_length
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -223,7 +228,7 @@ class Batcher:
         return Slice(sequence, sequence.computed, length)
 
     def _count_slice(self, piece: Slice) -> None:
-        if piece.length == 1 and piece.start >= piece.sequence.prompt_length:
+        if piece.is_decode:
             self.counters.decode_tokens += 1
         else:
             self.counters.prefill_tokens += piece.length

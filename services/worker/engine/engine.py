@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from services.worker.engine.batcher import Batch, Batcher
+from services.worker.engine.batcher import Batch, Batcher, Slice
 from services.worker.engine.block_exchange import BlockExchange, BlockMemory, PublishedBlocks
 from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.counters import EngineCounters
@@ -52,7 +52,8 @@ class StepResult:
     started: list[Sequence]  # their first token is among `tokens`
     finished: list[Sequence]  # their last token is among `tokens`; `finish` says why
     block_events: PublishedBlocks
-    computed_tokens: int  # 0: nothing could run, since a static batch is still filling
+    slices: tuple[Slice, ...]  # what was computed; empty: nothing could run, since a static batch is still filling
+    computed_tokens: int
 
 
 class Engine:
@@ -154,5 +155,6 @@ class Engine:
             started=started,
             finished=finished,
             block_events=self.exchange.publish(),
+            slices=batch.slices,
             computed_tokens=sum(piece.length for piece in batch.slices),
         )

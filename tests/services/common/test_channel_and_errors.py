@@ -15,6 +15,8 @@ from services.common.channel import Outbox, ReplicaSessions, cancel_and_wait, di
 from services.common.errors import InvalidRequest, Overloaded
 from services.common.serve import GrpcServer, Registration
 
+CUT_OFF = inference_pb2.TokenizeRequest(model="a model").SerializeToString()[:-2]
+
 
 class Inference(inference_pb2_grpc.InferenceServicer):
     async def ListModels(self, request: Any, context: Any) -> inference_pb2.ListModelsResponse:
@@ -61,6 +63,18 @@ async def test_errors_become_status(address: str, caplog: pytest.LogCaptureFixtu
         assert bug.value.code() == grpc.StatusCode.INTERNAL
         assert "secret" not in (bug.value.details() or "")
         assert "request r-17" in caplog.text
+
+
+async def test_what_is_no_message_is_the_callers_mistake(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with dial(address) as channel:
+        for call in (
+            channel.unary_unary("/headrace.v1.Inference/Tokenize")(CUT_OFF),
+            channel.unary_stream("/headrace.v1.Inference/Generate")(CUT_OFF),
+            channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(iter([CUT_OFF])),
+        ):
+            assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "no message of the method's type" in await call.details()
+    assert not caplog.records
 
 
 async def test_health_follows_readiness() -> None:

@@ -156,6 +156,7 @@ class Gateway:
         self.logprobs: dict[int, sampling_pb2.Logprobs] = {}
         self.cached: dict[int, int] = {}
         self.ended: dict[int, worker_pb2.SequenceEnded] = {}
+        self.times: dict[int, worker_pb2.SequenceTime] = {}
         self.outputs: list[worker_pb2.StepOutput] = []
 
     def start(
@@ -198,6 +199,10 @@ class Gateway:
     async def finish(self, *handles: int) -> None:
         await self.until(lambda: self.ended.keys() >= set(handles))
 
+    async def told(self, *handles: int) -> None:
+        """Returns when the worker has told what was spent on these sequences."""
+        await self.until(lambda: self.times.keys() >= set(handles))
+
     async def sign_of_life(self) -> worker_pb2.StepOutput:
         before = len(self.outputs)
         await self.until(lambda: len(self.outputs) > before and not self.outputs[-1].handles)
@@ -221,6 +226,9 @@ class Gateway:
         for ended in output.ended:
             assert ended.handle not in self.ended, "a sequence ends once"
             self.ended[ended.handle] = ended
+        for time in output.times:
+            assert time.handle not in self.times, "a sequence's time is told once"
+            self.times[time.handle] = time
 
 
 class Stack:
@@ -311,6 +319,7 @@ class Stack:
             tokenizer_hash="hash",
             tokenizer_files={"tokenizer.json": b"t" * 1_500_000, "empty": b""},
             summary="tiny",
+            price_per_hour=settings.price_per_hour,
         )
 
     async def _serve(self, add: Any, servicer: Any, name: str) -> str:

@@ -342,6 +342,7 @@ async def test_a_drained_worker_hands_on_what_outlasts_the_grace() -> None:
     assert gateway.ended[1].outcome == Ended.OUTCOME_DRAINING
     stack.release()
     await stack.idle()
+    await gateway.told(1)
     stopping = asyncio.create_task(stack.stop())
     assert await gateway.call.read() is grpc.aio.EOF
     await stopping

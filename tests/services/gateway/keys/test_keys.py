@@ -8,7 +8,13 @@ import grpc.aio
 import openai
 import pytest
 
-from headrace.v1.inference_pb2 import GenerateRequest, ListModelsRequest, TokenizeRequest
+from headrace.v1.inference_pb2 import (
+    CancelRequest,
+    GenerateRequest,
+    ListModelsRequest,
+    ResumeRequest,
+    TokenizeRequest,
+)
 from headrace.v1.sampling_pb2 import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMAL
 from services.common.api_keys import digest, new_id, new_key
 from services.common.redis.client import RedisClient
@@ -128,10 +134,31 @@ async def test_what_redis_says_of_a_key_holds_for_a_second(redis_url: str) -> No
     await client.close()
 
 
-async def test_an_expired_key(stack: Stack) -> None:
-    expired = await make_key(stack.redis, expires=datetime.now(UTC) - timedelta(seconds=1))
-    response = await expired.complete(stack)
-    assert (response.status_code, "has expired" in response.text) == (401, True)
+async def test_wrong_expired_and_revoked_keys_at_every_door(stack: Stack) -> None:
+    now = datetime.now(UTC)
+    right = await make_key(stack.redis)
+    expired = await make_key(stack.redis, expires=now - timedelta(seconds=1))
+    revoked = await make_key(stack.redis, revoked=now)
+    for secret, why in (
+        (new_key(right.key.id), "not one of this server's"),
+        (expired.secret, "has expired"),
+        (revoked.secret, "was revoked"),
+    ):
+        headers, metadata = {"x-api-key": secret}, (("x-api-key", secret),)
+        bodies = {"/v1/completions": {"prompt": "x"}, "/v1/chat/completions": {"messages": []}, "/tokenize": {}}
+        for path, body in bodies.items():
+            response = await stack.http.post(path, json={"model": MODEL, **body}, headers=headers)
+            assert (response.status_code, why in response.text) == (401, True), (path, response.text)
+        for call in (
+            stack.inference.Generate(GenerateRequest(model=MODEL, text="x"), metadata=metadata).read(),
+            stack.inference.Resume(ResumeRequest(answer_id="x"), metadata=metadata).read(),
+            stack.inference.Cancel(CancelRequest(answer_id="x"), metadata=metadata),
+            stack.inference.ListModels(ListModelsRequest(), metadata=metadata),
+            stack.inference.Tokenize(TokenizeRequest(model=MODEL, text="x"), metadata=metadata),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=why) as caught:
+                await call
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.parametrize(
