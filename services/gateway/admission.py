@@ -5,8 +5,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from prometheus_client import Counter
-
 from headrace.v1.job_pb2 import Job
 from services.common.block_hash import chain_hashes, chain_root
 from services.common.errors import Overloaded, Unavailable
@@ -24,19 +22,10 @@ class Admission:
     """Admits requests up to a number at once, and as long as none would wait too long, until it is closed."""
 
     def __init__(
-        self,
-        active: ActiveRequests,
-        shedder: Shedder,
-        shed: Counter,
-        *,
-        max_requests: int,
-        gateway_id: str,
-        incarnation: str,
+        self, active: ActiveRequests, shedder: Shedder, *, max_requests: int, gateway_id: str, incarnation: str
     ) -> None:
-        """`shed` counts what is refused, by reason."""
         self._active = active
         self._shedder = shedder
-        self._shed = shed
         self._max_requests = max_requests
         self._gateway_id = gateway_id
         self._incarnation = incarnation
@@ -49,10 +38,6 @@ class Admission:
 
     def _check_open(self) -> None:
         """Raises Overloaded or Unavailable if a request that came now would not be admitted."""
-        with self._counted():
-            self._look_for_room()
-
-    def _look_for_room(self) -> None:
         if self._closed:
             raise Unavailable("This gateway is shutting down; try again.")
         if len(self._active) + self._entering >= self._max_requests:
@@ -60,14 +45,6 @@ class Admission:
                 f"This gateway already has {self._max_requests} requests; try again later.",
                 retry_after_s=_RETRY_AFTER_S,
             )
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        try:
-            yield
-        except (Overloaded, Unavailable) as error:
-            self._shed.labels(error.reason).inc()
-            raise
 
     @contextlib.contextmanager
     def entering(self) -> Iterator[None]:
@@ -86,8 +63,7 @@ class Admission:
         """Raises Overloaded if a request would wait too long. To be called once for prompts that come together: they
         are let in or refused together.
         """
-        with self._counted():
-            self._shedder.check(request.model.name, request.priority)
+        self._shedder.check(request.model.name, request.priority)
 
     async def admit(
         self, request: GenerationRequest, traceparent: str, journal: Journal | None = None

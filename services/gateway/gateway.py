@@ -35,7 +35,6 @@ from services.gateway.config import GatewaySettings
 from services.gateway.costs.cost_book import CostBook
 from services.gateway.costs.metrics import CostMetrics
 from services.gateway.generate import Generator
-from services.gateway.held_metrics import show_held
 from services.gateway.http.app import HttpApp
 from services.gateway.http.cluster_api import cluster_route
 from services.gateway.http.cors import Cors
@@ -57,6 +56,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
 from services.gateway.request_log import RequestLog
 from services.gateway.shedder import Shedder
+from services.gateway.state_metrics import show_state
 from services.gateway.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -88,17 +88,12 @@ class Gateway:
         self._keys = Keys(KeyStore(self._queue.redis), KeyFile(settings.keys_file), settings)
         self._limits = KeyLimits(LimitStore(self._queue.redis), read_prices(settings.prices))
         shedder = Shedder(max_wait_s=settings.max_wait_s, clock=time.monotonic, draw=random.random)
-        metrics = Metrics(registry)
-        show_held(self._active, self._limits, registry)
         self._admission = Admission(
-            self._active,
-            shedder,
-            metrics.shed,
-            max_requests=settings.max_requests,
-            gateway_id=settings.id,
-            incarnation=incarnation,
+            self._active, shedder, max_requests=settings.max_requests, gateway_id=settings.id, incarnation=incarnation
         )
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
+        metrics = Metrics(registry)
+        show_state(registry, self._active, self._leases, self._limits)
         self._costs = CostBook(
             CostStore(self._queue.redis), CostMetrics(registry), writer=incarnation, keep_days=settings.cost_days
         )
@@ -146,7 +141,7 @@ class Gateway:
             self._asgi_app(metrics), settings.host, settings.http_port, http_limits(settings), front.http_context
         )
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, settings)
+        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, metrics, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)],
             front,

@@ -12,14 +12,7 @@ from dataclasses import dataclass
 from headrace.v1.sampling_pb2 import Stopping
 from headrace.v1.scheduler_pb2 import Placement, PlacementRequest
 from headrace.v1.worker_pb2 import Start
-from services.common.errors import (
-    DeadlineExceeded,
-    HeadraceError,
-    InvalidRequest,
-    Overloaded,
-    RequestFailed,
-    Unavailable,
-)
+from services.common.errors import DeadlineExceeded, HeadraceError, InvalidRequest, RequestFailed, Unavailable
 from services.common.redis.queue import JobQueue
 from services.gateway.active_request import ActiveRequest, ActiveRequests, ReceivedOffer
 from services.gateway.admission import Admission, seconds_left
@@ -118,7 +111,7 @@ class Generator:
         comes first.
         """
         metrics = self._metrics.for_model(request.model.name)
-        span = self._tracing.begin(request.caller, request.model.name)
+        span = self._tracing.begin(request)
         active = await self._admission.admit(request, span.traceparent, journal)
         witness = Witness(active.id, self._placements.tell)
         try:
@@ -310,13 +303,12 @@ class Generator:
             outcome = "cancelled"
         elif not active.entry_id:  # never accepted
             metrics.refused.inc()
-            if isinstance(active.error, Overloaded | Unavailable):
-                self._metrics.shed.labels(active.error.reason).inc()
             outcome = "refused"
         else:
             metrics.errored.inc()
             outcome = "error"
-        span.end(active.usage(), outcome, active.error)
+        reasons = [choice.finish_reason for choice in active.choices]
+        span.end(active.usage(), outcome, active.error, reasons, active.budget)
         self._request_log.ended(active, outcome)
 
 

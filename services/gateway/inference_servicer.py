@@ -21,6 +21,7 @@ from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
+from services.gateway.metrics import Metrics
 from services.gateway.request import Delta, GenerationRequest, Usage
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -30,31 +31,39 @@ class InferenceServicer(InferenceBase):
     """Generate, Resume, Cancel, ListModels and Tokenize."""
 
     def __init__(
-        self, answers: Answers, admission: Admission, keys: Keys, catalog: Catalog, settings: GatewaySettings
+        self,
+        answers: Answers,
+        admission: Admission,
+        keys: Keys,
+        catalog: Catalog,
+        metrics: Metrics,
+        settings: GatewaySettings,
     ) -> None:
         self._answers = answers
         self._admission = admission
         self._keys = keys
         self._catalog = catalog
+        self._metrics = metrics
         self._settings = settings
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
-        caller = self._caller(context, await self._identify(context, "generate"))
-        with self._admission.entering():
-            wanted = await self._read(request, caller)
-            content = request.SerializeToString(deterministic=True)
-            key = _metadata(context).get("idempotency-key")
-            answer = await self._answers.begin(
-                [wanted], recording(caller, content, resumable=request.resumable, idempotency_key=key)
-            )
-        begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
-        async with contextlib.aclosing(answer.deltas) as deltas:
-            async for delta in deltas:
-                if not begun:
-                    begun = await _begin(context, caller)
-                yield _delta_message(delta, answer, timed=timed)
+        with self._metrics.counting_shed():
+            caller = self._caller(context, await self._identify(context, "generate"))
+            with self._admission.entering():
+                wanted = await self._read(request, caller)
+                content = request.SerializeToString(deterministic=True)
+                key = _metadata(context).get("idempotency-key")
+                answer = await self._answers.begin(
+                    [wanted], recording(caller, content, resumable=request.resumable, idempotency_key=key)
+                )
+            begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
+            async with contextlib.aclosing(answer.deltas) as deltas:
+                async for delta in deltas:
+                    if not begun:
+                        begun = await _begin(context, caller)
+                    yield _delta_message(delta, answer, timed=timed)
 
     async def Resume(
         self, request: inference_pb2.ResumeRequest, context: Context
@@ -140,6 +149,7 @@ class InferenceServicer(InferenceBase):
             caller=caller,
             model=model,
             prompt_ids=prompt_ids,
+            operation="chat" if request.HasField("chat") else "text_completion",
             sampling=sampling,
             stopping=stopping,
             choices=choices,

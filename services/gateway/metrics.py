@@ -1,10 +1,12 @@
 """All metrics of the gateway. Label values are bounded: model names come from the catalog, never from a caller."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.common.errors import DeadlineExceeded, Overloaded, Unavailable
 from services.gateway.time_budget import PHASES, TimeBudget
 
 Exemplar = dict[str, str] | None
@@ -12,6 +14,7 @@ Exemplar = dict[str, str] | None
 
 _PHASE_SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_SHED_REASONS = ("queue_full", "overloaded", "rate_limit", "quota", "deadline", "unavailable")
 _TOKEN_GAP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 5.0)
 
 
@@ -37,19 +40,19 @@ class Metrics:
             "Times a request was placed again, by reason: busy, draining, lost, stalled or failed.",
             ("model", "reason"),
         )
-        self.shed = counter(
-            "headrace_shed",
-            "Requests refused for lack of room, by reason: queue_full, overloaded, unavailable, rate_limit or quota.",
-            ("reason",),
-        )
-        for reason in ("queue_full", "overloaded", "unavailable", "rate_limit", "quota"):
-            self.shed.labels(reason)
         self.http_requests = counter("headrace_http_requests", "HTTP requests answered.", ("route", "status"))
         self.adoptions = counter("headrace_adoptions", "Requests of dead gateways that go on here.")
         self.answers_resumed = counter("headrace_answers_resumed", "Recorded answers that a caller came back for.")
         self.answers_attached = counter(
             "headrace_answers_attached", "Requests answered from an earlier one's idempotency key."
         )
+        shed = counter(
+            "headrace_shed",
+            "Requests that ended in an error after which to come again, by reason: queue_full, overloaded, rate_limit, "
+            "quota, deadline or unavailable.",
+            ("reason",),
+        )
+        self._shed = {reason: shed.labels(reason) for reason in _SHED_REASONS}
         self._add_times(partial(Histogram, registry=registry))
         self._models: dict[str, ModelMetrics] = {}
 
@@ -78,6 +81,15 @@ class Metrics:
             ("model",),
             buckets=_SECONDS,
         )
+
+    @contextlib.contextmanager
+    def counting_shed(self) -> Iterator[None]:
+        """Around the work on a request."""
+        try:
+            yield
+        except (Overloaded, Unavailable, DeadlineExceeded) as error:
+            self._shed[error.reason].inc()
+            raise
 
     def for_model(self, model: str) -> "ModelMetrics":
         """The metrics of a model of the catalog."""

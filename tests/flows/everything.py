@@ -14,7 +14,14 @@ from tests.flows.headrace_up import HeadraceUp, eventually
 
 # One gateway more than there need be, a worker for prompts, and two for output, one of which can be killed.
 OPTIONS = ("--engine", "echo", "--gateways", "2", "--prefill-workers", "1", "--decode-workers", "2")
-TIGHT = ("--kv-blocks", "700", "--max-sequences", "4")  # so that pools fill and requests queue
+TIGHT = (
+    "--kv-blocks",
+    "700",
+    "--max-sequences",
+    "4",
+    "--price-per-hour",
+    "1.5",
+)  # so that pools fill and requests queue
 SETTINGS = {
     "HEADRACE_WORKER_ECHO_STEP_MS": "4",  # as of a model: time in which something can happen
     "HEADRACE_WORKER_KV_OFFLOAD_LEAST_TOKENS": "64",

@@ -31,11 +31,14 @@ GATEWAY = Board(
                 Panel(
                     "Held of keys' limits",
                     "short",
-                    [("{{state}}", "sum by (state) (headrace_reservations)")],
+                    [("requests", "sum(headrace_budget_reservations)"), ("active", "sum(llm_active_requests)")],
                     "Requests with a reservation: running, or ended and not charged yet, for a moment.",
                 ),
                 Panel(
-                    "Leases", "short", [("{{instance}}", "headrace_leases")], "Queue entries that each gateway renews."
+                    "Leases",
+                    "short",
+                    [("{{state}}", "sum by (state) (headrace_leases)")],
+                    "Queue entries that each gateway renews.",
                 ),
                 Panel(
                     "Prompts found in caches",
