@@ -58,6 +58,9 @@ class CommonSettings(BaseModel):
     log_format: Literal["text", "json"] = "text"
     # OTLP/gRPC endpoint that traces are sent to, e.g. http://127.0.0.1:4317. Empty: no traces are recorded.
     otlp_endpoint: str = ""
+    # Share of the requests whose trace is recorded, from 0 to 1. Decided by the gateway, and not for requests that come
+    # with a trace context: they are recorded if their caller's trace is.
+    trace_sample: Annotated[float, Field(ge=0, le=1)] = 0.1
     redis_url: str = "redis://127.0.0.1:6379/0"
     # Every scheduler replica: gateways and workers dial them all.
     schedulers: Addresses = ("127.0.0.1:50061",)
@@ -113,6 +116,11 @@ def child_environment(service: str, settings: Mapping[str, object]) -> dict[str,
 def secret_variable(name: str) -> str | None:
     """A variable that another file names as the place of a secret."""
     return os.environ.get(name)
+
+
+def is_set(variable: str) -> bool:
+    """Whether a variable that is a setting of another process, which this one starts, is in the environment."""
+    return bool(os.environ.get(variable))
 
 
 def read_tables(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from services.common.config import CommonSettings
@@ -29,7 +30,8 @@ def set_up(service: str, settings: CommonSettings) -> None:
     handler.setFormatter(_JsonFormatter(service) if settings.log_format == "json" else _TextFormatter(service))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     if settings.otlp_endpoint:
-        provider = TracerProvider(resource=Resource.create({"service.name": f"headrace-{service}"}))
+        sampler = ParentBasedTraceIdRatio(settings.trace_sample)
+        provider = TracerProvider(sampler, Resource.create({"service.name": f"headrace-{service}"}))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.otlp_endpoint)))
         trace.set_tracer_provider(provider)
 

@@ -56,6 +56,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
 from services.gateway.request_log import RequestLog
 from services.gateway.shedder import Shedder
+from services.gateway.state_metrics import show_state
 from services.gateway.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class Gateway:
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
         metrics = Metrics(registry)
         self._stats = metrics.stats
+        show_state(registry, self._active, self._leases, self._limits)
         self._costs = CostBook(
             CostStore(self._queue.redis), CostMetrics(registry), writer=incarnation, keep_days=settings.cost_days
         )
@@ -140,7 +142,7 @@ class Gateway:
             self._asgi_app(metrics), settings.host, settings.http_port, http_limits(settings), front.http_context
         )
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, metrics.stats, settings)
+        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, metrics, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)],
             front,

@@ -111,7 +111,7 @@ class Generator:
         comes first.
         """
         metrics = self._metrics.for_model(request.model.name)
-        span = self._tracing.begin(request.caller, request.model.name)
+        span = self._tracing.begin(request)
         active = await self._admission.admit(request, span.traceparent, journal)
         witness = Witness(active.id, self._placements.tell)
         try:
@@ -308,7 +308,8 @@ class Generator:
         else:
             metrics.errored.inc()
             outcome = "error"
-        span.end(active.usage(), outcome, active.error)
+        reasons = [choice.finish_reason for choice in active.choices]
+        span.end(active.usage(), outcome, active.error, reasons, active.budget)
         self._request_log.ended(active, outcome)
 
 

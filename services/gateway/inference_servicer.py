@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -11,7 +11,7 @@ from headrace.v1 import inference_pb2
 from headrace.v1.inference_pb2_grpc import InferenceServicer as InferenceBase
 from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.api_keys import Scope
-from services.common.errors import InvalidRequest
+from services.common.errors import InvalidRequest, Overloaded
 from services.gateway import timings, validation
 from services.gateway.admission import Admission
 from services.gateway.answers.answers import Answer, Answers
@@ -21,8 +21,9 @@ from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
+from services.gateway.keys.limit_answers import rate_limit_headers
+from services.gateway.metrics import Metrics
 from services.gateway.request import Delta, GenerationRequest, Usage
-from services.gateway.stats import InferenceStats
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -36,33 +37,35 @@ class InferenceServicer(InferenceBase):
         admission: Admission,
         keys: Keys,
         catalog: Catalog,
-        stats: InferenceStats,
+        metrics: Metrics,
         settings: GatewaySettings,
     ) -> None:
-        self._stats = stats
         self._answers = answers
         self._admission = admission
         self._keys = keys
         self._catalog = catalog
+        self._metrics = metrics
         self._settings = settings
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
-        caller = self._caller(context, await self._identify(context, "generate"))
-        with self._admission.entering():
-            wanted = await self._read(request, caller)
-            content = request.SerializeToString(deterministic=True)
-            key = _metadata(context).get("idempotency-key")
-            answer = await self._answers.begin(
-                [wanted], recording(caller, content, resumable=request.resumable, idempotency_key=key)
-            )
-        begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
-        async with contextlib.aclosing(answer.deltas) as deltas:
-            async for delta in deltas:
-                if not begun:
-                    begun = await _begin(context, caller)
-                yield _delta_message(delta, answer, timed=timed)
+        with self._metrics.counting_shed():
+            caller = self._caller(context, await self._identify(context, "generate"))
+        with self._metrics.counting_shed(), _limits_told(context, caller):
+            with self._admission.entering():
+                wanted = await self._read(request, caller)
+                content = request.SerializeToString(deterministic=True)
+                key = _metadata(context).get("idempotency-key")
+                answer = await self._answers.begin(
+                    [wanted], recording(caller, content, resumable=request.resumable, idempotency_key=key)
+                )
+            begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
+            async with contextlib.aclosing(answer.deltas) as deltas:
+                async for delta in deltas:
+                    if not begun:
+                        begun = await _begin(context, caller)
+                    yield _delta_message(delta, answer, timed=timed)
 
     async def Resume(
         self, request: inference_pb2.ResumeRequest, context: Context
@@ -102,7 +105,7 @@ class InferenceServicer(InferenceBase):
     async def GetStats(
         self, request: inference_pb2.GetStatsRequest, context: Context
     ) -> inference_pb2.InferenceMetrics:
-        return self._stats.report(sketches=request.sketches)
+        return self._metrics.stats.report(sketches=request.sketches)
 
     async def _identify(self, context: Context, scope: Scope) -> Account:
         metadata = _metadata(context)
@@ -153,6 +156,7 @@ class InferenceServicer(InferenceBase):
             caller=caller,
             model=model,
             prompt_ids=prompt_ids,
+            operation="chat" if request.HasField("chat") else "text_completion",
             sampling=sampling,
             stopping=stopping,
             choices=choices,
@@ -164,8 +168,22 @@ class InferenceServicer(InferenceBase):
 
 async def _begin(context: Context, caller: Caller) -> bool:
     """Sends what comes before an answer. Not earlier: a call that fails without it is tried again by gRPC's clients."""
-    await context.send_initial_metadata((("x-request-id", caller.request_id),))
+    await context.send_initial_metadata((("x-request-id", caller.request_id), *_rate_limits(caller)))
     return True
+
+
+@contextlib.contextmanager
+def _limits_told(context: Context, caller: Caller) -> Iterator[None]:
+    """A refused call ends with how the limits of its key stand."""
+    try:
+        yield
+    except Overloaded:
+        context.set_trailing_metadata(_rate_limits(caller))
+        raise
+
+
+def _rate_limits(caller: Caller) -> tuple[tuple[str, str], ...]:
+    return tuple((name.decode(), value.decode()) for name, value in rate_limit_headers(caller.account))
 
 
 def _metadata(context: Context) -> dict[str, str]:

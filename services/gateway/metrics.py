@@ -1,15 +1,18 @@
 """All metrics of the gateway. Label values are bounded: model names come from the catalog, never from a caller."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.common.errors import DeadlineExceeded, Overloaded, Unavailable
 from services.gateway.stats import Counted, Exemplar, InferenceStats, Observed, Recorders
 from services.gateway.time_budget import PHASES, TimeBudget
 
 _PHASE_SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_SHED_REASONS = ("queue_full", "overloaded", "rate_limit", "quota", "deadline", "unavailable")
 _TOKEN_GAP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 5.0)
 
 
@@ -41,6 +44,13 @@ class Metrics:
         self.answers_attached = counter(
             "headrace_answers_attached", "Requests answered from an earlier one's idempotency key."
         )
+        shed = counter(
+            "headrace_shed",
+            "Requests that ended in an error after which to come again, by reason: queue_full, overloaded, rate_limit, "
+            "quota, deadline or unavailable.",
+            ("reason",),
+        )
+        self._shed = {reason: shed.labels(reason) for reason in _SHED_REASONS}
         self._add_times(partial(Histogram, registry=registry))
         self._models: dict[str, ModelMetrics] = {}
         self.stats = InferenceStats()
@@ -70,6 +80,15 @@ class Metrics:
             ("model",),
             buckets=_SECONDS,
         )
+
+    @contextlib.contextmanager
+    def counting_shed(self) -> Iterator[None]:
+        """Around the work on a request."""
+        try:
+            yield
+        except (Overloaded, Unavailable, DeadlineExceeded) as error:
+            self._shed[error.reason].inc()
+            raise
 
     def for_model(self, model: str) -> "ModelMetrics":
         """The metrics of a model of the catalog."""

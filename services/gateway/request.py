@@ -4,6 +4,7 @@ import random
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -31,6 +32,8 @@ class GenerationRequest:
     deterministic: bool = False
     # What every choice's text begins with, before its first token.
     echo: str = ""
+    # What the caller asked for, as traces name it.
+    operation: Literal["text_completion", "chat"] = "text_completion"
 
     def __post_init__(self) -> None:
         if not self.sampling.HasField("seed"):

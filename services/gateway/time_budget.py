@@ -39,11 +39,13 @@ class RunTimes:
 class TimeBudget:
     """The time of one request so far. Every call accounts for what has passed since the call before."""
 
-    __slots__ = ("_began", "_parts", "_until")
+    __slots__ = ("_began", "_parts", "_until", "intervals")
 
     def __init__(self, began: int) -> None:
         self._began = self._until = began
         self._parts: dict[Phase, int] = dict.fromkeys(PHASES, 0)
+        # What was spent in this process, in order: (phase, from, until).
+        self.intervals: list[tuple[Phase, int, int]] = []
 
     @property
     def parts(self) -> dict[Phase, int]:
@@ -58,8 +60,8 @@ class TimeBudget:
     def spend(self, phase: Phase, until: int) -> None:
         """All of it was this phase. An instant that is accounted for already changes nothing."""
         if until > self._until:
-            self._parts[phase] += until - self._until
-            self._until = until
+            self.intervals.append((phase, self._until, until))
+            self._add(phase, until)
 
     def spend_away(self, durations: Iterable[tuple[Phase, int]], until: int) -> None:
         """It was spent in other processes, which measured these durations; the rest is `network`.
@@ -67,8 +69,8 @@ class TimeBudget:
         Durations that are longer than there was time are cut, the last ones first.
         """
         for phase, duration in durations:
-            self.spend(phase, min(until, self._until + duration))
-        self.spend("network", until)
+            self._add(phase, min(until, self._until + duration))
+        self._add("network", until)
 
     def spend_run(self, run: RunTimes, until: int) -> None:
         """A sequence ran on a worker. A part that its worker did not report is what it was doing in that time."""
@@ -82,3 +84,8 @@ class TimeBudget:
             else:
                 self.spend_away((("decode", run.decode),), ended_at)
         self.spend("gateway", until)
+
+    def _add(self, phase: Phase, until: int) -> None:
+        if until > self._until:
+            self._parts[phase] += until - self._until
+            self._until = until

@@ -12,8 +12,8 @@ def are_wanted(header: str | None) -> bool:
 
 
 def timings_header(budget: TimeBudget) -> str:
-    """In the syntax of `Server-Timing`, milliseconds: `total;dur=12.345, gateway;dur=0.6, ...`."""
-    return ", ".join(f"{name};dur={us / 1000:g}" for name, us in _named(budget))
+    """In the syntax of `Server-Timing`, milliseconds: `total;dur=12.345, gateway;dur=0.600, ...`."""
+    return ", ".join(f"{name};dur={us / 1000:.3f}" for name, us in _named(budget))
 
 
 def timings_object(budget: TimeBudget) -> dict[str, float]:

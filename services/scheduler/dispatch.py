@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from headrace.v1 import scheduler_pb2
 from headrace.v1.job_pb2 import Job
 from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
+from services.common.tracing import Tracer, is_recorded
 from services.scheduler.fleet import Clock, Fleet
 from services.scheduler.gateways import GatewayKey, Gateways, GatewaySession
 from services.scheduler.held import HeldJob, HeldJobs, Where
@@ -55,6 +56,7 @@ class Dispatcher:
         timing: Timing,
         policy: Policy = "kv_aware",
         clock: Clock = time.monotonic,
+        tracer: Tracer | None = None,
     ) -> None:
         self._model = model
         self._scheduler_id = scheduler_id
@@ -66,6 +68,7 @@ class Dispatcher:
         self._policy: Policy = policy
         self._placed = 0
         self._clock = clock
+        self._tracer = tracer or Tracer()
         self._held = HeldJobs()
         self._wake = asyncio.Event()
         self._to_remove: list[QueuedJob] = []
@@ -258,8 +261,23 @@ class Dispatcher:
             queue_us=held.queued_us(began),
             placement_us=int((self._clock() - began) * 1e6),
         )
+        if is_recorded(held.queued.job.traceparent):
+            self._record(held, choice, began)
         session.offer(offer, lambda status: self._answered(held, status))
         self._metrics.placements.labels(self._model, "replaced" if held.replaces else choice.reason).inc()
+
+    def _record(self, held: HeldJob, choice: Choice, began: float) -> None:
+        """Records, as spans, how long a job has waited, and how it was placed."""
+        parent, attempt = held.queued.job.traceparent, {"headrace.attempt": held.attempt}
+        if (queued_us := held.queued_us(began)) is not None:
+            self._tracer.record("queue", parent, began - queued_us / 1e6, began, attempt)
+        attributes = {
+            **attempt,
+            "headrace.worker": choice.worker.id,
+            "headrace.placement.reason": "replaced" if held.replaces else choice.reason,
+            "headrace.placement.expected_hit_tokens": choice.plan.hit_tokens,
+        }
+        self._tracer.record("place", parent, began, self._clock(), attributes)
 
     # --- answers
 

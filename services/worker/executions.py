@@ -8,13 +8,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import cast
 
 from headrace.v1 import sampling_pb2, worker_pb2
-from headrace.v1.machine_time_pb2 import PricedTime
-from services.common.channel import Outbox, cancel_and_wait
+from services.common.channel import cancel_and_wait
 from services.common.errors import InvalidRequest
+from services.common.tracing import traceparent_of
 from services.worker.cancellations import Cancellations
 from services.worker.capacity import Capacity, Claim
 from services.worker.engine.engine import StepResult
@@ -24,9 +23,11 @@ from services.worker.kv_import import Gathered, KvImporter
 from services.worker.prefill_rate import PrefillRate
 from services.worker.request_metrics import RequestMetrics
 from services.worker.run_times import RunTimes
+from services.worker.run_traces import RunTraces
 from services.worker.sequence_times import SequenceTimes
 from services.worker.start_request import ModelLimits, build_sequences, demand_of
 from services.worker.step_output import StepOutput
+from services.worker.ticket import Execution, Gathering, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -37,49 +38,6 @@ _FINISH_REASONS = {
     Finish.STOP: sampling_pb2.FINISH_REASON_STOP,
     Finish.LENGTH: sampling_pb2.FINISH_REASON_LENGTH,
 }
-
-
-@dataclass(slots=True, eq=False)
-class Execution:
-    """One gateway's stream. What is put into its outbox is bounded by what its live sequences can still produce."""
-
-    gateway_id: str
-    outbox: Outbox[worker_pb2.StepOutput] = field(default_factory=Outbox)
-    tickets: dict[int, "Ticket"] = field(default_factory=dict)  # by handle, of the sequences that have not ended
-    silent: bool = True  # nothing was sent since the last sign of life
-
-    def send(self, output: worker_pb2.StepOutput) -> None:
-        self.silent = False
-        self.outbox.put(output)
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """The engine's key of a sequence: says whose it is without a look-up per token."""
-
-    execution: Execution
-    handle: int
-    request_id: str
-    attempt: int
-    choice: int
-    times: RunTimes
-    ended: bool = False  # what the engine still produces has no reader
-    gathering: "_Gathering | None" = None  # while its request's KV is brought from elsewhere
-    computed_elsewhere: int = 0  # prompt tokens that were computed for it on another worker
-    elsewhere: list[PricedTime] = field(default_factory=list)  # what that took there
-
-    def __str__(self) -> str:
-        return f"{self.request_id}/{self.choice}/{self.attempt}"
-
-
-@dataclass(slots=True, eq=False)
-class _Gathering:
-    """A request whose KV is on its way, before its sequences go to the engine."""
-
-    tickets: list[Ticket]
-    sequences: list[Sequence]
-    claim: Claim
-    task: "asyncio.Task[None] | None" = None
 
 
 class Executions:
@@ -97,11 +55,13 @@ class Executions:
         prefill_rate: PrefillRate,
         cancellations: Cancellations,
         metrics: RequestMetrics,
+        traces: RunTraces,
         on_settled: Callable[[str, int], None],
         price_per_hour: float | None = None,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
+        self._traces = traces
         self._price_per_hour = price_per_hour
         self._times = SequenceTimes()
         self._cancellations = cancellations
@@ -222,8 +182,10 @@ class Executions:
             execution.tickets.update(zip(handles, tickets, strict=True))
             claim = self._capacity.take(demand, alone=start.alone)
             self._metrics.choices(len(handles))
+            for ticket in tickets:
+                ticket.span = self._traces.begin(start.traceparent, start.request_id, start.attempt, ticket.choice)
             if coming_blocks > 0:
-                self._gather(start, _Gathering(tickets, sequences, claim))
+                self._gather(start, Gathering(tickets, sequences, claim))
             else:
                 self._run(claim, sequences)
 
@@ -231,18 +193,20 @@ class Executions:
         self._times.entered(sequences)
         self._capacity.sent(claim, self._engine.add(sequences))
 
-    def _gather(self, start: worker_pb2.Start, gathering: _Gathering) -> None:
+    def _gather(self, start: worker_pb2.Start, gathering: Gathering) -> None:
         for ticket in gathering.tickets:
             ticket.gathering = gathering
         gathering.task = asyncio.create_task(self._gather_and_run(start, gathering), name=f"gather {start.request_id}")
         self._gathering.add(gathering.task)
         gathering.task.add_done_callback(self._gathered)
 
-    async def _gather_and_run(self, start: worker_pb2.Start, gathering: _Gathering) -> None:
+    async def _gather_and_run(self, start: worker_pb2.Start, gathering: Gathering) -> None:
         """Brings the KV of the request's prompt, then sends its sequences to the engine, with whatever has come."""
         first, block_size = gathering.sequences[0], self._limits.block_size
         first.hash_blocks((len(first.tokens) - 1) // block_size, block_size)
         gathered = Gathered()
+        if (span := gathering.tickets[0].span) is not None:
+            start.traceparent = traceparent_of(span)
         try:
             gathered = await self._importer.gather(
                 first.hashes,
@@ -253,7 +217,7 @@ class Executions:
         finally:  # whatever went wrong, the request runs
             self._run_gathered(gathering, gathered)
 
-    def _run_gathered(self, gathering: _Gathering, gathered: Gathered) -> None:
+    def _run_gathered(self, gathering: Gathering, gathered: Gathered) -> None:
         for ticket in gathering.tickets:
             ticket.gathering = None
         live = [sequence for sequence in gathering.sequences if not cast(Ticket, sequence.key).ended]
@@ -313,6 +277,8 @@ class Executions:
     def _end(self, ticket: Ticket, now: float) -> None:
         ticket.ended = True
         ticket.times.ended = now
+        if ticket.span is not None:
+            self._traces.end(ticket.span, ticket.times)
         gathering = ticket.gathering
         if gathering is not None and gathering.task is not None and all(one.ended for one in gathering.tickets):
             gathering.task.add_done_callback(self._cancellations.watch("fetch"))

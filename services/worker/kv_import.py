@@ -22,6 +22,7 @@ from headrace.v1.machine_time_pb2 import PricedTime
 from headrace.v1.scheduler_pb2 import KvSource
 from headrace.v1.worker_pb2 import PrefillRequest, Start
 from headrace.v1.worker_pb2_grpc import WorkerStub
+from services.common import tracing
 from services.common.block_digest import DIGEST_BYTES
 from services.common.channel import Channels
 from services.common.kv_blocks import BadBlock, BlockAssembler, BlockBytes
@@ -205,6 +206,7 @@ class KvImporter:
     def _call(self, fetch: _Fetch, start: Start) -> Any:
         """The call, whose messages are Chunk."""
         channel: Any = ChunkChannel(self._channels.get(fetch.source.address))
+        metadata = ((tracing.HEADER, start.traceparent),) if tracing.is_recorded(start.traceparent) else None
         if fetch.source.kind == KvSource.KIND_PREFILL:
             return WorkerStub(channel).Prefill(
                 PrefillRequest(
@@ -215,10 +217,12 @@ class KvImporter:
                     cache_salt=start.cache_salt,
                     skip_blocks=fetch.first,
                     scheduler_id=start.scheduler_id,
-                )
+                ),
+                metadata=metadata,
             )
         stub = CacheStub(channel) if fetch.source.kind == KvSource.KIND_CACHE else WorkerStub(channel)
-        return stub.FetchBlocks(FetchBlocksRequest(kv_format=self._kv_format, block_hashes=b"".join(fetch.names)))
+        request = FetchBlocksRequest(kv_format=self._kv_format, block_hashes=b"".join(fetch.names))
+        return stub.FetchBlocks(request, metadata=metadata)
 
     def _fill(self, fetch: _Fetch, whole: BlockBytes) -> None:
         name = fetch.names[fetch.done]

@@ -14,10 +14,10 @@ def register_machine_metrics(
 ) -> None:
     """Makes them known, once per process."""
     registry.register(_WorkerSeconds(model_name, engine))
+    gauge = Gauge(
+        "headrace_worker_price_per_hour", "What an hour of this worker costs.", ["model_name"], registry=registry
+    )
     if price_per_hour is not None:
-        gauge = Gauge(
-            "headrace_worker_price_per_hour", "What an hour of this worker costs.", ["model_name"], registry=registry
-        )
         gauge.labels(model_name).set(price_per_hour)
 
 

@@ -10,6 +10,7 @@ from headrace.v1 import cache_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channel import cancel_and_wait, reachable
 from services.common.kv_wire import with_chunks
 from services.common.serve import GrpcServer, Registration, Stop, stopped
+from services.common.tracing import make_tracer
 from services.worker.build import LoadedModel
 from services.worker.cache_link import CacheLink
 from services.worker.cancellations import Cancellations
@@ -28,6 +29,7 @@ from services.worker.metrics import WorkerMetrics
 from services.worker.prefill_rate import PrefillRate
 from services.worker.profiling import Profiler
 from services.worker.request_metrics import RequestMetrics
+from services.worker.run_traces import RunTraces
 from services.worker.scheduler_links import SchedulerLinks, WorkerLoad
 from services.worker.servicer import WorkerServicer
 
@@ -74,6 +76,7 @@ class WorkerService:
             settings.kv_offload_least_tokens,
             kv_metrics,
         )
+        tracer = make_tracer("worker", settings)
         self._cancellations = Cancellations(self._engine, registry)
         self._executions = Executions(
             self._engine,
@@ -83,6 +86,7 @@ class WorkerService:
             self._prefill_rate,
             self._cancellations,
             RequestMetrics(model.limits.name, registry),
+            RunTraces(tracer, model.limits.name),
             self._on_settled,
             model.price_per_hour,
         )
@@ -100,7 +104,13 @@ class WorkerService:
         self._drain = Drain(self._executions, self._prefills, settings.drain_grace_s)
         profiler = Profiler(settings.id, self._engine, kv_metrics, model.limits.block_size)
         servicer = WorkerServicer(
-            self._executions, exporter, self._prefills, profiler, model.tokenizer_hash, model.tokenizer_files
+            self._executions,
+            exporter,
+            self._prefills,
+            profiler,
+            model.tokenizer_hash,
+            model.tokenizer_files,
+            tracer,
         )
         name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
         add = with_chunks(worker_pb2_grpc.add_WorkerServicer_to_server)
@@ -236,6 +246,7 @@ class WorkerService:
             total_blocks=self._model.num_blocks,
             block_bytes=self._model.block_bytes,
             deterministic=self._settings.deterministic,
+            price_per_hour=self._model.price_per_hour,
         )
 
     def _holder(self, address: str) -> cache_pb2.Holder:

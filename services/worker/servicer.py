@@ -7,9 +7,11 @@ import grpc.aio
 
 from headrace.v1 import cache_pb2, profile_pb2, worker_pb2, worker_pb2_grpc
 from services.common.errors import InvalidRequest, NotFound
-from services.worker.executions import Execution, Executions
+from services.common.tracing import Tracer
+from services.worker.executions import Executions
 from services.worker.kv_export import KvExporter, Prefills
 from services.worker.profiling import Profiler
+from services.worker.ticket import Execution
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -28,6 +30,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         profiler: Profiler,
         tokenizer_hash: str,
         tokenizer_files: Mapping[str, bytes],
+        tracer: Tracer,
     ) -> None:
         self._executions = executions
         self._exporter = exporter
@@ -35,6 +38,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         self._profiler = profiler
         self._tokenizer_hash = tokenizer_hash
         self._tokenizer_files = tokenizer_files
+        self._tracer = tracer
 
     async def Execute(self, request_iterator: Commands, context: Context) -> AsyncIterator[worker_pb2.StepOutput]:
         """Ends when the gateway ends its side, when the connection breaks, or after a drain."""
@@ -85,14 +89,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
     async def Prefill(  # type: ignore[override]
         self, request: worker_pb2.PrefillRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        async for chunk in self._prefills.run(request):
-            yield chunk
+        with self._tracer.serving("prefill for another", context):
+            async for chunk in self._prefills.run(request):
+                yield chunk
 
     async def FetchBlocks(  # type: ignore[override]
         self, request: cache_pb2.FetchBlocksRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        async for chunk in self._exporter.fetch(request):
-            yield chunk
+        with self._tracer.serving("fetch blocks", context):
+            async for chunk in self._exporter.fetch(request):
+                yield chunk
 
 
 async def _read_hello(commands: Commands) -> str:
