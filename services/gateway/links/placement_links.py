@@ -65,7 +65,7 @@ class PlacementLinks:
             outbox.put(GatewayMessage(attempt_report=report))
 
     async def _talk(self, scheduler: str, channel: grpc.aio.Channel) -> None:
-        outbox: Outbox[GatewayMessage] = Outbox()
+        outbox: Outbox[GatewayMessage] = Outbox(_merge)
         outbox.put(GatewayMessage(hello=self._hello))
         try:
             async for message in SchedulerStub(channel).Place(outbox):
@@ -93,9 +93,9 @@ class PlacementLinks:
                 self.ask(request)
 
     def _receive(self, message: SchedulerMessage, scheduler: str, outbox: Outbox[GatewayMessage]) -> None:
+        for offer in message.offers:
+            self._offered(offer, outbox)
         match message.WhichOneof("message"):
-            case "offer":
-                self._offered(message.offer, outbox)
             case "catalog":
                 self._catalog.announce(scheduler, message.catalog)
             case "refusal":
@@ -104,7 +104,7 @@ class PlacementLinks:
                 self._on_adoption(message.adoption.job, message.adoption.queue_entry_id)
 
     def _offered(self, offer: Offer, outbox: Outbox[GatewayMessage]) -> None:
-        received = ReceivedOffer(offer, lambda answer: outbox.put(GatewayMessage(answer=answer)))
+        received = ReceivedOffer(offer, lambda answer: outbox.put(GatewayMessage(answers=[answer])))
         if active := self._active.get(offer.request_id):
             active.receive(received)
         else:
@@ -114,3 +114,10 @@ class PlacementLinks:
         if active := self._active.get(refusal.request_id):
             error = InvalidRequest if refusal.permanent else Unavailable
             active.refuse(refusal.attempt, error(refusal.reason))
+
+
+def _merge(message: GatewayMessage, following: GatewayMessage) -> bool:
+    if not message.answers or not following.answers:
+        return False
+    message.MergeFrom(following)
+    return True
