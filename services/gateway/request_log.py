@@ -48,6 +48,7 @@ class RequestLog:
             "total_ms": _milliseconds(arrived, time.monotonic()),
             "attempts": active.attempt - FIRST_ATTEMPT + 1,
             "worker": active.worker_id,
+            "cost": usage.cost,
             "error": active.error.message if active.error else "",
             **(_texts(active) if self._texts else {}),
         }

@@ -42,6 +42,9 @@ class KvMetrics:
             registry=registry,
             buckets=_SECOND_BUCKETS,
         )
+        for source in ("worker", "cache", "prefill"):  # there from the start: a first one is seen as an increase
+            for metric in (self._imported_blocks, self._imported_bytes, self._seconds):
+                metric.labels(source)
 
         self._offloaded_blocks = Counter(
             "headrace_kv_offloaded_blocks", "Blocks given to a cache service to keep.", registry=registry
