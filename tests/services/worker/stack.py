@@ -187,7 +187,7 @@ class Gateway:
             scheduler_id="s1",
             kv_sources=sources,
         )
-        self._commands.put(worker_pb2.ExecuteCommand(start=start))
+        self._commands.put(worker_pb2.ExecuteCommand(starts=[start]))
 
     def cancel(self, *handles: int) -> None:
         self._commands.put(worker_pb2.ExecuteCommand(cancel=worker_pb2.Cancel(handles=handles)))
