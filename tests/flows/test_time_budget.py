@@ -1,5 +1,6 @@
 """The time budget of requests to a real stack: exact, and what is left for the network is little."""
 
+import os
 import statistics
 
 import httpx
@@ -8,6 +9,7 @@ from services.gateway.time_budget import PHASES
 from tests.flows.headrace_up import HeadraceUp
 
 REQUESTS = 40
+MOST_NETWORK_MS = 3.0
 
 
 def timings_of(http: httpx.Client, model: str, number: int) -> dict[str, float]:
@@ -18,9 +20,10 @@ def timings_of(http: httpx.Client, model: str, number: int) -> dict[str, float]:
 
 
 def test_parts_add_up_and_the_network_is_little_of_it(stack: HeadraceUp, http: httpx.Client, model: str) -> None:
-    """With `-s` it prints the medians: docs/observability.md has them. What is asserted of the network is what would be
-    wrong on any machine: that it is where most of the time goes.
+    """`-s` prints the medians: docs/observability.md has them. Where other programs use the processors, messages
+    wait for a turn, and then only what would be wrong on any machine is asserted: that most of the time goes there.
     """
+    idle = os.getloadavg()[0] <= (os.cpu_count() or 1)
     budgets = [timings_of(http, model, number) for number in range(REQUESTS)]
     for budget in budgets:
         parts = [round(budget[phase] * 1000) for phase in PHASES]
@@ -29,4 +32,4 @@ def test_parts_add_up_and_the_network_is_little_of_it(stack: HeadraceUp, http: h
     medians = {name: statistics.median(budget[name] for budget in budgets) for name in ("total", *PHASES)}
     print("\n" + ", ".join(f"{name} {median:.3f} ms" for name, median in medians.items()))
     assert medians["prefill"] > 0 and medians["decode"] > 0
-    assert medians["network"] < medians["total"] / 2
+    assert medians["network"] < (MOST_NETWORK_MS if idle else medians["total"] / 2)

@@ -1,11 +1,13 @@
 import time
+from typing import Any
 
+import grpc.aio
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from services.common.tracing import Tracer, is_recorded, traceparent_of
+from services.common.tracing import HEADER, Tracer, is_recorded, traceparent_of
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-"
 
@@ -43,3 +45,28 @@ def test_without_a_tracer_nothing_is_recorded() -> None:
     tracer = Tracer()
     assert tracer.begin("whole", PARENT + "01", {}) is None
     tracer.record("part", PARENT + "01", 0.0, 1.0)
+
+
+async def test_a_call_is_a_span_of_its_callers_trace() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = Tracer(provider.get_tracer("test"))
+
+    async def answer(request: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> bytes:
+        with tracer.serving("answer", context):
+            return request
+
+    server = grpc.aio.server()
+    handlers = {"Answer": grpc.unary_unary_rpc_method_handler(answer)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call: Any = channel.unary_unary("/test.Test/Answer")
+        for metadata in (None, ((HEADER, PARENT + "00"),), ((HEADER, PARENT + "01"),)):
+            assert await call(b"x", metadata=metadata) == b"x"
+    await server.stop(0)
+    (span,) = exporter.get_finished_spans()
+    assert span.name == "answer" and span.parent is not None
+    assert f"{span.parent.span_id:016x}" == PARENT.split("-")[2]

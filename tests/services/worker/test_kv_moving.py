@@ -82,6 +82,8 @@ async def test_a_prefill_worker_computes_and_the_decoder_does_the_rest(two: tupl
     prefiller, worker = two
     gateway = await run(worker, sources=[at(prefiller, KvSource.KIND_PREFILL)])
     assert gateway.cached == {1: 0}, "nothing was cached: it was computed for this request"
+    (started,) = (started for output in gateway.outputs for started in output.started)
+    assert started.fetch_us > 0 and started.prefill_us > 0
     computed = worker.metric("vllm:prompt_tokens_total", model_name="tiny", engine="0")
     assert computed == len(PROMPT) - BLOCKS * BLOCK_SIZE <= 16
     assert worker.metric("headrace_kv_imported_blocks_total", source="prefill") == BLOCKS
