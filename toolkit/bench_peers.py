@@ -77,10 +77,11 @@ def _parse_peer(text: str) -> Peer:
     url = url.rstrip("/")
     if not is_base_url(url):
         raise BadPeer(f"--peer {name}: {url!r} is not a URL without a path, such as http://127.0.0.1:8001.")
-    return Peer(name, url, _parse_pid(name, pid) if pid else None)
+    return Peer(name, url, parse_pid(name, pid) if pid else None)
 
 
-def _parse_pid(peer: str, text: str) -> int:
+def parse_pid(peer: str, text: str) -> int:
+    """A process that can be measured. Raises BadPeer."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise BadPeer(f"--peer {peer}: the process id {text!r} is not a positive number.")
     pid = int(text)

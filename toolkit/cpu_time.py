@@ -39,7 +39,7 @@ class CpuMeter:
         self.use: CpuUse | None = None
 
     def __enter__(self) -> Self:
-        self._before = {process: _cpu_s(process) for process in processes_below(self._root)}
+        self._before = {process: cpu_s(process) for process in processes_below(self._root)}
         return self
 
     def __exit__(
@@ -51,13 +51,13 @@ class CpuMeter:
         self.use = CpuUse(
             worker_s=worker_s,
             other_s=other_s,
-            worker_rss_mib=sum(_rss_bytes(process) for process in workers) / 2**20,
+            worker_rss_mib=sum(rss_bytes(process) for process in workers) / 2**20,
             control_plane_share=other_s / (worker_s + other_s) if worker_s else None,
         )
 
     def _spent_s(self, processes: Iterable[psutil.Process]) -> float:
         # max: one that ends just now reads as zero.
-        return sum(max(0.0, _cpu_s(process) - self._before.get(process, 0.0)) for process in processes)
+        return sum(max(0.0, cpu_s(process) - self._before.get(process, 0.0)) for process in processes)
 
 
 def _workers(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
@@ -77,7 +77,8 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def _cpu_s(process: psutil.Process) -> float:
+def cpu_s(process: psutil.Process) -> float:
+    """CPU time so far, user and system, in seconds; 0 once it has ended."""
     try:
         times = process.cpu_times()
     except psutil.NoSuchProcess:
@@ -85,7 +86,8 @@ def _cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def _rss_bytes(process: psutil.Process) -> int:
+def rss_bytes(process: psutil.Process) -> int:
+    """Resident memory; 0 once it has ended."""
     try:
         return int(process.memory_info().rss)
     except psutil.NoSuchProcess:

@@ -19,6 +19,15 @@ from services.common.tls import FrontCert, TlsFiles, front_names
 from toolkit import up_options
 from toolkit.bench import BenchOptions, run_bench
 from toolkit.bench_chats import run_chats_bench
+from toolkit.bench_gateway import (
+    GatewayBenchFailed,
+    GatewayBenchOptions,
+    parse_control_planes,
+    run_cost_bench,
+    run_memory_bench,
+    run_slow_bench,
+)
+from toolkit.bench_gateway_report import show_cost, show_memory, show_slow
 from toolkit.bench_kv import KvBenchFailed, KvBenchOptions, run_kv_bench
 from toolkit.bench_kv_report import show_chats, show_kv, show_split
 from toolkit.bench_peers import BadPeer, is_base_url, parse_peers
@@ -28,15 +37,18 @@ from toolkit.bench_servers import NotAnswering
 from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
 from toolkit.certs_commands import TOOLKIT, certificates_of_run, certs_app
+from toolkit.costs_command import costs
 from toolkit.directives import NotTold, set_role
 from toolkit.directives import drain as drain_worker
 from toolkit.keys_commands import keys_app
 from toolkit.loadtest import ROWS, LoadFailed, Row
+from toolkit.log_levels import NotChanged, change_level
 from toolkit.log_tail import last_lines
 from toolkit.models import PullFailed, pull_model
 from toolkit.ports import PortTaken, choose_public_port, free_ports
 from toolkit.process import ProcessFailed
 from toolkit.process_tree import NotStopped
+from toolkit.profile_commands import profile
 from toolkit.ps import show_stacks
 from toolkit.queue_commands import queue_app
 from toolkit.run_directory import RunDirectory, running_stacks
@@ -54,6 +66,8 @@ app.add_typer(models_app, name="models")
 app.add_typer(queue_app, name="queue")
 app.add_typer(keys_app, name="keys")
 app.add_typer(certs_app, name="certs")
+app.command()(profile)
+app.command()(costs)
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)
@@ -65,10 +79,23 @@ class KvPart(StrEnum):
     CHATS = "chats"
 
 
+class GatewayPart(StrEnum):
+    COST = "cost"
+    SLOW = "slow"
+    MEMORY = "memory"
+
+
 class Role(StrEnum):
     BOTH = "both"
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 @app.command()
@@ -89,6 +116,7 @@ def up(
     cache_disk: up_options.CacheDisk = None,
     deterministic: up_options.Deterministic = False,
     threads: up_options.Threads = None,
+    price_per_hour: up_options.PricePerHour = None,
     engine: up_options.Engine = up_options.EngineKind.MODEL,
     host: up_options.Host = "127.0.0.1",
     http_port: up_options.HttpPort = 8000,
@@ -102,10 +130,17 @@ def up(
 
     Every other setting of a service can be given as a HEADRACE_SERVICE_SETTING variable.
     """
-    chosen = {"model": model, "dtype": dtype, "quantize": quantize, "kv_blocks": kv_blocks, "batching": batching}
+    chosen: dict[str, object] = {
+        "model": model,
+        "dtype": dtype,
+        "quantize": quantize,
+        "kv_blocks": kv_blocks,
+        "batching": batching,
+    }
     chosen |= {"deterministic": deterministic or None}
     chosen |= {"implementation": "echo" if engine is up_options.EngineKind.ECHO else None}
     chosen |= {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "threads": threads}
+    chosen |= {"price_per_hour": price_per_hour}
     if workers is None:
         workers = 0 if prefill_workers or decode_workers else 1
     if not workers + prefill_workers + decode_workers:
@@ -208,6 +243,19 @@ def drain(
 
 
 @app.command()
+def log_level(
+    service: Annotated[str, typer.Argument(help="A service, the id of one process, or `all`.")],
+    level: Annotated[LogLevel, typer.Argument(help="The least that is logged from now on.")],
+) -> None:
+    """Changes what running services log. A process that restarts logs as it was set."""
+    try:
+        changed = change_level(running_stacks(_runs()), service, level.value)
+    except NotChanged as error:
+        _fail(str(error))
+    typer.echo(f"{', '.join(changed)}: log level {level.value}")
+
+
+@app.command()
 def bench(
     url: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible server that runs already. Default: a stack of its own.")
@@ -291,6 +339,45 @@ def bench_kv(
             if KvPart.CHATS in chosen:
                 show_chats(uvloop.run(run_chats_bench(options.up_arguments, options.folder, _runs())), console)
         except (KvBenchFailed, LoadFailed, StackEnded) as error:
+            _fail(str(error))
+
+
+@app.command()
+def bench_gateway(
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=URL,PID[,PID...]",
+            help="Another OpenAI-compatible server with a model of its own pace, and the processes, with their "
+            "children, whose CPU is counted; may be repeated.",
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each load is run; medians are shown.")] = 3,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Seconds that each load is measured.")] = 8.0,
+    part: Annotated[
+        list[GatewayPart] | None,
+        typer.Option(help="CPU and TTFT (cost), slow clients (slow), memory. Default: cost and slow."),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of the part `memory`.")] = 100_000,
+    up_arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- UP_OPTIONS]", help="Options of `headrace up` for the stacks.")
+    ] = None,
+) -> None:
+    """Measures what everything but the model costs, with a worker that answers without one (`--engine echo`)."""
+    chosen = part or [GatewayPart.COST, GatewayPart.SLOW]
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-gateway-") as folder:
+        try:
+            options = GatewayBenchOptions(
+                rounds, seconds, parse_control_planes(peer or []), tuple(up_arguments or []), Path(folder) / "stack.log"
+            )
+            if GatewayPart.COST in chosen:
+                show_cost(uvloop.run(run_cost_bench(options, _runs())), console)
+            if GatewayPart.SLOW in chosen:
+                show_slow(uvloop.run(run_slow_bench(options, _runs())), console)
+            if GatewayPart.MEMORY in chosen:
+                show_memory(uvloop.run(run_memory_bench(options, _runs(), requests)), console)
+        except (BadPeer, GatewayBenchFailed, NotAnswering, StackEnded) as error:
             _fail(str(error))
 
 

@@ -143,7 +143,7 @@ def welcome(stack: Stack, model: str, directory: Path) -> str:
 
   {_curl(stack)}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
 
-OpenAI API {http_url}/v1    gRPC {stack.grpc_address}    metrics {http_url}/metrics{more}
+playground {http_url}/    OpenAI API {http_url}/v1    gRPC {stack.grpc_address}    metrics {http_url}/metrics{more}
 logs {directory}    what runs: headrace ps    API keys: headrace keys create    stop: Ctrl-C
 """
 

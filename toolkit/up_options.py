@@ -57,6 +57,9 @@ Deterministic = Annotated[
     bool, typer.Option(help="The same tokens for the same request, whatever else runs. Refused where impossible.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads per worker. Default: its share.")]
+PricePerHour = Annotated[
+    float | None, typer.Option(min=0, help="What an hour of one worker costs: see docs/costs.md. Default: not said.")
+]
 Engine = Annotated[
     EngineKind, typer.Option(help="echo: no model, answers repeat what was said; to try clients, or all but a model.")
 ]

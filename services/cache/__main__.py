@@ -15,6 +15,7 @@ from services.cache.watch import WatchHub
 from services.common import config, mutual_tls, serve, telemetry
 from services.common.channel import reachable
 from services.common.kv_wire import with_chunks
+from services.common.tracing import make_tracer
 
 log = logging.getLogger("services.cache")
 
@@ -31,7 +32,8 @@ async def serve_cache(settings: CacheSettings, stop: serve.Stop) -> None:
     store = Store(RamTier(settings.ram_bytes), disk, metrics, own.change)
     await store.open()
     name = cache_pb2.DESCRIPTOR.services_by_name["Cache"].full_name
-    servicer = CacheServicer(index, hub, store, own, metrics, max_block_bytes=settings.max_block_bytes)
+    tracer = make_tracer("cache", settings)
+    servicer = CacheServicer(index, hub, store, own, metrics, tracer, max_block_bytes=settings.max_block_bytes)
     add = with_chunks(cache_pb2_grpc.add_CacheServicer_to_server)
     server = serve.GrpcServer([serve.Registration(add, servicer, name)])
     port = await server.start(f"{settings.host}:{settings.port}")

@@ -55,6 +55,8 @@ class CacheMetrics:
         self.hits = Counter(
             "headrace_cache_hits", "Blocks asked for that were kept here, by tier.", ["tier"], registry=registry
         )
+        for tier in ("ram", "disk"):
+            self.hits.labels(tier)  # there from the start, so that the first one is seen as an increase
         self.misses = Counter(
             "headrace_cache_misses", "Blocks asked for that were not kept here; each ends a fetch.", registry=registry
         )

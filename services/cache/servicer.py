@@ -32,6 +32,7 @@ from services.common.block_hash import HASH_BYTES
 from services.common.errors import InvalidRequest, Unavailable
 from services.common.kv_blocks import BadBlock, BlockAssembler, Chunk, chunks
 from services.common.kv_wire import encode
+from services.common.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
         store: Store,
         own: OwnBlocks,
         metrics: CacheMetrics,
+        tracer: Tracer | None = None,
         *,
         max_block_bytes: int,
     ) -> None:
@@ -56,6 +58,7 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
         self._store = store
         self._own = own
         self._metrics = metrics
+        self._tracer = tracer or Tracer()
         self._max_block_bytes = max_block_bytes
         self._epoch = secrets.token_hex(8)
 
@@ -129,11 +132,12 @@ class CacheServicer(cache_pb2_grpc.CacheServicer):
     ) -> AsyncIterator[bytes]:
         _check_kv_format(request.kv_format)
         names = unpack_hashes(request.block_hashes)
-        async with aclosing(self._store.fetch(request.kv_format, names)) as blocks:
-            async for block in blocks:
-                for chunk in chunks(request.kv_format, block):
-                    yield encode(chunk)
-                self._metrics.sent_bytes.inc(len(block.data))
+        with self._tracer.serving("fetch blocks", context):
+            async with aclosing(self._store.fetch(request.kv_format, names)) as blocks:
+                async for block in blocks:
+                    for chunk in chunks(request.kv_format, block):
+                        yield encode(chunk)
+                    self._metrics.sent_bytes.inc(len(block.data))
 
     def _join(self, hello: cache_pb2.HolderHello) -> Holding:
         sent = hello.holder

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 Scope = Literal["generate", "models"]
-"""generate: completions and chats. models: listing models and tokenizing."""
+"""generate: completions and chats. models: listing models, tokenizing, and looking at the cluster."""
 Priority = Literal["high", "normal", "low"]
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)

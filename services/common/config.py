@@ -52,10 +52,15 @@ class CommonSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # The least that is logged; `headrace log-level` changes it while a service runs.
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    # text for people, json for programs: one object a line.
     log_format: Literal["text", "json"] = "text"
     # OTLP/gRPC endpoint that traces are sent to, e.g. http://127.0.0.1:4317. Empty: no traces are recorded.
     otlp_endpoint: str = ""
+    # Share of the requests whose trace is recorded, from 0 to 1. Decided by the gateway, and not for requests that come
+    # with a trace context: they are recorded if their caller's trace is.
+    trace_sample: Annotated[float, Field(ge=0, le=1)] = 0.1
     redis_url: str = "redis://127.0.0.1:6379/0"
     # Every scheduler replica: gateways and workers dial them all.
     schedulers: Addresses = ("127.0.0.1:50061",)

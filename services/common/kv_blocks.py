@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from headrace.v1.machine_time_pb2 import PricedTime
 from services.common.block_digest import digest
 from services.common.errors import InvalidRequest
 
@@ -39,6 +40,7 @@ class Chunk:
     offset_bytes: int
     last: bool
     digest: bytes
+    spent: PricedTime | None = None
 
 
 def chunks(kv_format: str, block: BlockBytes) -> Iterator[Chunk]:

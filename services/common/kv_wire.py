@@ -13,6 +13,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from headrace.v1.cache_pb2 import KvChunk
+from headrace.v1.machine_time_pb2 import PricedTime
 from services.common.kv_blocks import BadBlock, Chunk
 
 _DATA_TAG = (KvChunk.DATA_FIELD_NUMBER << 3 | 2).to_bytes(1, "little")  # 2: length-delimited
@@ -31,6 +32,11 @@ def encode(chunk: Chunk) -> bytes:
         digest=chunk.digest,
     )
     return b"".join((_DATA_TAG, _varint(len(chunk.data)), chunk.data, rest.SerializeToString()))
+
+
+def encode_spent(spent: PricedTime) -> bytes:
+    """The message that ends a prefill: what it took."""
+    return KvChunk(spent=spent).SerializeToString()
 
 
 def decode(message: bytes) -> Chunk:
@@ -55,6 +61,7 @@ def decode(message: bytes) -> Chunk:
         parsed.offset_bytes,
         parsed.last,
         parsed.digest,
+        parsed.spent if parsed.HasField("spent") else None,
     )
 
 

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.common.channel import SERVER_OPTIONS
 from services.common.errors import ErrorInterceptor
+from services.common.log_levels import follow_signals
 from services.common.mutual_tls import server_credentials
 from services.common.tls import Front
 
@@ -64,6 +65,7 @@ async def _run(name: str, service: Callable[[Stop], Awaitable[None]]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    follow_signals(loop)
     _raise_file_limit()
     freeze_heap()
     await service(stop)

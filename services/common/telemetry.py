@@ -15,18 +15,23 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from services.common.config import CommonSettings
 
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` makes one for each call
+
 
 def set_up(service: str, settings: CommonSettings) -> None:
     """Configures this process's logging and, when an OTLP endpoint is set, its traces."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # which no format shows
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter(service) if settings.log_format == "json" else _text_formatter(service))
+    handler.setFormatter(_JsonFormatter(service) if settings.log_format == "json" else _TextFormatter(service))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     if settings.otlp_endpoint:
-        provider = TracerProvider(resource=Resource.create({"service.name": f"headrace-{service}"}))
+        sampler = ParentBasedTraceIdRatio(settings.trace_sample)
+        provider = TracerProvider(sampler, Resource.create({"service.name": f"headrace-{service}"}))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.otlp_endpoint)))
         trace.set_tracer_provider(provider)
 
@@ -39,7 +44,9 @@ def serve_metrics(settings: CommonSettings, port: int) -> int:
 
 
 def _metrics_page(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """Always the text format: in OpenMetrics the client library writes the colons of vLLM's names as underscores."""
+    """Always the text format: in OpenMetrics the client library writes the colons of vLLM's names as underscores. Only
+    the gateway, whose names have none, speaks OpenMetrics, and so has exemplars.
+    """
     start_response("200 OK", [("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)])
     return [generate_latest()]
 
@@ -53,12 +60,25 @@ class _SilentHandler(WSGIRequestHandler):
         """A scrape is not worth a line."""
 
 
-def _text_formatter(service: str) -> logging.Formatter:
-    return logging.Formatter(f"%(asctime)s {service} %(levelname)s %(message)s", datefmt="%H:%M:%S")
+class _TextFormatter(logging.Formatter):
+    """A line for people; what a record carries as `fields` follows the message as name=value."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__(f"%(asctime)s {service} %(levelname)s %(message)s", datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = getattr(record, "fields", {})
+        return " ".join([super().formatMessage(record), *(f"{name}={_word(value)}" for name, value in fields.items())])
+
+
+def _word(value: object) -> str:
+    """A number, or a text without spaces, as it is; any other value as JSON."""
+    text = str(value) if isinstance(value, str | int | float) else ""
+    return text if text and text.isprintable() and " " not in text else _encode(value)
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (RFC 3339, UTC), service, level, logger, message, and the exception if any."""
+    """One JSON object a line: time (RFC 3339, UTC), service, level, logger, message, `fields`, and an exception."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -71,7 +91,8 @@ class _JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+        return _encode(entry)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import Offer, OfferAnswer, Placement
@@ -10,9 +10,11 @@ from services.common.errors import HeadraceError
 from services.common.redis.queue import FIRST_ATTEMPT
 from services.gateway.answers.journal import Journal
 from services.gateway.answers.recording import event_of, new_choices, replay
+from services.gateway.costs.spending import Spending
 from services.gateway.errors import AnswerElsewhere
 from services.gateway.request import Delta, GenerationRequest, Usage
 from services.gateway.shedder import ModelLoad
+from services.gateway.time_budget import TimeBudget, now_us
 
 
 @dataclass(slots=True)
@@ -22,6 +24,7 @@ class ReceivedOffer:
     offer: Offer
     send: Callable[[OfferAnswer], None]
     answered: bool = False
+    received_at: int = field(default_factory=now_us)
 
     def answer(self, status: OfferAnswer.Status.ValueType) -> None:
         if not self.answered:
@@ -39,6 +42,8 @@ class ActiveRequest:
         self.journal = journal
         # Where it counts as waiting until it is placed, and as running from then on.
         self.load = load
+        self.budget = TimeBudget(int(request.caller.arrived * 1e6))
+        self.budget.spend("gateway", now_us())
         self.entry_id = ""
         # The entry is ours and its lease ours to renew.
         self.owns_entry = False
@@ -48,7 +53,12 @@ class ActiveRequest:
         self.cached_prompt_tokens: int | None = None
         # Loop time of the first placement; None while queued.
         self.placed_at: float | None = None
+        # Loop time of the first token; None before.
+        self.first_token_at: float | None = None
+        # Of the newest attempt; empty while queued.
+        self.worker_id = ""
         self.choices = new_choices(request.model, request)
+        self.spending = Spending()
         # Set when there is an offer, tokens, an end or an error to look at.
         self.news = asyncio.Event()
         self.error: HeadraceError | None = None
@@ -68,18 +78,25 @@ class ActiveRequest:
 
     @property
     def finished(self) -> bool:
-        return all(choice.finished for choice in self.choices)
+        for choice in self.choices:  # no generator: this is asked for with each token
+            if not choice.finish_reason:
+                return False
+        return True
 
     @property
     def begun(self) -> bool:
         """Whether a token has been seen."""
-        return any(choice.token_ids for choice in self.choices)
+        for choice in self.choices:
+            if choice.token_ids:
+                return True
+        return False
 
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=len(self.request.prompt_ids),
             completion_tokens=sum(len(choice.token_ids) for choice in self.choices),
             cached_prompt_tokens=self.cached_prompt_tokens or 0,
+            cost_nanos=self.spending.costs.nanos if self.spending.priced else None,
         )
 
     def fail(self, error: HeadraceError) -> None:
@@ -152,6 +169,7 @@ class ActiveRequest:
         offer.answer(OfferAnswer.STATUS_ACCEPTED)
         self._wants_offer, self._offer = False, None
         placement = offer.offer.placement
+        self.worker_id = placement.worker_id
         if self.job.deterministic:  # it goes on only where its tokens come out alike
             self.job.kv_format = placement.kv_format
         return placement

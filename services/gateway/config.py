@@ -51,6 +51,9 @@ class GatewaySettings(CommonSettings):
     keys_file: Path | None = None
     # File of prices per 1,000 tokens (services/gateway/keys/prices.py), for budgets of money.
     prices: Path | None = None
+    # Days that Redis keeps what machines spent on requests, per key and model (docs/costs.md): some 500 bytes for each
+    # key and model that was used on a day.
+    cost_days: int = Field(default=90, ge=1, le=3660)
     # Output tokens of a chat or gRPC request that names no number and whose key has a limit on tokens or money: all it
     # may take is reserved, and the rest of a context would often be the whole limit.
     default_max_tokens: int = Field(default=1024, ge=1)
@@ -117,5 +120,9 @@ class GatewaySettings(CommonSettings):
     drain_settle_s: float = Field(default=0.0, ge=0)
     # On SIGTERM: seconds that running requests may take to finish before they are ended with an error.
     drain_grace_s: float = Field(default=30.0, ge=0)
+    # Write the prompt and the answers of each request into its line of the log. WARNING: what callers said then lies
+    # wherever logs go, for everybody who reads those, for as long as they are kept. To look into a problem; never set
+    # where callers have not been told.
+    log_texts: bool = False
     # Accept a Redis without AOF: queued requests then do not outlive it. For private and test instances.
     allow_volatile_redis: bool = False

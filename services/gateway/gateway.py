@@ -17,6 +17,7 @@ from headrace.v1.scheduler_pb2 import GatewayHello
 from headrace.v1.worker_pb2 import ExecuteHello
 from services.common.errors import Unavailable
 from services.common.redis.answers import AnswerStore
+from services.common.redis.costs import CostStore
 from services.common.redis.dead_letters import DeadLetters
 from services.common.redis.key_store import KeyStore
 from services.common.redis.keys import Owner
@@ -29,9 +30,13 @@ from services.gateway.admission import Admission
 from services.gateway.answers.answers import Answers
 from services.gateway.answers.leases import Leases
 from services.gateway.catalog import Catalog
+from services.gateway.cluster import Cluster
 from services.gateway.config import GatewaySettings
+from services.gateway.costs.cost_book import CostBook
+from services.gateway.costs.metrics import CostMetrics
 from services.gateway.generate import Generator
 from services.gateway.http.app import HttpApp
+from services.gateway.http.cluster_api import cluster_route
 from services.gateway.http.cors import Cors
 from services.gateway.http.exchange import AsgiApp
 from services.gateway.http.input_limits import grpc_limits, http_limits
@@ -49,7 +54,9 @@ from services.gateway.links.placement_links import PlacementLinks
 from services.gateway.links.worker_links import WorkerLinks
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
+from services.gateway.request_log import RequestLog
 from services.gateway.shedder import Shedder
+from services.gateway.state_metrics import show_state
 from services.gateway.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -86,6 +93,10 @@ class Gateway:
         )
         self._readiness = Readiness(self._catalog, self._leases, self._placements)
         metrics = Metrics(registry)
+        show_state(registry, self._active, self._leases, self._limits)
+        self._costs = CostBook(
+            CostStore(self._queue.redis), CostMetrics(registry), writer=incarnation, keep_days=settings.cost_days
+        )
         self._answers = self._make_answers(owner, self._make_generator(metrics), metrics)
         self._make_fronts(metrics)
 
@@ -97,10 +108,12 @@ class Gateway:
             queue=self._queue,
             leases=self._leases,
             limits=self._limits,
+            costs=self._costs,
             placements=self._placements,
             workers=self._workers,
             metrics=metrics,
             tracing=Tracing(trace.get_tracer("headrace.gateway") if settings.otlp_endpoint else None),
+            request_log=RequestLog(texts=settings.log_texts),
             max_attempts=settings.max_attempts,
             resume_patience_s=settings.resume_patience_s,
         )
@@ -128,7 +141,7 @@ class Gateway:
             self._asgi_app(metrics), settings.host, settings.http_port, http_limits(settings), front.http_context
         )
         service_name = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
-        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, settings)
+        servicer = InferenceServicer(self._answers, self._admission, self._keys, self._catalog, metrics, settings)
         self._grpc = GrpcServer(
             [Registration(inference_pb2_grpc.add_InferenceServicer_to_server, servicer, service_name)],
             front,
@@ -146,7 +159,9 @@ class Gateway:
         ]
         whole = partial(whole_response, completion)
         by_path = {route.path: route for route in routes}
-        return HttpApp(by_path, self._answers, whole, self._keys, self._catalog, self._readiness, metrics)
+        cluster = Cluster(self._placements, self._queue, self._catalog)
+        more = [cluster_route(cluster, self._keys, self._settings.id, self._active)]
+        return HttpApp(by_path, self._answers, whole, self._keys, self._catalog, self._readiness, metrics, more)
 
     def _asgi_app(self, metrics: Metrics) -> AsgiApp:
         app, origins = self._http_app(metrics), self._settings.cors_origins
@@ -167,6 +182,7 @@ class Gateway:
             self._leases.run(),
             self._keys.run(),
             self._limits.run(),
+            self._costs.run(),
             self._readiness.follow(self._tell_readiness),
         )
         background = [asyncio.create_task(part) for part in parts]
@@ -208,7 +224,11 @@ class Gateway:
 
     async def _close(self, background: list["asyncio.Task[Any]"]) -> None:
         await asyncio.gather(self._http.stop(), self._grpc.stop(_LAST_WORDS_S))
-        await asyncio.gather(self._leases.wait_ended(_LAST_WORDS_S), self._limits.wait_settled(_LAST_WORDS_S))
+        await asyncio.gather(
+            self._leases.wait_ended(_LAST_WORDS_S),
+            self._limits.wait_settled(_LAST_WORDS_S),
+            self._costs.wait_written(_LAST_WORDS_S),
+        )
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)

@@ -5,6 +5,7 @@ Both fronts call it with a validated request and turn its deltas into their own 
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
@@ -17,13 +18,16 @@ from services.gateway.active_request import ActiveRequest, ActiveRequests, Recei
 from services.gateway.admission import Admission, seconds_left
 from services.gateway.answers.journal import Journal
 from services.gateway.answers.leases import Leases
+from services.gateway.costs.cost_book import CostBook
 from services.gateway.keys.limits import KeyLimits
 from services.gateway.links.placement_links import PlacementLinks
 from services.gateway.links.witness import Witness
 from services.gateway.links.worker_links import Outcome, SequenceFeed, WorkerLink, WorkerLinks
 from services.gateway.metrics import Metrics, ModelMetrics
 from services.gateway.request import Delta, GenerationRequest, pack_ids
+from services.gateway.request_log import RequestLog
 from services.gateway.text.choice import Choice
+from services.gateway.time_budget import TimeBudget, now_us
 from services.gateway.tracing import RequestSpan, Tracing
 
 log = logging.getLogger(__name__)
@@ -57,7 +61,10 @@ class Attempt:
     @property
     def broken_off(self) -> SequenceFeed | None:
         """A sequence that ended and has to go on elsewhere; then the whole attempt is over."""
-        return next((feed for _, feed in self.sequences if feed.outcome in _REASONS), None)
+        for _, feed in self.sequences:  # no generator: this is asked for with each token
+            if feed.outcome is not None and feed.outcome in _REASONS:
+                return feed
+        return None
 
     def cancel(self) -> None:
         self.link.cancel(feed for _, feed in self.sequences)
@@ -74,10 +81,12 @@ class Generator:
         queue: JobQueue,
         leases: Leases,
         limits: KeyLimits,
+        costs: CostBook,
         placements: PlacementLinks,
         workers: WorkerLinks,
         metrics: Metrics,
         tracing: Tracing,
+        request_log: RequestLog,
         max_attempts: int,
         resume_patience_s: float,
     ) -> None:
@@ -86,10 +95,12 @@ class Generator:
         self._queue = queue
         self._leases = leases
         self._limits = limits
+        self._costs = costs
         self._placements = placements
         self._workers = workers
         self._metrics = metrics
         self._tracing = tracing
+        self._request_log = request_log
         self._max_attempts = max_attempts
         self._resume_patience_s = resume_patience_s
 
@@ -103,7 +114,7 @@ class Generator:
         comes first.
         """
         metrics = self._metrics.for_model(request.model.name)
-        span = self._tracing.begin(request.caller, request.model.name)
+        span = self._tracing.begin(request)
         active = await self._admission.admit(request, span.traceparent, journal)
         witness = Witness(active.id, self._placements.tell)
         try:
@@ -143,6 +154,7 @@ class Generator:
         """It is accepted once Redis has answered."""
         await self._limits.reserve(active)
         active.entry_id = await self._queue.enqueue(active.job)
+        active.budget.spend("admission", now_us())
         if active.journal is not None:
             active.journal.accepted = True
 
@@ -152,6 +164,7 @@ class Generator:
         active.entry_id, active.owns_entry = adoption.entry_id, True
         active.attempt = adoption.attempt
         await self._queue.take_over(active.job, active.entry_id)  # one that is gone is added again by the renewals
+        active.budget.spend("admission", now_us())
         if not active.finished:
             self._ask(active, PlacementRequest.REASON_WORKER_LOST)
 
@@ -159,6 +172,7 @@ class Generator:
         """Waits for an offer that holds: the queue entry is this gateway's."""
         while True:
             offer = await active.next_offer()
+            _account_for_wait(active.budget, offer)
             if await self._take_over(active, offer):
                 break
             active.decline()
@@ -171,7 +185,7 @@ class Generator:
             active.load.placed()
             waited_s = active.placed_at - active.request.caller.arrived
             metrics.queue_time.observe(waited_s)
-            metrics.queue_latency.observe(waited_s)
+        active.budget.spend("placement", now_us())
         return active.accept(offer)
 
     async def _take_over(self, active: ActiveRequest, offer: ReceivedOffer) -> bool:
@@ -200,6 +214,7 @@ class Generator:
             _start_command(active, placement),
             [(choice.index, choice.delivered_ids()) for choice in choices],
             active.news,
+            active.spending,
         )
         return Attempt(placement, link, list(zip(choices, feeds, strict=True)))
 
@@ -209,7 +224,7 @@ class Generator:
         """The deltas of one attempt, until every choice is finished or the attempt breaks off."""
         while not active.finished and attempt.broken_off is None:
             await active.look_at_news()
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             for choice, feed in attempt.sequences:
                 if choice.finished or not (feed.token_ids or feed.outcome is Outcome.FINISHED):
                     continue
@@ -223,8 +238,13 @@ class Generator:
                 metrics.tokens.inc(len(delta.token_ids))
                 if delta.finish_reason:
                     attempt.link.cancel((feed,))  # a stop string ends it before its worker knows
-                    delta.usage = active.usage() if active.finished else None
+                    if active.finished:
+                        await active.spending.told()
+                        delta.usage = active.usage()
                 await active.record(delta)
+                if delta.usage is not None:
+                    delta.timings = _close_budget(active.budget, feed, looked_at=int(now * 1e6))
+                    metrics.spent(delta.timings, span.exemplar)
                 yield delta
 
     def _place_again(self, active: ActiveRequest, attempt: Attempt, metrics: ModelMetrics) -> None:
@@ -232,6 +252,10 @@ class Generator:
         feed = attempt.broken_off
         assert feed is not None and feed.outcome is not None, "an attempt ends finished or broken off"
         worker, outcome = attempt.placement.worker_id, feed.outcome
+        if outcome is Outcome.BUSY:
+            active.budget.spend("placement", now_us())
+        else:
+            active.budget.spend_run(feed.times, now_us())
         metrics.resumes[outcome].inc()
         if outcome is not Outcome.BUSY:
             log.info("request %s: attempt %d on %s: %s %s", active.id, active.attempt, worker, outcome, feed.error)
@@ -270,12 +294,12 @@ class Generator:
         elif active.entry_id:
             self._leases.acknowledge(active)
         self._limits.settle(active)
+        self._costs.close(active)
         self._active.remove(active)
         active.load.ended(was_placed=active.placed_at is not None)
         metrics.active.dec()
         if active.finished:
             metrics.succeeded.inc()
-            metrics.total_latency.observe(asyncio.get_running_loop().time() - active.request.caller.arrived)
             outcome = "success"
         elif active.cancelled:
             metrics.cancelled.inc()
@@ -285,9 +309,10 @@ class Generator:
             outcome = "refused"
         else:
             metrics.errored.inc()
-            log.info("request %s: ended with an error: %s", active.id, active.error)
             outcome = "error"
-        span.end(active.usage(), outcome, active.error)
+        reasons = [choice.finish_reason for choice in active.choices]
+        span.end(active.usage(), outcome, active.error, reasons, active.budget)
+        self._request_log.ended(active, outcome)
 
 
 async def _record_failure(active: ActiveRequest, error: HeadraceError) -> None:
@@ -320,15 +345,31 @@ def _first_token(
 ) -> None:
     """The answer begins: the deadline no longer applies."""
     active.unlimit()
+    active.first_token_at = now
     active.cached_prompt_tokens = feed.cached_prompt_tokens or 0
     waited_s = now - active.request.caller.arrived
     if active.placed_at is not None:
         active.load.began(now - active.placed_at)
     metrics.time_to_first_token.observe(waited_s)
-    metrics.first_token_latency.observe(waited_s)
     metrics.prompt_tokens.inc(len(active.request.prompt_ids))
     metrics.cached_prompt_tokens.inc(active.cached_prompt_tokens)
     span.first_token()
+
+
+def _account_for_wait(budget: TimeBudget, received: ReceivedOffer) -> None:
+    """The offer of a scheduler that did not have the job from the beginning knows nothing of the time before."""
+    offer = received.offer
+    if offer.HasField("queue_us"):
+        budget.spend_away((("placement", offer.placement_us), ("queue", offer.queue_us)), received.received_at)
+    else:
+        budget.spend("queue", received.received_at)
+
+
+def _close_budget(budget: TimeBudget, feed: SequenceFeed, *, looked_at: int) -> TimeBudget:
+    """The last delta is made; of several choices those count that end last."""
+    budget.spend_run(feed.times, looked_at)
+    budget.spend("detokenize", now_us())
+    return budget
 
 
 def _testify(witness: Witness, active: ActiveRequest, attempt: Attempt) -> None:

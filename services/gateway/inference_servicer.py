@@ -12,7 +12,7 @@ from headrace.v1.inference_pb2_grpc import InferenceServicer as InferenceBase
 from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.api_keys import Scope
 from services.common.errors import InvalidRequest, Overloaded
-from services.gateway import validation
+from services.gateway import timings, validation
 from services.gateway.admission import Admission
 from services.gateway.answers.answers import Answer, Answers
 from services.gateway.answers.recording import recording
@@ -22,6 +22,7 @@ from services.gateway.config import GatewaySettings
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
 from services.gateway.keys.limit_answers import rate_limit_headers
+from services.gateway.metrics import Metrics
 from services.gateway.request import Delta, GenerationRequest, Usage
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -31,19 +32,27 @@ class InferenceServicer(InferenceBase):
     """Generate, Resume, Cancel, ListModels and Tokenize."""
 
     def __init__(
-        self, answers: Answers, admission: Admission, keys: Keys, catalog: Catalog, settings: GatewaySettings
+        self,
+        answers: Answers,
+        admission: Admission,
+        keys: Keys,
+        catalog: Catalog,
+        metrics: Metrics,
+        settings: GatewaySettings,
     ) -> None:
         self._answers = answers
         self._admission = admission
         self._keys = keys
         self._catalog = catalog
+        self._metrics = metrics
         self._settings = settings
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
-        caller = self._caller(context, await self._identify(context, "generate"))
-        with _limits_told(context, caller):
+        with self._metrics.counting_shed():
+            caller = self._caller(context, await self._identify(context, "generate"))
+        with self._metrics.counting_shed(), _limits_told(context, caller):
             with self._admission.entering():
                 wanted = await self._read(request, caller)
                 content = request.SerializeToString(deterministic=True)
@@ -51,24 +60,24 @@ class InferenceServicer(InferenceBase):
                 answer = await self._answers.begin(
                     [wanted], recording(caller, content, resumable=request.resumable, idempotency_key=key)
                 )
-            begun = False
+            begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
             async with contextlib.aclosing(answer.deltas) as deltas:
                 async for delta in deltas:
                     if not begun:
                         begun = await _begin(context, caller)
-                    yield _delta_message(delta, answer)
+                    yield _delta_message(delta, answer, timed=timed)
 
     async def Resume(
         self, request: inference_pb2.ResumeRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
         caller = self._caller(context, await self._identify(context, "generate"))
         answer = await self._answers.resume(request.answer_id, max(0, request.next_position), caller.key_id)
-        begun = False
+        begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
         async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
                 if not begun:
                     begun = await _begin(context, caller)
-                yield _delta_message(delta, answer)
+                yield _delta_message(delta, answer, timed=timed)
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
         account = await self._identify(context, "generate")
@@ -142,6 +151,7 @@ class InferenceServicer(InferenceBase):
             caller=caller,
             model=model,
             prompt_ids=prompt_ids,
+            operation="chat" if request.HasField("chat") else "text_completion",
             sampling=sampling,
             stopping=stopping,
             choices=choices,
@@ -212,7 +222,7 @@ def _priority(priority: Priority.ValueType) -> Priority.ValueType:
     return priority
 
 
-def _delta_message(delta: Delta, answer: Answer) -> inference_pb2.GenerateDelta:
+def _delta_message(delta: Delta, answer: Answer, *, timed: bool) -> inference_pb2.GenerateDelta:
     return inference_pb2.GenerateDelta(
         request_id=answer.request_id,
         answer_id=answer.id,
@@ -225,6 +235,7 @@ def _delta_message(delta: Delta, answer: Answer) -> inference_pb2.GenerateDelta:
         finish_reason=delta.finish_reason,
         logprobs=None if delta.logprobs is None else delta.logprobs.values,
         usage=None if delta.usage is None else _usage_message(delta.usage),
+        timings=timings.timings_message(delta.timings) if timed and delta.timings is not None else None,
     )
 
 
@@ -233,6 +244,7 @@ def _usage_message(usage: Usage) -> inference_pb2.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,
+        cost=usage.cost,
     )
 
 

@@ -1,11 +1,20 @@
 """All metrics of the gateway. Label values are bounded: model names come from the catalog, never from a caller."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.common.errors import DeadlineExceeded, Overloaded, Unavailable
+from services.gateway.time_budget import PHASES, TimeBudget
+
+Exemplar = dict[str, str] | None
+"""Labels that name the trace of what was observed."""
+
+_PHASE_SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005)
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_SHED_REASONS = ("queue_full", "overloaded", "rate_limit", "quota", "deadline", "unavailable")
 _TOKEN_GAP_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 5.0)
 
 
@@ -37,15 +46,22 @@ class Metrics:
         self.answers_attached = counter(
             "headrace_answers_attached", "Requests answered from an earlier one's idempotency key."
         )
+        shed = counter(
+            "headrace_shed",
+            "Requests that ended in an error after which to come again, by reason: queue_full, overloaded, rate_limit, "
+            "quota, deadline or unavailable.",
+            ("reason",),
+        )
+        self._shed = {reason: shed.labels(reason) for reason in _SHED_REASONS}
         self._add_times(partial(Histogram, registry=registry))
         self._models: dict[str, ModelMetrics] = {}
 
     def _add_times(self, histogram: Callable[..., Histogram]) -> None:
         self.latency = histogram(
             "llm_latency_seconds",
-            "Seconds a finished request took: queue (to a worker), first_token, total.",
+            "Seconds of a finished request: total, and each part of its time budget, which add up to it.",
             ("model", "phase"),
-            buckets=_SECONDS,
+            buckets=(*_PHASE_SECONDS, *_SECONDS),
         )
         self.time_to_first_token = histogram(
             "headrace_time_to_first_token_seconds",
@@ -66,6 +82,15 @@ class Metrics:
             buckets=_SECONDS,
         )
 
+    @contextlib.contextmanager
+    def counting_shed(self) -> Iterator[None]:
+        """Around the work on a request."""
+        try:
+            yield
+        except (Overloaded, Unavailable, DeadlineExceeded) as error:
+            self._shed[error.reason].inc()
+            raise
+
     def for_model(self, model: str) -> "ModelMetrics":
         """The metrics of a model of the catalog."""
         if model not in self._models:
@@ -81,9 +106,8 @@ class ModelMetrics:
         self.errored = metrics.requests.labels(model, "error")
         self.cancelled = metrics.requests.labels(model, "cancelled")
         self.refused = metrics.requests.labels(model, "refused")
-        self.total_latency = metrics.latency.labels(model, "total")
-        self.queue_latency = metrics.latency.labels(model, "queue")
-        self.first_token_latency = metrics.latency.labels(model, "first_token")
+        self._total = metrics.latency.labels(model, "total")
+        self._phases = [(phase, metrics.latency.labels(model, phase)) for phase in PHASES]
         self.tokens = metrics.tokens.labels(model)
         self.prompt_tokens = metrics.prompt_tokens.labels(model)
         self.cached_prompt_tokens = metrics.cached_prompt_tokens.labels(model)
@@ -95,3 +119,9 @@ class ModelMetrics:
             reason: metrics.resumes.labels(model, reason)
             for reason in ("busy", "draining", "lost", "stalled", "failed")
         }
+
+    def spent(self, budget: TimeBudget, exemplar: Exemplar) -> None:
+        """A request has finished, in that time. Only traces that are recorded make exemplars."""
+        self._total.observe(budget.total / 1e6, exemplar)
+        for phase, histogram in self._phases:
+            histogram.observe(budget.parts[phase] / 1e6, exemplar)

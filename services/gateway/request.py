@@ -4,13 +4,16 @@ import random
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
 from headrace.v1.sampling_pb2 import FinishReason, Priority, Sampling, Stopping
+from services.common.machine_costs import NANOS
 from services.gateway.caller import Caller
 from services.gateway.catalog import Model
 from services.gateway.text.logprobs import DeltaLogprobs
+from services.gateway.time_budget import TimeBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class GenerationRequest:
     deterministic: bool = False
     # What every choice's text begins with, before its first token.
     echo: str = ""
+    # What the caller asked for, as traces name it.
+    operation: Literal["text_completion", "chat"] = "text_completion"
 
     def __post_init__(self) -> None:
         if not self.sampling.HasField("seed"):
@@ -41,12 +46,21 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int
+    # What machines spent on it, in billionths of the unit of their prices; None where they have none.
+    cost_nanos: int | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """In that unit."""
+        return None if self.cost_nanos is None else self.cost_nanos / NANOS
 
     def __add__(self, other: "Usage") -> "Usage":
+        costs = [cost for cost in (self.cost_nanos, other.cost_nanos) if cost is not None]
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_prompt_tokens + other.cached_prompt_tokens,
+            sum(costs) if costs else None,
         )
 
 
@@ -67,6 +81,8 @@ class Delta(msgspec.Struct):
     logprobs: DeltaLogprobs | None = None
     # Set in the last delta of the request.
     usage: Usage | None = None
+    # Where the time went; set beside the usage where the request ran.
+    timings: TimeBudget | None = None
     # Place among the deltas of all choices, from 0, where the answer is recorded.
     position: int = -1
 

@@ -11,6 +11,7 @@ from services.common.errors import Unavailable
 from services.common.redis.client import UnfitRedis
 from services.common.redis.keys import Owner
 from services.common.redis.queue import JobQueue
+from services.common.tracing import make_tracer
 from services.scheduler.breaker import BreakerPolicy
 from services.scheduler.cache_watch import CacheWatch
 from services.scheduler.config import SchedulerSettings
@@ -34,11 +35,20 @@ async def serve_scheduler(settings: SchedulerSettings, metrics: SchedulerMetrics
     cache_watch = CacheWatch(settings.id, metrics)
     owner = Owner("scheduler", settings.id, secrets.token_hex(4))
     queue = JobQueue(settings.redis_url, owner, lease_s=settings.lease_s)
+    tracer = make_tracer("scheduler", settings)
     timing = Timing(lease_s=settings.lease_s, patience_s=settings.replacement_patience_s)
 
     def make_dispatcher(model: str) -> Dispatcher:
         return Dispatcher(
-            model, settings.id, fleet, gateways, lambda: cache_watch.index, metrics, timing, settings.policy
+            model,
+            settings.id,
+            fleet,
+            gateways,
+            lambda: cache_watch.index,
+            metrics,
+            timing,
+            settings.policy,
+            tracer=tracer,
         )
 
     def make_intake(model: str, dispatcher: Dispatcher) -> Intake:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from headrace.v1 import scheduler_pb2
 from headrace.v1.job_pb2 import Job
 from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
+from services.common.tracing import Tracer, is_recorded
 from services.scheduler.fleet import Clock, Fleet
 from services.scheduler.gateways import GatewayKey, Gateways, GatewaySession
 from services.scheduler.held import HeldJob, HeldJobs, Where
@@ -55,6 +56,7 @@ class Dispatcher:
         timing: Timing,
         policy: Policy = "kv_aware",
         clock: Clock = time.monotonic,
+        tracer: Tracer | None = None,
     ) -> None:
         self._model = model
         self._scheduler_id = scheduler_id
@@ -66,6 +68,7 @@ class Dispatcher:
         self._policy: Policy = policy
         self._placed = 0
         self._clock = clock
+        self._tracer = tracer or Tracer()
         self._held = HeldJobs()
         self._wake = asyncio.Event()
         self._to_remove: list[QueuedJob] = []
@@ -204,6 +207,7 @@ class Dispatcher:
         return True
 
     def _place(self, held: HeldJob, session: GatewaySession) -> bool:
+        began = self._clock()
         workers = self._fleet.candidates(self._model)
         if reason := impossible(held.shape, workers):
             # What has run already was no mistake of its caller's: the worker it fits is away.
@@ -214,13 +218,13 @@ class Dispatcher:
             self._untried(held, workers),
             self._index(),
             avoid=held.tried_worker_id,
-            beyond_share=self._clock() - held.since >= self._timing.share_s,
+            beyond_share=began - held.since >= self._timing.share_s,
             policy=self._policy,
             turn=self._placed,
         )
         if choice is None:
             return False
-        self._offer(held, choice, session)
+        self._offer(held, choice, session, began)
         return True
 
     def _untried(self, held: HeldJob, workers: list[Candidate]) -> list[Candidate]:
@@ -229,7 +233,8 @@ class Dispatcher:
             return workers
         return [worker for worker in workers if worker.id != held.tried_worker_id]
 
-    def _offer(self, held: HeldJob, choice: Choice, session: GatewaySession) -> None:
+    def _offer(self, held: HeldJob, choice: Choice, session: GatewaySession, began: float) -> None:
+        """`began`: when this job's placement did."""
         worker = choice.worker
         self._placed += 1
         costs = choice.costs()
@@ -253,9 +258,26 @@ class Dispatcher:
             attempt=held.attempt,
             queue_entry_id=held.queued.entry_id,
             placement=placement,
+            queue_us=held.queued_us(began),
+            placement_us=int((self._clock() - began) * 1e6),
         )
+        if is_recorded(held.queued.job.traceparent):
+            self._record(held, choice, began)
         session.offer(offer, lambda status: self._answered(held, status))
         self._metrics.placements.labels(self._model, "replaced" if held.replaces else choice.reason).inc()
+
+    def _record(self, held: HeldJob, choice: Choice, began: float) -> None:
+        """Records, as spans, how long a job has waited, and how it was placed."""
+        parent, attempt = held.queued.job.traceparent, {"headrace.attempt": held.attempt}
+        if (queued_us := held.queued_us(began)) is not None:
+            self._tracer.record("queue", parent, began - queued_us / 1e6, began, attempt)
+        attributes = {
+            **attempt,
+            "headrace.worker": choice.worker.id,
+            "headrace.placement.reason": "replaced" if held.replaces else choice.reason,
+            "headrace.placement.expected_hit_tokens": choice.plan.hit_tokens,
+        }
+        self._tracer.record("place", parent, began, self._clock(), attributes)
 
     # --- answers
 

@@ -39,6 +39,8 @@ class HeldJob:
     shape: JobShape
     replaces: bool
     """Its gateway asked for another placement: the queue entry is the gateway's."""
+    arrived: float | None = None
+    """When it came here first, on the dispatcher's clock."""
     since: float = 0.0
     """When it came to be where it is, on the dispatcher's clock."""
     where: Where = Where.WAITING
@@ -65,6 +67,13 @@ class HeldJob:
     @property
     def key(self) -> PlacementKey:
         return self.queued.job.request_id, self.attempt
+
+    def queued_us(self, now: float) -> int | None:
+        """How long it has waited for a worker, before it came here and since; None if that is not known."""
+        before_us = 0 if self.replaces else self.queued.waited_us
+        if before_us is None or self.arrived is None:
+            return None
+        return before_us + int((now - self.arrived) * 1e6)
 
     @property
     def gateway(self) -> GatewayKey:
@@ -106,6 +115,8 @@ class HeldJobs:
         if (before := self._jobs.get(held.key)) is not None:
             self.drop(before)
         held.where, held.since = Where.WAITING, now
+        if held.arrived is None:
+            held.arrived = now
         self._jobs[held.key] = held
         heapq.heappush(self._waiting, (held.rank, next(self._arrivals), held))
 

@@ -95,7 +95,9 @@ class Intake:
             log.warning("request %s closed: gateway %s is lost", gone.job.request_id, gone.job.gateway_id)
             self._metrics.gateway_lost.inc()
         for priority, depth in (await self._queue.depths(self._model)).items():
-            self._metrics.queue_depth.labels(self._model, PRIORITY_NAMES[known_priority(priority)]).set(depth)
+            labels = (self._model, PRIORITY_NAMES[known_priority(priority)])
+            self._metrics.queue_depth.labels(*labels).set(depth.jobs)
+            self._metrics.queue_age.labels(*labels).set(depth.oldest_s)
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], *, pause_s: float) -> None:
         backoff_s = 0.1

@@ -15,6 +15,12 @@ class SchedulerMetrics:
             ["model", "priority"],
             registry=registry,
         )
+        self.queue_age = Gauge(
+            "headrace_queue_age_seconds",
+            "Age of the oldest job in Redis that no gateway runs yet, s; 0: there is none.",
+            ["model", "priority"],
+            registry=registry,
+        )
         self.queue_wait = Histogram(
             "headrace_queue_wait_seconds",
             "Seconds from a job's entry in the queue to its acceptance by its gateway.",

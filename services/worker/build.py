@@ -20,6 +20,7 @@ import torch
 from services.common.tokenizer_hash import bundle_hash
 from services.worker import model_store
 from services.worker.config import WorkerSettings
+from services.worker.device_prices import price_of
 from services.worker.engine.batcher import Batcher
 from services.worker.engine.batching_policy import BatchingPolicy, ContinuousBatching, StaticBatching
 from services.worker.engine.block_pool import BlockPool
@@ -48,10 +49,12 @@ class LoadedModel:
     limits: ModelLimits
     num_blocks: int
     block_bytes: int
+    device: torch.device
     kv_format: str
     tokenizer_hash: str
     tokenizer_files: dict[str, bytes]
     summary: str  # for the log
+    price_per_hour: float | None = None  # of this worker, if somebody has said it
 
 
 async def run_in_daemon_thread(work: Callable[[], T]) -> T:
@@ -109,6 +112,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
         limits=limits,
         num_blocks=runner.num_blocks,
         block_bytes=runner.block_bytes,
+        device=runner.device,
         kv_format=kv_format(
             folder,
             dtype=dtype,
@@ -121,6 +125,7 @@ def load(settings: WorkerSettings) -> LoadedModel:
         tokenizer_files=bundle,
         summary=f"{limits.name} ({kind}), {runner.weight_bytes >> 20} MiB of weights, context "
         f"{runner.max_model_len}, {runner.num_blocks} KV blocks of {runner.block_size} tokens",
+        price_per_hour=price_of(settings, facts.device),
     )
 
 

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Histogram
 
@@ -27,6 +27,8 @@ class Cancellations:
             registry=registry,
             buckets=_SECOND_BUCKETS,
         )
+        for phase in get_args(Phase):
+            self._seconds.labels(phase)  # there from the start, so that the first one is seen as an increase
         self._under_way: deque[tuple[int, float, dict[Phase, int]]] = deque()
 
     def cancel(self, keys: dict[Hashable, Phase]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from services.common.config import CommonSettings, Port
+from services.common.config import CommonSettings, OptionalPath, Port
 
 Role = Literal["both", "prefill", "decode"]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -78,6 +78,11 @@ class WorkerSettings(CommonSettings):
     static_batch_size: PositiveInt = 8
     # How long the first of a static batch waits for others, in milliseconds.
     static_timeout_ms: int = Field(default=50, ge=0)
+
+    # What an hour of this worker costs, in any unit: requests are charged its share. Unset: what device_prices says.
+    price_per_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    # Prices per hour by device (services/worker/device_prices.py says what is in the file). Unset: there are none.
+    device_prices: OptionalPath = None
 
     # How long a holder of KV may take from one block to the next before what is missing is computed here, in seconds.
     # Far above a hiccup of a busy process; a caller waits for it once, when a holder has died without a word.

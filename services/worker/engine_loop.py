@@ -18,6 +18,8 @@ from services.worker.engine.block_exchange import BlockExchange, PublishedBlocks
 from services.worker.engine.counters import EngineCounters
 from services.worker.engine.engine import Engine, StepResult
 from services.worker.engine.sequence import Sequence
+from services.worker.engine.step_probe import StepProbe
+from services.worker.engine.step_shares import charge
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Turn:
     held_blocks: PublishedBlocks | None  # a snapshot, if one was asked for, from before the step
     result: StepResult | None
     failed: list[tuple[Sequence, str]]  # sequences the engine gave up, with one sentence why
+    dropped: list[Sequence]  # sequences that it let go of since they were cancelled
     step_seconds: float
 
 
@@ -67,14 +70,31 @@ class EngineLoop:
         self._commands_done = 0
         self._sequences: dict[Hashable, Sequence] = {}
         self._failed: list[tuple[Sequence, str]] = []
+        self._dropped: list[Sequence] = []
+        self._started_ns = time.perf_counter_ns()
+        self._busy_ns = 0  # in steps that have ended
+        self._step_began_ns: int | None = None
         self._held_blocks: PublishedBlocks | None = None
         self._filling = False
+        self._probe: StepProbe | None = None
         self._failures_in_a_row = 0
 
     @property
     def exchange(self) -> BlockExchange:
         """The engine's blocks, which anybody may use at any time."""
         return self._engine.exchange
+
+    @property
+    def counters(self) -> EngineCounters:
+        """Those of the engine, as they are now."""
+        return self._engine.counters
+
+    @property
+    def idle_seconds(self) -> float:
+        """Time since the start that no step took, the one that runs included. May be read at any time."""
+        now = time.perf_counter_ns()
+        began = self._step_began_ns
+        return (now - self._started_ns - self._busy_ns - (now - began if began is not None else 0)) / 1e9
 
     def start(self, listener: Listener) -> None:
         """Starts the thread; `listener` is called on the running event loop, once per turn."""
@@ -92,11 +112,21 @@ class EngineLoop:
 
         Returns this command's number.
         """
-        return self._send(partial(self._cancel, list(keys)))
+        return self._send(partial(self._drop, list(keys)))
 
     def request_snapshot(self) -> None:
         """Has the next turn bring the hashes of all blocks held; block events after it go on from there."""
         self._send(self._take_snapshot)
+
+    def profile(self, *, steps: int, traced_steps: int, on_end: Callable[[], None]) -> StepProbe:
+        """Has the next steps timed and those after them traced; `on_end` is called on the thread. One at a time."""
+        probe = StepProbe(self._engine, steps=steps, traced_steps=traced_steps, on_end=on_end)
+        self._send(partial(self._begin_profile, probe))
+        return probe
+
+    def end_profile(self, probe: StepProbe) -> None:
+        """Ends a profile before it has all its steps. One that has ended stays as it is."""
+        self._send(partial(self._end_profile, probe))
 
     async def stop(self) -> None:
         """Ends the thread after the step it is in."""
@@ -146,22 +176,52 @@ class EngineLoop:
 
     def _turn(self) -> Turn:
         held_blocks, self._held_blocks = self._held_blocks, None
-        result: StepResult | None = None
-        started = time.perf_counter()
-        if self._engine.has_work:
-            try:
-                result = self._engine.step()
-            except Exception as error:
-                lost = self._give_up_running(error)
-                log.exception("a step failed, which ends sequences %s", _names(lost))
-        step_seconds = time.perf_counter() - started
+        result, step_ns = self._step() if self._engine.has_work else (None, 0)
         if result is not None:
             self._failures_in_a_row = 0
             self._filling = result.computed_tokens == 0
             for sequence in result.finished:
                 del self._sequences[sequence.key]
         failed, self._failed = self._failed, []
-        return Turn(self._status(), held_blocks, result, failed, step_seconds)
+        dropped, self._dropped = self._dropped, []
+        return Turn(self._status(), held_blocks, result, failed, dropped, step_ns / 1e9)
+
+    def _step(self) -> tuple[StepResult | None, int]:
+        """A step, None if it failed, and how many nanoseconds it took, which are charged to its sequences."""
+        counters = self._engine.counters
+        self._step_began_ns = began_ns = time.perf_counter_ns()
+        try:
+            result = self._engine.step() if self._probe is None else self._probed_step(self._probe)
+        except Exception as error:
+            lost = self._give_up_running(error)
+            log.exception("a step failed, which ends sequences %s", _names(lost))
+            result = None
+        step_ns = time.perf_counter_ns() - began_ns
+        if result is None:
+            counters.failed_ns += step_ns
+        elif result.slices:
+            prefill_ns, decode_ns = charge(result.slices, step_ns)
+            counters.prefill_ns += prefill_ns
+            counters.decode_ns += decode_ns
+        if result is None or result.slices:
+            self._busy_ns += step_ns
+        self._step_began_ns = None
+        return result, step_ns
+
+    def _begin_profile(self, probe: StepProbe) -> None:
+        self._probe = probe
+        probe.begin()
+
+    def _probed_step(self, probe: StepProbe) -> StepResult:
+        result = probe.step()
+        if probe.ended:
+            self._probe = None
+        return result
+
+    def _end_profile(self, probe: StepProbe) -> None:
+        probe.end()
+        if self._probe is probe:
+            self._probe = None
 
     def _status(self) -> EngineStatus:
         engine = self._engine
@@ -193,6 +253,10 @@ class EngineLoop:
                 self._failed.append((sequence, f"The engine refuses this sequence: {error}."))
             else:
                 self._sequences[sequence.key] = sequence
+
+    def _drop(self, keys: list[Hashable]) -> None:
+        self._dropped += [self._sequences[key] for key in keys if key in self._sequences]
+        self._cancel(keys)
 
     def _cancel(self, keys: list[Hashable]) -> None:
         for key in keys:

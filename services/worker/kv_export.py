@@ -8,12 +8,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from headrace.v1.cache_pb2 import FetchBlocksRequest
+from headrace.v1.machine_time_pb2 import MachineTime, PricedTime
 from headrace.v1.sampling_pb2 import Sampling, Stopping
 from headrace.v1.worker_pb2 import PrefillRequest, Start, StartChoice
 from services.common.block_hash import HASH_BYTES, split_hashes
 from services.common.errors import InvalidRequest, Mismatch, Overloaded, RequestFailed, Unavailable
 from services.common.kv_blocks import BlockBytes, chunks
-from services.common.kv_wire import SIGN_OF_LIFE, encode
+from services.common.kv_wire import SIGN_OF_LIFE, encode, encode_spent
 from services.worker.cancellations import Cancellations
 from services.worker.capacity import Capacity, Claim
 from services.worker.engine.block_exchange import BlockExchange
@@ -113,8 +114,10 @@ class Prefills:
         draining: Callable[[], bool],
         on_settled: Callable[[str, int], None],
         on_left: Callable[[], None],
+        price_per_hour: float | None = None,
     ) -> None:
         """`on_settled` is told of every placement that was started or refused, `on_left` of every end of one."""
+        self._price_per_hour = price_per_hour or 0.0
         self._engine = engine
         self._exporter = exporter
         self._capacity = capacity
@@ -126,7 +129,8 @@ class Prefills:
         self._running: set[_Prefill] = set()
 
     async def run(self, request: PrefillRequest) -> AsyncIterator[bytes]:
-        """The blocks of a prompt, each as soon as it is computed; in between signs of life, while the engine steps.
+        """The blocks of a prompt, each as soon as it is computed; in between signs of life, while the engine steps; in
+        the end what it took.
 
         Raises Overloaded when this worker has no room for it, and InvalidRequest if it can never run here.
         """
@@ -146,6 +150,8 @@ class Prefills:
                 yield message
             if prefill.error:
                 raise RequestFailed(prefill.error)
+            time = MachineTime(prefill_ns=sequence.prefill_ns, decode_ns=sequence.decode_ns)
+            yield encode_spent(PricedTime(time=time, price_per_hour=self._price_per_hour))
         finally:
             self._leave(prefill)
 

@@ -18,9 +18,11 @@ import grpc.aio
 
 from headrace.v1.cache_pb2 import FetchBlocksRequest
 from headrace.v1.cache_pb2_grpc import CacheStub
+from headrace.v1.machine_time_pb2 import PricedTime
 from headrace.v1.scheduler_pb2 import KvSource
 from headrace.v1.worker_pb2 import PrefillRequest, Start
 from headrace.v1.worker_pb2_grpc import WorkerStub
+from services.common import tracing
 from services.common.block_digest import DIGEST_BYTES
 from services.common.channel import Channels
 from services.common.kv_blocks import BadBlock, BlockAssembler, BlockBytes
@@ -56,6 +58,8 @@ class Gathered:
     blocks: list[int] = field(default_factory=list)
     computed_blocks: int = 0
     """Those of them that were computed for this request."""
+    spent: list[PricedTime] = field(default_factory=list)
+    """What that took the workers that did."""
 
 
 @dataclass(slots=True)
@@ -67,6 +71,13 @@ class _Fetch:
     first: int  # position of the first one in the chain
     blocks: list[int]
     done: int = 0
+    spent: PricedTime | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Nothing more is waited for: of a prefill what it took, too, which comes with the last blocks."""
+        whole = self.done == len(self.names)
+        return whole and (self.spent is not None or self.source.kind != KvSource.KIND_PREFILL)
 
 
 class KvImporter:
@@ -146,6 +157,8 @@ class KvImporter:
             arrived.set_result(None)
         if source.kind == KvSource.KIND_PREFILL:
             gathered.computed_blocks += fetch.done
+        if fetch.spent is not None:
+            gathered.spent.append(fetch.spent)
 
     async def _fetch(self, fetch: _Fetch, start: Start, compute_s: float) -> None:
         """Fills the fetch's blocks, as far as its source gives them; what goes wrong is counted and ends it."""
@@ -183,7 +196,9 @@ class KvImporter:
                     timeout.reschedule(min(end, loop.time() + stall_s))
                     if chunk.block_hash and (whole := assembler.take(chunk)) is not None:
                         self._fill(fetch, whole)
-                    if fetch.done == len(fetch.names):
+                    if chunk.spent is not None:
+                        fetch.spent = chunk.spent
+                    if fetch.complete:
                         return
         finally:
             call.cancel()
@@ -191,6 +206,7 @@ class KvImporter:
     def _call(self, fetch: _Fetch, start: Start) -> Any:
         """The call, whose messages are Chunk."""
         channel: Any = ChunkChannel(self._channels.get(fetch.source.address))
+        metadata = ((tracing.HEADER, start.traceparent),) if tracing.is_recorded(start.traceparent) else None
         if fetch.source.kind == KvSource.KIND_PREFILL:
             return WorkerStub(channel).Prefill(
                 PrefillRequest(
@@ -201,10 +217,12 @@ class KvImporter:
                     cache_salt=start.cache_salt,
                     skip_blocks=fetch.first,
                     scheduler_id=start.scheduler_id,
-                )
+                ),
+                metadata=metadata,
             )
         stub = CacheStub(channel) if fetch.source.kind == KvSource.KIND_CACHE else WorkerStub(channel)
-        return stub.FetchBlocks(FetchBlocksRequest(kv_format=self._kv_format, block_hashes=b"".join(fetch.names)))
+        request = FetchBlocksRequest(kv_format=self._kv_format, block_hashes=b"".join(fetch.names))
+        return stub.FetchBlocks(request, metadata=metadata)
 
     def _fill(self, fetch: _Fetch, whole: BlockBytes) -> None:
         name = fetch.names[fetch.done]

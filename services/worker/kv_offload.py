@@ -11,8 +11,9 @@ first. Serving never depends on any of this.
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,10 @@ _MOST_WAITING = 64
 _BLOCKS_AT_ONCE = 4
 _TIMEOUT_S = 30.0  # of one chain
 _RETRY_S = 5.0  # after the cache service did not answer
+# A chain that the cache service was found to have is not asked for again so soon: a prompt that many requests share
+# would else cost a call for each of them.
+_TRUSTED_S = 60.0
+_MOST_TRUSTED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class KvOffloader:
         block_size: int,
         least_tokens: int,
         metrics: KvMetrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`least_tokens`: of a prompt that is kept though nobody has used it twice."""
         self._exporter = exporter
@@ -63,6 +70,9 @@ class KvOffloader:
         self._block_size = block_size
         self._least_tokens = least_tokens
         self._metrics = metrics
+        self._clock = clock
+        # Last names of chains that the cache service has, each with when that was found; the oldest first.
+        self._trusted: dict[bytes, float] = {}
         self._channels = Channels()
         self._hot: deque[_Chain] = deque(maxlen=_MOST_WAITING)
         self._cold: deque[_Chain] = deque(maxlen=_MOST_WAITING)
@@ -98,7 +108,8 @@ class KvOffloader:
 
     def _consider(self, result: StepResult) -> None:
         for sequence in result.started:
-            if used := sequence.cached_tokens // self._block_size:
+            used = sequence.cached_tokens // self._block_size
+            if used and not self._trusts(sequence.hashes[used - 1]):
                 self._hot.append(_Chain(sequence.hashes[:used], hot=True))
                 self._news.set()
         for sequence in result.finished:
@@ -121,6 +132,8 @@ class KvOffloader:
             self._news.clear()
 
     async def _offload(self, chain: _Chain) -> None:
+        if self._trusts(chain.names[-1]):
+            return
         # One cache service for one chain, so that it has all of it.
         address = self._caches[chain.names[0][0] % len(self._caches)]
         channel: Any = ChunkChannel(self._channels.get(address))
@@ -129,6 +142,19 @@ class KvOffloader:
         if kept < len(chain.names):
             answer = await stub.Store(self._messages(chain, kept), timeout=_TIMEOUT_S)
             self._metrics.offloaded(answer.stored_blocks, answer.stored_bytes)
+            kept += answer.stored_blocks
+        if kept >= len(chain.names):
+            self._trust(chain.names[-1])
+
+    def _trusts(self, name: bytes) -> bool:
+        found_at = self._trusted.get(name)
+        return found_at is not None and self._clock() - found_at < _TRUSTED_S
+
+    def _trust(self, name: bytes) -> None:
+        self._trusted.pop(name, None)
+        self._trusted[name] = self._clock()
+        if len(self._trusted) > _MOST_TRUSTED:
+            del self._trusted[next(iter(self._trusted))]
 
     async def _kept(self, stub: "CacheAsyncStub", names: Sequence[bytes]) -> int:
         """How many leading blocks of a chain the cache service has."""

@@ -10,6 +10,7 @@ from headrace.v1 import cache_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channel import cancel_and_wait, reachable
 from services.common.kv_wire import with_chunks
 from services.common.serve import GrpcServer, Registration, Stop, stopped
+from services.common.tracing import make_tracer
 from services.worker.build import LoadedModel
 from services.worker.cache_link import CacheLink
 from services.worker.cancellations import Cancellations
@@ -22,8 +23,13 @@ from services.worker.kv_export import KvExporter, Prefills
 from services.worker.kv_import import KvImporter, Patience
 from services.worker.kv_metrics import KvMetrics
 from services.worker.kv_offload import KvOffloader
+from services.worker.machine_metrics import register_machine_metrics
+from services.worker.memory_metrics import show_memory
 from services.worker.metrics import WorkerMetrics
 from services.worker.prefill_rate import PrefillRate
+from services.worker.profiling import Profiler
+from services.worker.request_metrics import RequestMetrics
+from services.worker.run_traces import RunTraces
 from services.worker.scheduler_links import SchedulerLinks, WorkerLoad
 from services.worker.servicer import WorkerServicer
 
@@ -50,6 +56,8 @@ class WorkerService:
         self._engine = EngineLoop(model.engine, model.limits.block_size)
         exchange = self._engine.exchange
         self._metrics = WorkerMetrics(model.limits.name, lambda: 1 - exchange.free_blocks / model.num_blocks, registry)
+        show_memory(model.device, registry)
+        register_machine_metrics(model.limits.name, self._engine, model.price_per_hour, registry)
         self._capacity = Capacity(
             max_sequences=settings.max_sequences,
             max_pending_prefill_tokens=self._most_pending_prefill_tokens(),
@@ -68,6 +76,7 @@ class WorkerService:
             settings.kv_offload_least_tokens,
             kv_metrics,
         )
+        tracer = make_tracer("worker", settings)
         self._cancellations = Cancellations(self._engine, registry)
         self._executions = Executions(
             self._engine,
@@ -76,7 +85,10 @@ class WorkerService:
             self._importer,
             self._prefill_rate,
             self._cancellations,
+            RequestMetrics(model.limits.name, registry),
+            RunTraces(tracer, model.limits.name),
             self._on_settled,
+            model.price_per_hour,
         )
         self._prefills = Prefills(
             self._engine,
@@ -87,10 +99,18 @@ class WorkerService:
             draining=lambda: self._executions.draining,
             on_settled=self._on_settled,
             on_left=lambda: self._schedulers.notify(),
+            price_per_hour=model.price_per_hour,
         )
         self._drain = Drain(self._executions, self._prefills, settings.drain_grace_s)
+        profiler = Profiler(settings.id, self._engine, kv_metrics, model.limits.block_size)
         servicer = WorkerServicer(
-            self._executions, exporter, self._prefills, model.tokenizer_hash, model.tokenizer_files
+            self._executions,
+            exporter,
+            self._prefills,
+            profiler,
+            model.tokenizer_hash,
+            model.tokenizer_files,
+            tracer,
         )
         name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
         add = with_chunks(worker_pb2_grpc.add_WorkerServicer_to_server)
@@ -203,6 +223,8 @@ class WorkerService:
             draining=self._executions.draining,
             prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             role=_ROLES[self._role],
+            prefix_queried_tokens=status.counters.prefix_queried_tokens if status else 0,
+            prefix_hit_tokens=status.counters.prefix_hit_tokens if status else 0,
         )
 
     def _registration(self, address: str) -> scheduler_pb2.Registration:
@@ -224,6 +246,7 @@ class WorkerService:
             total_blocks=self._model.num_blocks,
             block_bytes=self._model.block_bytes,
             deterministic=self._settings.deterministic,
+            price_per_hour=self._model.price_per_hour,
         )
 
     def _holder(self, address: str) -> cache_pb2.Holder:

@@ -5,10 +5,13 @@ from collections.abc import AsyncIterator, Mapping
 
 import grpc.aio
 
-from headrace.v1 import cache_pb2, worker_pb2, worker_pb2_grpc
+from headrace.v1 import cache_pb2, profile_pb2, worker_pb2, worker_pb2_grpc
 from services.common.errors import InvalidRequest, NotFound
-from services.worker.executions import Execution, Executions
+from services.common.tracing import Tracer
+from services.worker.executions import Executions
 from services.worker.kv_export import KvExporter, Prefills
+from services.worker.profiling import Profiler
+from services.worker.ticket import Execution
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -24,14 +27,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         executions: Executions,
         exporter: KvExporter,
         prefills: Prefills,
+        profiler: Profiler,
         tokenizer_hash: str,
         tokenizer_files: Mapping[str, bytes],
+        tracer: Tracer,
     ) -> None:
         self._executions = executions
         self._exporter = exporter
         self._prefills = prefills
+        self._profiler = profiler
         self._tokenizer_hash = tokenizer_hash
         self._tokenizer_files = tokenizer_files
+        self._tracer = tracer
 
     async def Execute(self, request_iterator: Commands, context: Context) -> AsyncIterator[worker_pb2.StepOutput]:
         """Ends when the gateway ends its side, when the connection breaks, or after a drain."""
@@ -52,13 +59,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         """Carries out a gateway's commands until it ends its side."""
         try:
             async for command in commands:
-                match command.WhichOneof("command"):
-                    case "start":
-                        self._executions.start(execution, command.start)
-                    case "cancel":
-                        self._executions.cancel(execution, command.cancel.handles)
-                    case _:
-                        raise InvalidRequest("After its hello, an Execute stream carries start and cancel.")
+                if not (command.starts or command.HasField("cancel")):
+                    raise InvalidRequest("After its hello, an Execute stream carries starts and cancel.")
+                for start in command.starts:
+                    self._executions.start(execution, start)
+                if command.cancel.handles:
+                    self._executions.cancel(execution, command.cancel.handles)
         finally:
             self._executions.close(execution)
 
@@ -71,19 +77,27 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
             for start in range(0, max(len(data), 1), _CHUNK_BYTES):
                 yield worker_pb2.FileChunk(name=name, data=data[start : start + _CHUNK_BYTES])
 
+    async def Profile(
+        self, request: profile_pb2.ProfileRequest, context: Context
+    ) -> AsyncIterator[profile_pb2.ProfilePart]:
+        async for part in self._profiler.run(request):
+            yield part
+
     # Both yield KvChunk as `kv_wire` encodes it.
 
     async def Prefill(  # type: ignore[override]
         self, request: worker_pb2.PrefillRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        async for chunk in self._prefills.run(request):
-            yield chunk
+        with self._tracer.serving("prefill for another", context):
+            async for chunk in self._prefills.run(request):
+                yield chunk
 
     async def FetchBlocks(  # type: ignore[override]
         self, request: cache_pb2.FetchBlocksRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        async for chunk in self._exporter.fetch(request):
-            yield chunk
+        with self._tracer.serving("fetch blocks", context):
+            async for chunk in self._exporter.fetch(request):
+                yield chunk
 
 
 async def _read_hello(commands: Commands) -> str:

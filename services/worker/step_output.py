@@ -7,7 +7,7 @@ from services.worker.engine.logprobs import TokenLogprobs
 class StepOutput:
     """Collects the tokens, and the rest. A sequence's tokens come one after the other."""
 
-    __slots__ = ("_logprobs", "counts", "ended", "handles", "started", "token_ids")
+    __slots__ = ("_logprobs", "counts", "ended", "handles", "started", "times", "token_ids")
 
     def __init__(self) -> None:
         self.handles: list[int] = []
@@ -15,6 +15,7 @@ class StepOutput:
         self.counts: list[int] = []
         self.started: list[worker_pb2.SequenceStarted] = []
         self.ended: list[worker_pb2.SequenceEnded] = []
+        self.times: list[worker_pb2.SequenceTime] = []
         self._logprobs: dict[int, sampling_pb2.Logprobs] | None = None  # by handle; few sequences ask for them
 
     def add_token(self, handle: int, token: int) -> None:
@@ -42,6 +43,7 @@ class StepOutput:
             token_counts=self.counts if len(self.token_ids) != len(self.handles) else (),
             started=self.started,
             ended=self.ended,
+            times=self.times,
         )
         if self._logprobs is not None:
             for handle, values in self._logprobs.items():

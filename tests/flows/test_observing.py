@@ -4,12 +4,13 @@ import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from tests.flows.headrace_up import HEADRACE, HeadraceUp
+from tests.flows.headrace_up import HEADRACE, HeadraceUp, eventually
 
 EXPECTED_METRICS = {
     "gateway": {"llm_requests_total", "llm_tokens_generated_total", "llm_active_requests", "llm_latency_seconds_count"},
@@ -68,6 +69,28 @@ def test_ps_shows_every_process(stack: HeadraceUp, model: str) -> None:
         assert "MiB" in row
     assert model in rows["worker"]
     assert stack.http_url in shown
+
+
+def test_levels_change_while_every_service_runs(stack: HeadraceUp, http: httpx.Client, model: str) -> None:
+    def requests_logged() -> int:
+        return Path(stack.member("gateway").log).read_text().count("completion_tokens=1 ")
+
+    def complete() -> None:
+        http.post("/v1/completions", json={"model": model, "prompt": "Hello", "max_tokens": 1}).raise_for_status()
+
+    def level_of(name: str) -> str:
+        return re.findall(r"log level (\w+),", Path(stack.member(name).log).read_text())[-1]
+
+    services = ["cache", "scheduler", "worker", "gateway"]
+    try:
+        for level, lines in (("warning", 0), ("info", 1)):
+            assert stack.run("log-level", "all", level).strip() == f"{', '.join(services)}: log level {level}"
+            eventually(lambda level=level: [level_of(name) for name in services] == [level] * 4, "all have changed")  # type: ignore[misc]
+            before = requests_logged()
+            complete()
+            eventually(lambda expected=before + lines: requests_logged() == expected, "the line is there")  # type: ignore[misc]
+    finally:
+        stack.run("log-level", "all", "info")
 
 
 def test_the_printed_curl_line_is_answered_with_paris(stack: HeadraceUp) -> None:

@@ -22,6 +22,10 @@ headrace:limits:{SCOPE}:meters           hash     what a key, or a group and its
 headrace:limits:{SCOPE}:reservations     hash     what each running request holds
 headrace:limits:{SCOPE}:leases           sorted   when the reservations run out if their gateway does not renew them
                                          set      (meters.lua says what is in the three)
+headrace:costs:YYYY-MM-DD                hash     what machines spent on the requests that ended on that day (UTC),
+                                                  expires. `KEY_ID MODEL WHAT` -> a whole number (KEY_ID and MODEL
+                                                  quoted as in URLs, WHAT as in `MachineCosts`); `@INCARNATION` -> the
+                                                  last batch of a gateway that is in it
 
 An owner's lease on an entry is the entry's idle time in the pending-entries list: whoever renews sets it to 0.
 The braces are a hash tag: all streams of one model, both keys of an answer, and all keys of one scope, are in one slot
@@ -29,6 +33,7 @@ of a Redis Cluster, so that a script may use them.
 """
 
 from dataclasses import dataclass
+from datetime import date
 from typing import Literal
 from urllib.parse import quote
 
@@ -90,6 +95,10 @@ def answer_request(answer_id: str) -> str:
 
 def answer_events(answer_id: str) -> str:
     return f"headrace:answer:{{{answer_id}}}:events"
+
+
+def costs_of_day(day: date) -> str:
+    return f"headrace:costs:{day.isoformat()}"
 
 
 def limit_keys(scope: str) -> list[str]:

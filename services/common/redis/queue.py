@@ -10,7 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -55,6 +55,8 @@ class QueuedJob:
 
     entry_id: str
     job: Job
+    # How long it was in the queue when it was popped, by Redis' clock, which made its id; None: it was not popped.
+    waited_us: int | None = field(default=None, compare=False)
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -78,6 +80,13 @@ class _Expired:
         if self.owner.startswith("g:"):
             return heartbeat_of(self.owner)
         return gateway_heartbeat(self.job.gateway_id, self.job.gateway_incarnation)
+
+
+class Depth(NamedTuple):
+    """How many jobs wait, and since when the oldest of them."""
+
+    jobs: int
+    oldest_s: float
 
 
 class Reclaimed(NamedTuple):
@@ -162,12 +171,13 @@ class JobQueue:
         """
         streams = queue_streams(model)
         popped: list[QueuedJob] = []
-        taken = await self._redis.script(scripts.POP, streams, (GROUP, self._owner.consumer, count))
+        time, *taken = await self._redis.script(scripts.POP, streams, (GROUP, self._owner.consumer, count))
+        now_us = int(time[0]) * 1_000_000 + int(time[1])
         for stream, (handed_out, entries) in zip(streams, taken, strict=True):
             if handed_out:
                 self._handed_out[stream] = handed_out.decode()
             jobs = ((entry_id.decode(), _decode(stream, fields)) for entry_id, fields in entries)
-            popped += [QueuedJob(entry_id, job) for entry_id, job in jobs if job is not None]
+            popped += [QueuedJob(entry_id, job, _age_us(entry_id, now_us)) for entry_id, job in jobs if job is not None]
         return popped
 
     async def wait_for_jobs(self, model: str, timeout_s: float) -> None:
@@ -202,10 +212,13 @@ class JobQueue:
             await self._redis.script(scripts.TIDY, [stream], (GROUP, _FORGET_CONSUMER_MS))
         return reclaimed
 
-    async def depths(self, model: str) -> dict[int, int]:
+    async def depths(self, model: str) -> dict[int, Depth]:
         """Jobs that no gateway runs yet, by priority."""
-        counts: list[int] = await self._redis.script(scripts.DEPTHS, queue_streams(model), (GROUP,))
-        return {int(priority): count for priority, count in zip(PRIORITIES, counts, strict=True)}
+        found: list[tuple[int, int]] = await self._redis.script(scripts.DEPTHS, queue_streams(model), (GROUP,))
+        return {
+            int(priority): Depth(jobs, oldest_ms / 1000)
+            for priority, (jobs, oldest_ms) in zip(PRIORITIES, found, strict=True)
+        }
 
     async def close(self) -> None:
         await self._redis.close()
@@ -276,6 +289,10 @@ class JobQueue:
         arguments: list[Argument] = [GROUP, self._owner.consumer, self._lease_ms, *entry_ids]
         seized: list[bytes] = await self._redis.script(script, [stream], arguments)
         return {entry_id.decode() for entry_id in seized}
+
+
+def _age_us(entry_id: str, now_us: int) -> int:
+    return max(0, now_us - int(entry_id.split("-")[0]) * 1000)
 
 
 def _decode(stream: str, fields: list[bytes]) -> Job | None:

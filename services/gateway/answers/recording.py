@@ -18,6 +18,7 @@ from services.common.errors import (
     RequestFailed,
     Unavailable,
 )
+from services.common.machine_costs import NANOS
 from services.gateway.caller import Caller
 from services.gateway.catalog import Model
 from services.gateway.errors import RequestCancelled
@@ -125,6 +126,7 @@ def event_of(delta: Delta) -> AnswerEvent:
             prompt_tokens=usage.prompt_tokens,
             completion_tokens=usage.completion_tokens,
             cached_prompt_tokens=usage.cached_prompt_tokens,
+            cost=usage.cost,
         ),
     )
 
@@ -142,7 +144,8 @@ def replay(choices: Sequence[Choice], event: AnswerEvent, position: int) -> Delt
     delta.position = position
     if event.HasField("usage"):
         usage = event.usage
-        delta.usage = Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens)
+        cost_nanos = round(usage.cost * NANOS) if usage.HasField("cost") else None
+        delta.usage = Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens, cost_nanos)
     return delta
 
 

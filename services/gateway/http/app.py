@@ -1,9 +1,9 @@
 """The gateway's HTTP: what takes bodies, and with Starlette the models, health and metrics."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import msgspec
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -18,8 +18,10 @@ from services.gateway.catalog import Catalog, Model
 from services.gateway.errors import MethodNotAllowed
 from services.gateway.http.docs_page import document_routes
 from services.gateway.http.exchange import Message, Receive, Scope, Send
+from services.gateway.http.openai_api import WholeResponse
 from services.gateway.http.openai_errors import error_body, error_headers
 from services.gateway.http.openai_types import ModelList, ModelObject, StatusObject
+from services.gateway.http.playground import playground_routes
 from services.gateway.http.post_route import PostRoute
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
@@ -34,16 +36,17 @@ class HttpApp:
         self,
         post_routes: Mapping[str, PostRoute],
         answers: Answers,
-        whole: Callable[[Answer], Awaitable[bytes]],
+        whole: Callable[[Answer], Awaitable[WholeResponse]],
         keys: Keys,
         catalog: Catalog,
         readiness: Readiness,
         metrics: Metrics,
+        more: Sequence[Route] = (),
     ) -> None:
-        """`whole`: the body that an answer in one piece is."""
+        """`whole`: the body that an answer in one piece is. `more`: routes that stand beside those made here."""
         self._post_routes = post_routes
         self._metrics = metrics
-        self._rest = _rest(answers, whole, keys, catalog, readiness, metrics)
+        self._rest = _rest(answers, whole, keys, catalog, readiness, metrics, more)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if route := self._post_routes.get(scope["path"]):
@@ -67,11 +70,12 @@ class HttpApp:
 
 def _rest(
     answers: Answers,
-    whole: Callable[[Answer], Awaitable[bytes]],
+    whole: Callable[[Answer], Awaitable[WholeResponse]],
     keys: Keys,
     catalog: Catalog,
     readiness: Readiness,
     metrics: Metrics,
+    more: Sequence[Route],
 ) -> Starlette:
     async def identify(request: Request, scope: KeyScope = "models") -> Account:
         headers = request.headers
@@ -90,7 +94,7 @@ def _rest(
     async def get_answer(request: Request) -> Response:
         account = await identify(request, "generate")
         answer = await answers.resume(request.path_params["answer_id"], 0, account.key_id)
-        return Response(await whole(answer), media_type="application/json")
+        return Response((await whole(answer)).body, media_type="application/json")
 
     async def cancel_answer(request: Request) -> Response:
         account = await identify(request, "generate")
@@ -106,8 +110,10 @@ def _rest(
             return _json(StatusObject("ready"))
         return _json(StatusObject("not ready", problem), status=503)
 
-    async def show_metrics(_: Request) -> Response:
-        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+    async def show_metrics(request: Request) -> Response:
+        # Exemplars are told to scrapers that ask for OpenMetrics: no name here has a colon (see common/telemetry.py).
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), headers={"content-type": content_type})
 
     return Starlette(
         routes=[
@@ -119,6 +125,8 @@ def _rest(
             Route("/health/ready", ready),
             Route("/metrics", show_metrics),
             *document_routes(),
+            *playground_routes(),
+            *more,
         ],
         exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from services.gateway.errors import NotAllowed
 from services.gateway.http.exchange import AsgiApp, Header, Message, Receive, Scope, Send
 from services.gateway.http.openai_errors import error_body, error_headers
+from services.gateway.timings import HEADER
 
 ANY_ORIGIN = "*"
 
@@ -19,6 +20,7 @@ _EXPOSED = b", ".join(
     [
         b"x-request-id",
         b"retry-after",
+        HEADER.encode(),
         *(
             b"x-ratelimit-%s-%s" % (word, unit)
             for word in (b"limit", b"remaining", b"reset")

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from services.common.errors import HeadraceError
+from services.gateway import timings
 from services.gateway.caller import Caller, internal_id, sane_request_id, timeout_seconds
 from services.gateway.errors import BodyTimeout, BodyTooLarge
 from services.gateway.http.openai_errors import error_body, error_headers
@@ -63,6 +64,10 @@ class HttpExchange:
     def credential(self) -> str | None:
         """The API key that came with the call, or None."""
         return credential_of(self.header(b"authorization"), self.header(b"x-api-key"))
+
+    @property
+    def wants_timings(self) -> bool:
+        return timings.are_wanted(self.header(timings.HEADER.encode()))
 
     def caller(self, default_timeout_s: float) -> Caller:
         timeout_s = timeout_seconds(self.header(b"x-request-timeout-ms"), default_timeout_s)

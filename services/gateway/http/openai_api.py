@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ from services.gateway.http.openai_types import (
 )
 from services.gateway.http.post_route import JSON, PostRoute
 from services.gateway.request import Delta, GenerationRequest, Usage
+from services.gateway.time_budget import TimeBudget
+from services.gateway.timings import HEADER, timings_header
 
 B = TypeVar("B", bound=CommonBody)
 
@@ -93,7 +95,7 @@ class CompletionRoute(PostRoute, Generic[B]):
             answer_id=answer.id,
             system_fingerprint=answer.system_fingerprint,
         )
-        usage = Usage(0, 0, 0)
+        usage, timings = Usage(0, 0, 0), None
         async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
                 # A delta whose text is held back is no event unless it has log-probabilities, but the first one of a
@@ -102,17 +104,29 @@ class CompletionRoute(PostRoute, Generic[B]):
                     await exchange.send_event(events.event(delta))
                 if delta.usage is not None:
                     usage += delta.usage
-        await exchange.end_stream(events.usage(usage) + DONE if with_usage else DONE)
+                    timings = delta.timings if exchange.wants_timings else None
+        await exchange.end_stream(events.summary(usage if with_usage else None, timings) + DONE)
 
     async def _respond(self, exchange: HttpExchange, answer: Answer) -> None:
-        await exchange.respond(200, await whole_response(self._kind, answer), JSON)
+        whole = await whole_response(self._kind, answer)
+        headers = list(JSON)
+        if whole.timings is not None and exchange.wants_timings:
+            headers.append((HEADER.encode(), timings_header(whole.timings).encode()))
+        await exchange.respond(200, whole.body, headers)
 
 
-async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
+class WholeResponse(NamedTuple):
+    """An answer in one piece; of several prompts' times those of the one that ended last."""
+
+    body: bytes
+    timings: TimeBudget | None
+
+
+async def whole_response(kind: Kind[B], answer: Answer) -> WholeResponse:
     """The JSON of an answer in one piece, when it has ended. Raises what it ends in."""
     collected: dict[int, Delta] = {}
     with_logprobs: dict[int, list[Delta]] = {}
-    usage = Usage(0, 0, 0)
+    usage, timings = Usage(0, 0, 0), None
     async with contextlib.aclosing(answer.deltas) as deltas:
         async for delta in deltas:
             whole = collected.setdefault(delta.choice, delta)
@@ -123,6 +137,7 @@ async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
                 with_logprobs.setdefault(delta.choice, []).append(delta)
             if delta.usage is not None:
                 usage += delta.usage
+                timings = delta.timings
     response = CompletionResponse(
         id=kind.id_prefix + answer.request_id,
         object=kind.object_name,
@@ -132,7 +147,7 @@ async def whole_response(kind: Kind[B], answer: Answer) -> bytes:
         usage=usage_object(usage),
         system_fingerprint=answer.system_fingerprint,
     )
-    return msgspec.json.encode(response)
+    return WholeResponse(msgspec.json.encode(response), timings)
 
 
 def _parse_event_id(event_id: str) -> tuple[str, int]:

@@ -8,6 +8,8 @@ from services.gateway.http.openai_errors import error_body
 from services.gateway.http.openai_logprobs import chat_logprobs, completion_logprobs
 from services.gateway.http.openai_types import PromptTokensDetails, UsageObject
 from services.gateway.request import Delta, Usage
+from services.gateway.time_budget import TimeBudget
+from services.gateway.timings import timings_object
 
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": waiting\n\n"
@@ -65,9 +67,14 @@ class CompletionEvents:
             self._tail,
         )
 
-    def usage(self, usage: Usage) -> bytes:
-        """The event before the last, if the caller asked for it."""
-        return b'%b],"usage":%b}\n\n' % (self._head, _encode(usage_object(usage)))
+    def summary(self, usage: Usage | None, timings: TimeBudget | None) -> bytes:
+        """The event before the last, with what the caller asked for; empty if that is nothing."""
+        fields = b""
+        if usage is not None:
+            fields += b',"usage":%b' % _encode(usage_object(usage))
+        if timings is not None:
+            fields += b',"timings":%b' % _encode(timings_object(timings))
+        return b"%b]%b}\n\n" % (self._head, fields) if fields else b""
 
 
 class ChatEvents(CompletionEvents):
@@ -99,4 +106,5 @@ def usage_object(usage: Usage) -> UsageObject:
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=PromptTokensDetails(usage.cached_prompt_tokens),
+        cost=msgspec.UNSET if usage.cost is None else usage.cost,
     )

@@ -134,6 +134,7 @@ def _request(
         caller=caller,
         model=model,
         prompt_ids=ids,
+        operation="chat" if isinstance(body, ChatBody) else "text_completion",
         sampling=_sampling(body, logprobs),
         stopping=_stopping(body, max_tokens),
         choices=1 if body.n is None else body.n,

@@ -86,6 +86,8 @@ class UsageObject(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    # What machines spent on it, where their price is set; a field of OpenRouter's.
+    cost: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class CompletionChoice(msgspec.Struct):

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from services.gateway.http.cluster_api import ClusterObject
 from services.gateway.http.openai_requests import UNSUPPORTED
 from services.gateway.http.openai_types import (
     ChatBody,
@@ -83,6 +84,13 @@ OPERATIONS = (
     Operation("get", "/v1/models/{name}", "One model.", {_JSON: ModelObject}, (*_KEYED, 404)),
     Operation(
         "get",
+        "/v1/cluster",
+        "The workers and queues of the models that the key may use, and the schedulers.",
+        {_JSON: ClusterObject},
+        _KEYED,
+    ),
+    Operation(
+        "get",
         "/v1/answers/{answer_id}",
         "A recorded answer, when it has ended.",
         {_JSON: CompletionResponse[CompletionChoice]},
@@ -107,6 +115,8 @@ OPERATIONS = (
     Operation("get", "/metrics", "Metrics in Prometheus' text format.", {_TEXT: None}, _OPEN, open=True),
     Operation("get", "/openapi.json", "This document.", {_JSON: None}, _OPEN, open=True),
     Operation("get", "/docs", "This document as a page.", {"text/html": None}, _OPEN, open=True),
+    Operation("get", "/", "A page to chat and to watch the cluster.", {"text/html": None}, _OPEN, open=True),
+    Operation("get", "/playground/{name}", "A file of that page.", {"*/*": None}, (*_OPEN, 404), open=True),
 )
 
 

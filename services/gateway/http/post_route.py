@@ -42,7 +42,8 @@ class PostRoute:
         try:
             if scope["method"] != "POST":
                 raise MethodNotAllowed(f"{self.path} takes POST, not {scope['method']}.")
-            await self.handle(exchange)
+            with self._metrics.counting_shed():
+                await self.handle(exchange)
         except ClientGone:
             exchange.status = CLIENT_GONE_STATUS
         except HeadraceError as error:

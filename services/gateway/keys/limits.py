@@ -70,6 +70,20 @@ class KeyLimits:
         # Why nothing can be reserved now: Redis may have lost what is reserved already.
         self._problem: str | None = None
 
+    @property
+    def reservations(self) -> int:
+        """How many are not settled yet."""
+        return len(self._open)
+
+    def reserved(self, name: str) -> int:
+        """What all of them hold of the limits of that name, in the meters' units."""
+        return sum(
+            claim.hold
+            for reservation in self._open.values()
+            for limit, claim in zip(reservation.limits, reservation.claims, strict=True)
+            if limit.name == name
+        )
+
     async def reserve(self, active: ActiveRequest) -> None:
         """Reserves what a request may take; without limits it asks nobody. `settle` follows, however it ends.
 

@@ -1,5 +1,6 @@
 """The Place stream to every scheduler: offers and catalogs come down, answers, placement requests and reports go up."""
 
+import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterable
@@ -9,6 +10,8 @@ import grpc.aio
 from headrace.v1.job_pb2 import Job
 from headrace.v1.scheduler_pb2 import (
     AttemptReport,
+    DescribeFleetRequest,
+    DescribeFleetResponse,
     GatewayHello,
     GatewayMessage,
     Offer,
@@ -25,6 +28,8 @@ from services.gateway.catalog import Catalog
 
 log = logging.getLogger(__name__)
 
+_DESCRIBE_TIMEOUT_S = 2.0
+
 
 class PlacementLinks:
     """Connections with all schedulers. A placement request that its scheduler cannot answer goes to another."""
@@ -36,6 +41,7 @@ class PlacementLinks:
         self._catalog = catalog
         self._on_adoption: Callable[[Job, str], None] = lambda job, entry_id: None
         self._outboxes: dict[str, Outbox[GatewayMessage]] = {}  # by scheduler; those that have said hello back
+        self._channels: dict[str, grpc.aio.Channel] = {}  # of the same
         # Placement requests without an offer so far, by request id, with the scheduler that has each.
         self._asked: dict[str, tuple[PlacementRequest, str | None]] = {}
 
@@ -64,25 +70,31 @@ class PlacementLinks:
         for outbox in self._outboxes.values():
             outbox.put(GatewayMessage(attempt_report=report))
 
+    async def describe(self) -> list[DescribeFleetResponse]:
+        """The fleet as each connected scheduler sees it, without those that do not answer within two seconds."""
+        views = await asyncio.gather(*map(_describe, self._channels.values()))
+        return [view for view in views if view is not None]
+
     async def _talk(self, scheduler: str, channel: grpc.aio.Channel) -> None:
-        outbox: Outbox[GatewayMessage] = Outbox()
+        outbox: Outbox[GatewayMessage] = Outbox(_merge)
         outbox.put(GatewayMessage(hello=self._hello))
         try:
             async for message in SchedulerStub(channel).Place(outbox):
                 if scheduler not in self._outboxes:
-                    self._connected(scheduler, outbox)
+                    self._connected(scheduler, outbox, channel)
                 self._receive(message, scheduler, outbox)
         finally:
             outbox.close()
             self._disconnected(scheduler)
 
-    def _connected(self, scheduler: str, outbox: Outbox[GatewayMessage]) -> None:
+    def _connected(self, scheduler: str, outbox: Outbox[GatewayMessage], channel: grpc.aio.Channel) -> None:
         log.info("scheduler %s: connected", scheduler)
-        self._outboxes[scheduler] = outbox
+        self._outboxes[scheduler], self._channels[scheduler] = outbox, channel
         self._ask_again(None)
 
     def _disconnected(self, scheduler: str) -> None:
         if self._outboxes.pop(scheduler, None) is not None:
+            del self._channels[scheduler]
             log.info("scheduler %s: disconnected", scheduler)
             self._catalog.disconnected(scheduler)
             self._ask_again(scheduler)
@@ -93,9 +105,9 @@ class PlacementLinks:
                 self.ask(request)
 
     def _receive(self, message: SchedulerMessage, scheduler: str, outbox: Outbox[GatewayMessage]) -> None:
+        for offer in message.offers:
+            self._offered(offer, outbox)
         match message.WhichOneof("message"):
-            case "offer":
-                self._offered(message.offer, outbox)
             case "catalog":
                 self._catalog.announce(scheduler, message.catalog)
             case "refusal":
@@ -104,7 +116,7 @@ class PlacementLinks:
                 self._on_adoption(message.adoption.job, message.adoption.queue_entry_id)
 
     def _offered(self, offer: Offer, outbox: Outbox[GatewayMessage]) -> None:
-        received = ReceivedOffer(offer, lambda answer: outbox.put(GatewayMessage(answer=answer)))
+        received = ReceivedOffer(offer, lambda answer: outbox.put(GatewayMessage(answers=[answer])))
         if active := self._active.get(offer.request_id):
             active.receive(received)
         else:
@@ -114,3 +126,17 @@ class PlacementLinks:
         if active := self._active.get(refusal.request_id):
             error = InvalidRequest if refusal.permanent else Unavailable
             active.refuse(refusal.attempt, error(refusal.reason))
+
+
+async def _describe(channel: grpc.aio.Channel) -> DescribeFleetResponse | None:
+    try:
+        return await SchedulerStub(channel).DescribeFleet(DescribeFleetRequest(), timeout=_DESCRIBE_TIMEOUT_S)
+    except grpc.aio.AioRpcError:
+        return None
+
+
+def _merge(message: GatewayMessage, following: GatewayMessage) -> bool:
+    if not message.answers or not following.answers:
+        return False
+    message.MergeFrom(following)
+    return True

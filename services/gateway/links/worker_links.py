@@ -12,15 +12,29 @@ from enum import StrEnum
 import grpc.aio
 
 from headrace.v1.sampling_pb2 import FinishReason, Logprobs
-from headrace.v1.worker_pb2 import Cancel, ExecuteCommand, ExecuteHello, SequenceEnded, Start, StartChoice, StepOutput
+from headrace.v1.worker_pb2 import (
+    Cancel,
+    ExecuteCommand,
+    ExecuteHello,
+    SequenceEnded,
+    SequenceStarted,
+    Start,
+    StartChoice,
+    StepOutput,
+)
 from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.channel import Outbox, cancel_and_wait, dial
+from services.gateway.costs.spending import Spending
+from services.gateway.time_budget import RunTimes, now_us
 
 log = logging.getLogger(__name__)
 
 _WATCH_EVERY_S = 1.0
+_MOST_UNTOLD = 10_000
 # A watch that comes later than this says nothing of the workers: the gateway itself had no CPU.
 _LATE_S = 2.0
+# Commands that wait together become one message up to this size, far below what a message may have.
+_MOST_MERGED_BYTES = 1024 * 1024
 
 
 class Outcome(StrEnum):
@@ -54,6 +68,7 @@ class SequenceFeed:
         "logprobs",
         "news",
         "outcome",
+        "times",
         "token_ids",
     )
 
@@ -70,6 +85,7 @@ class SequenceFeed:
         self.finish_reason: FinishReason.ValueType = FinishReason.FINISH_REASON_UNSPECIFIED
         self.error = ""
         self.invalid_request = False
+        self.times = RunTimes()
 
     def take_tokens(self) -> list[int]:
         token_ids, self.token_ids = self.token_ids, []
@@ -84,8 +100,15 @@ class SequenceFeed:
             self.logprobs = Logprobs()
         self.logprobs.MergeFrom(values)
 
+    def begin(self, started: SequenceStarted) -> None:
+        self.cached_prompt_tokens = started.cached_prompt_tokens
+        times = self.times
+        times.begun_at = now_us()
+        times.fetch, times.queue, times.prefill = started.fetch_us, started.queue_us, started.prefill_us
+
     def end(self, outcome: Outcome, error: str = "") -> None:
         self.outcome, self.error = outcome, error
+        self.times.ended_at = now_us()
         self.news.set()
 
 
@@ -94,7 +117,7 @@ class WorkerLink:
 
     def __init__(self, address: str, hello: ExecuteHello) -> None:
         self.address = address
-        self.outbox: Outbox[ExecuteCommand] = Outbox()
+        self.outbox: Outbox[ExecuteCommand] = Outbox(_merge)
         self.outbox.put(ExecuteCommand(hello=hello))
         now = asyncio.get_running_loop().time()
         self.heard_at = now
@@ -103,6 +126,9 @@ class WorkerLink:
         self._step = 0
         self._feeds: dict[int, SequenceFeed] = {}
         self._last_handle = 0
+        self.price_per_hour: float | None = None
+        # By handle, of sequences whose worker has not told what it spent on them, the oldest first.
+        self._untold: dict[int, Spending] = {}
         self.stalled = False
         """It is given up, since it was silent or its engine stood still."""
         self.broken = False
@@ -111,8 +137,12 @@ class WorkerLink:
     def idle(self) -> bool:
         return not self._feeds
 
-    def start(self, start: Start, choices: Iterable[tuple[int, bytes]], news: asyncio.Event) -> list[SequenceFeed]:
-        """Starts one sequence for each (choice index, delivered ids). Their feeds come in the same order."""
+    def start(
+        self, start: Start, choices: Iterable[tuple[int, bytes]], news: asyncio.Event, spending: Spending
+    ) -> list[SequenceFeed]:
+        """Starts one sequence for each (choice index, delivered ids). Their feeds come in the same order. `spending` is
+        told what each took, once, whether or not it was cancelled before.
+        """
         feeds = []
         if self.idle:
             self.moved_at = asyncio.get_running_loop().time()
@@ -122,7 +152,8 @@ class WorkerLink:
             start.choices.append(StartChoice(handle=feed.handle, choice=index, delivered_ids=delivered_ids))
             self._feeds[feed.handle] = feed
             feeds.append(feed)
-        self.outbox.put(ExecuteCommand(start=start))
+            self._expect(feed.handle, spending)
+        self.outbox.put(ExecuteCommand(starts=[start]))
         return feeds
 
     def cancel(self, feeds: Iterable[SequenceFeed]) -> None:
@@ -139,7 +170,7 @@ class WorkerLink:
         feeds = self._feeds
         for started in output.started:
             if feed := feeds.get(started.handle):
-                feed.cached_prompt_tokens = started.cached_prompt_tokens
+                feed.begin(started)
         if output.token_counts:
             self._receive_runs(output)
         else:
@@ -153,6 +184,11 @@ class WorkerLink:
         for ended in output.ended:
             if feed := feeds.pop(ended.handle, None):
                 _end(feed, ended)
+        for told in output.times:
+            if spending := self._untold.pop(told.handle, None):
+                spending.receive(told, self.price_per_hour)
+        if output.HasField("price_per_hour"):
+            self._learn_price(output.price_per_hour)
 
     def excuse(self, seconds: float) -> None:
         """Leaves out a time in which this process could hear nothing."""
@@ -166,6 +202,22 @@ class WorkerLink:
         feeds, self._feeds = self._feeds, {}
         for feed in feeds.values():
             feed.end(Outcome.STALLED if self.stalled else Outcome.LOST, reason)
+        untold, self._untold = self._untold, {}
+        for spending in untold.values():
+            spending.lose()
+
+    def _expect(self, handle: int, spending: Spending) -> None:
+        spending.expect()
+        spending.priced = spending.priced or bool(self.price_per_hour)
+        self._untold[handle] = spending
+        if len(self._untold) > _MOST_UNTOLD:  # a worker of another version, that tells nothing
+            self._untold.pop(next(iter(self._untold))).lose()
+
+    def _learn_price(self, price_per_hour: float) -> None:
+        """The first message of the stream has come, behind which sequences may have been started."""
+        self.price_per_hour = price_per_hour
+        for spending in self._untold.values():
+            spending.priced = spending.priced or price_per_hour > 0
 
     def _receive_runs(self, output: StepOutput) -> None:
         begin = 0
@@ -250,8 +302,17 @@ class WorkerLinks:
             link.lose(reason)
 
 
+def _merge(command: ExecuteCommand, following: ExecuteCommand) -> bool:
+    if command.HasField("hello") or command.ByteSize() > _MOST_MERGED_BYTES:
+        return False
+    command.MergeFrom(following)
+    return True
+
+
 def _end(feed: SequenceFeed, ended: SequenceEnded) -> None:
     outcome = _OUTCOMES.get(ended.outcome, Outcome.FAILED)
+    if ended.HasField("decode_us"):
+        feed.times.decode = ended.decode_us
     if outcome is not Outcome.FINISHED:
         feed.invalid_request = ended.invalid_request
         feed.end(outcome, ended.error)

@@ -4,6 +4,7 @@ Moves sequences between waiting and running and gives them blocks; knows nothing
 sampled, or of why a sequence ends.
 """
 
+import time
 from collections import deque
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Items
@@ -31,6 +32,11 @@ class Slice:
     @property
     def samples(self) -> bool:
         return self.start + self.length == len(self.sequence.tokens)
+
+    @property
+    def is_decode(self) -> bool:
+        """It computes one output token; what is more, or of the prompt, is prefill."""
+        return self.length == 1 and self.start >= self.sequence.prompt_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +198,7 @@ class Batcher:
         sequence.leader = None
         self._running.append(sequence)
         if not sequence.preemptions:
+            sequence.admitted_at = time.monotonic()
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
             self.counters.prefix_queried_tokens += sequence.prompt_length
             self.counters.prefix_hit_tokens += sequence.cached_tokens
@@ -221,7 +228,7 @@ class Batcher:
         return Slice(sequence, sequence.computed, length)
 
     def _count_slice(self, piece: Slice) -> None:
-        if piece.length == 1 and piece.start >= piece.sequence.prompt_length:
+        if piece.is_decode:
             self.counters.decode_tokens += 1
         else:
             self.counters.prefill_tokens += piece.length

@@ -14,3 +14,6 @@ class EngineCounters:
     preemptions: int = 0
     prefix_queried_tokens: int = 0  # prompt tokens looked up in the block pool, at first admission
     prefix_hit_tokens: int = 0  # of these, tokens whose KV was there
+    prefill_ns: int = 0  # time in steps, by what it was spent on: see step_shares.py
+    decode_ns: int = 0
+    failed_ns: int = 0  # in steps that failed, which are nobody's

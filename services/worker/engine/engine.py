@@ -5,13 +5,13 @@ pool where its KV lies, the runner computes, `sampling` draws. Knows no clients,
 one thread calls it.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from services.worker.engine.batcher import Batch, Batcher
+from services.worker.engine.batcher import Batch, Batcher, Slice
 from services.worker.engine.block_exchange import BlockExchange, BlockMemory, PublishedBlocks
 from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.counters import EngineCounters
@@ -30,6 +30,19 @@ class Runner(BlockMemory, Protocol):
         """
 
 
+Drawn = tuple[list[int], list[tuple[Sequence, TokenLogprobs]]]
+Forward = Callable[[Batch], Tensor]
+Draw = Callable[[Tensor, list[Sequence]], Drawn]
+
+
+class StepWatcher(Protocol):
+    """Goes around the two long parts of each step."""
+
+    def forward(self, forward: Forward) -> Forward: ...
+
+    def draw(self, draw: Draw) -> Draw: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step produced."""
@@ -39,7 +52,8 @@ class StepResult:
     started: list[Sequence]  # their first token is among `tokens`
     finished: list[Sequence]  # their last token is among `tokens`; `finish` says why
     block_events: PublishedBlocks
-    computed_tokens: int  # 0: nothing could run, since a static batch is still filling
+    slices: tuple[Slice, ...]  # what was computed; empty: nothing could run, since a static batch is still filling
+    computed_tokens: int
 
 
 class Engine:
@@ -60,6 +74,7 @@ class Engine:
         self._batcher = batcher
         self._max_context = max_context
         self._reporting: set[Hashable] = set()  # keys of the sequences that ask for log-probabilities
+        self.watch(None)
 
     @property
     def counters(self) -> EngineCounters:
@@ -97,19 +112,21 @@ class Engine:
         with self.exchange.lock:
             return self._remove(key)
 
+    def watch(self, watcher: StepWatcher | None) -> None:
+        """Has a watcher go around the parts of the steps from now on; None: nothing does, at no cost."""
+        self._forward: Forward = self._runner.forward if watcher is None else watcher.forward(self._runner.forward)
+        self._draw: Draw = self._draw_tokens if watcher is None else watcher.draw(self._draw_tokens)
+
     def step(self) -> StepResult:
         """One turn. If the model fails, its error comes through and no sequence has moved: cancel them or go on."""
         self.counters.steps += 1
         with self.exchange.lock:
             batch = self._batcher.form_batch()
         sampling = [piece.sequence for piece in batch.slices if piece.samples]
-        tokens, logprobs = self._compute(batch, sampling) if batch.slices else ([], [])
+        tokens, logprobs = self._draw(self._forward(batch), sampling) if batch.slices else ([], [])
         return self._commit(batch, sampling, tokens, logprobs)
 
-    def _compute(
-        self, batch: Batch, sampling: list[Sequence]
-    ) -> tuple[list[int], list[tuple[Sequence, TokenLogprobs]]]:
-        logits = self._runner.forward(batch)
+    def _draw_tokens(self, logits: Tensor, sampling: list[Sequence]) -> Drawn:
         tokens = sample(logits, sampling)
         return tokens, token_logprobs(logits, sampling, tokens) if self._reporting else []
 
@@ -138,5 +155,6 @@ class Engine:
             started=started,
             finished=finished,
             block_events=self.exchange.publish(),
+            slices=batch.slices,
             computed_tokens=sum(piece.length for piece in batch.slices),
         )

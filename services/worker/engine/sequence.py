@@ -76,7 +76,10 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)  # chain hashes of its leading full blocks, as far as asked for
     computed: int = 0
     cached_tokens: int = 0  # leading prompt tokens whose KV was found in the pool at first admission
+    admitted_at: float = 0.0  # when it first got blocks, in seconds of the monotonic clock
     preemptions: int = 0
+    prefill_ns: int = 0  # its shares of the steps that it was in: see step_shares.py
+    decode_ns: int = 0
     finish: Finish | None = None
     delivered: int = field(init=False)  # output tokens that it was born with
     # Token id -> how often it is in the output; a token of the prompt alone has 0. Kept for penalized sequences only.

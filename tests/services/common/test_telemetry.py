@@ -20,17 +20,29 @@ def test_metrics_keep_their_names_whatever_format_is_asked_for() -> None:
         assert "\nvllm:test_of_names 1.0\n" in reply.read().decode()
 
 
-def test_json_logs_are_one_object_a_line() -> None:
+def formatted(service: str, log_format: str, record: logging.LogRecord) -> str:
     root = logging.getLogger()
     before = (root.handlers[:], root.level)
     try:
-        set_up("cache", CommonSettings(log_format="json"))
+        set_up(service, CommonSettings.model_validate({"log_format": log_format}))
         formatter = root.handlers[0].formatter
         assert formatter is not None
-        record = logging.LogRecord("a.logger", logging.WARNING, __file__, 1, "two %s", ("words",), None)
-        entry = json.loads(formatter.format(record))
+        return formatter.format(record)
     finally:
         root.handlers[:], root.level = before
+
+
+def test_fields_of_a_record_are_shown_in_either_format() -> None:
+    record = logging.LogRecord("a.logger", logging.INFO, __file__, 1, "the end", None, None)
+    record.fields = {"worker": "w1", "total_ms": 1.5, "error": "no such luck", "answers": ["a\nb"]}
+    assert json.loads(formatted("gateway", "json", record)).items() >= record.fields.items()
+    line = formatted("gateway", "text", record)
+    assert line.endswith('gateway INFO the end worker=w1 total_ms=1.5 error="no such luck" answers=["a\\nb"]')
+
+
+def test_json_logs_are_one_object_a_line() -> None:
+    record = logging.LogRecord("a.logger", logging.WARNING, __file__, 1, "two %s", ("words",), None)
+    entry = json.loads(formatted("cache", "json", record))
     assert (entry["service"], entry["level"], entry["logger"], entry["message"]) == (
         "cache",
         "warning",

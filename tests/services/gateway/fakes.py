@@ -11,12 +11,15 @@ import grpc.aio
 from redis.asyncio import Redis
 
 from headrace.v1.job_pb2 import Job
+from headrace.v1.machine_time_pb2 import MachineTime
 from headrace.v1.sampling_pb2 import FinishReason, Logprobs
 from headrace.v1.scheduler_pb2 import (
     Adoption,
     AttemptReport,
     Catalog,
     CatalogEntry,
+    DescribeFleetRequest,
+    DescribeFleetResponse,
     GatewayMessage,
     ModelInfo,
     Offer,
@@ -33,6 +36,7 @@ from headrace.v1.worker_pb2 import (
     GetTokenizerRequest,
     SequenceEnded,
     SequenceStarted,
+    SequenceTime,
     Start,
     StepOutput,
 )
@@ -83,6 +87,9 @@ class FakeWorker(WorkerServicer):
     error: SequenceEnded | None = None
     tokens_per_step: int = 1
     cached_prompt_tokens: int = 0
+    price_per_hour: float | None = None
+    # What each sequence took, told at its end, or once `go` is set after it was cancelled.
+    time: MachineTime = field(default_factory=MachineTime)
     # Steps wait until this is set.
     go: asyncio.Event = field(default_factory=asyncio.Event)
     starts: list[Start] = field(default_factory=list)
@@ -116,10 +123,13 @@ class FakeWorker(WorkerServicer):
     async def Execute(self, commands: AsyncIterator[ExecuteCommand], context: Context) -> AsyncIterator[StepOutput]:
         running: dict[int, Running] = {}
         ended: list[SequenceEnded] = []
+        dropped: list[int] = []
         news = asyncio.Event()
-        reader = asyncio.create_task(self._read(commands, running, ended, news))
+        reader = asyncio.create_task(self._read(commands, running, ended, dropped, news))
         step = 0
         try:
+            if self.price_per_hour is not None:
+                yield StepOutput(price_per_hour=self.price_per_hour)
             while True:
                 await news.wait()
                 await self.go.wait()
@@ -127,6 +137,9 @@ class FakeWorker(WorkerServicer):
                 if ended:
                     yield StepOutput(step=step, ended=ended)
                     ended.clear()
+                if dropped:
+                    yield StepOutput(step=step, times=map(self._time, dropped))
+                    dropped.clear()
                 if not running:
                     news.clear()
                     continue
@@ -148,15 +161,18 @@ class FakeWorker(WorkerServicer):
         commands: AsyncIterator[ExecuteCommand],
         running: dict[int, Running],
         ended: list[SequenceEnded],
+        dropped: list[int],
         news: asyncio.Event,
     ) -> None:
         async for command in commands:
-            for handle in command.cancel.handles:
-                running.pop(handle, None)
-                self.cancelled.set()
-            if command.HasField("start"):
-                self._take(command.start, running, ended)
+            for start in command.starts:
+                self._take(start, running, ended)
                 self.started.set()
+                news.set()
+            for handle in command.cancel.handles:
+                if running.pop(handle, None) is not None:
+                    dropped.append(handle)
+                self.cancelled.set()
                 news.set()
 
     def _take(self, start: Start, running: dict[int, Running], ended: list[SequenceEnded]) -> None:
@@ -208,10 +224,14 @@ class FakeWorker(WorkerServicer):
                         finish_reason=stop if eos in tokens else length,
                     )
                 )
+                output.times.append(self._time(sequence.handle))
                 del running[sequence.handle]
         if self.tokens_per_step != 1:
             output.token_counts.extend(counts)
         return output
+
+    def _time(self, handle: int) -> SequenceTime:
+        return SequenceTime(handle=handle, time=self.time)
 
 
 class FakeScheduler(SchedulerServicer):
@@ -225,6 +245,9 @@ class FakeScheduler(SchedulerServicer):
         self.requests: list[PlacementRequest] = []
         self.jobs: list[Job] = []
         self.reports: list[AttemptReport] = []
+        # What it says of its fleet, and how often it was asked.
+        self.fleet = DescribeFleetResponse(scheduler_id="s")
+        self.described = 0
         # Workers whose placements are probes, and watched.
         self.probed: set[str] = set()
         # Offers wait until this is set.
@@ -271,6 +294,10 @@ class FakeScheduler(SchedulerServicer):
             self.outboxes.remove(outbox)
             await cancel_and_wait([reader])
 
+    async def DescribeFleet(self, request: DescribeFleetRequest, context: Context) -> DescribeFleetResponse:
+        self.described += 1
+        return self.fleet
+
     def catalog(self) -> Catalog:
         info = ModelInfo(
             name=MODEL,
@@ -309,7 +336,7 @@ class FakeScheduler(SchedulerServicer):
         )
         offer = Offer(request_id=request_id, attempt=attempt, queue_entry_id=entry_id, placement=placement)
         for outbox in self.outboxes:
-            outbox.put(SchedulerMessage(offer=offer))
+            outbox.put(SchedulerMessage(offers=[offer]))
 
     async def _pop(self) -> None:
         while True:
@@ -331,9 +358,8 @@ class FakeScheduler(SchedulerServicer):
 
     async def _read(self, messages: AsyncIterator[GatewayMessage], outbox: Outbox[SchedulerMessage]) -> None:
         async for message in messages:
-            if message.HasField("answer"):
-                self.answers.append(message.answer)
-            elif message.HasField("placement_request"):
+            self.answers += message.answers
+            if message.HasField("placement_request"):
                 self._place_again(message.placement_request, outbox)
             elif message.HasField("attempt_report"):
                 self.reports.append(message.attempt_report)

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 from torch import Tensor
@@ -46,6 +47,7 @@ class GatedRunner(FakeRunner):
         super().__init__(NUM_BLOCKS, BLOCK_SIZE)
         self._changed = threading.Condition()
         self._steps_left: int | None = None
+        self.lost = False  # whether every step fails from now on
 
     def allow(self, steps: int | None) -> None:
         """So many more steps; None: any number."""
@@ -58,6 +60,8 @@ class GatedRunner(FakeRunner):
             assert self._changed.wait_for(lambda: self._steps_left != 0, timeout=60), "a test held the engine for good"
             if self._steps_left is not None:
                 self._steps_left -= 1
+        if self.lost:
+            raise RuntimeError("device lost")
         return super().forward(batch)
 
 
@@ -155,6 +159,7 @@ class Gateway:
         self.logprobs: dict[int, sampling_pb2.Logprobs] = {}
         self.cached: dict[int, int] = {}
         self.ended: dict[int, worker_pb2.SequenceEnded] = {}
+        self.times: dict[int, worker_pb2.SequenceTime] = {}
         self.outputs: list[worker_pb2.StepOutput] = []
 
     def start(
@@ -182,7 +187,7 @@ class Gateway:
             scheduler_id="s1",
             kv_sources=sources,
         )
-        self._commands.put(worker_pb2.ExecuteCommand(start=start))
+        self._commands.put(worker_pb2.ExecuteCommand(starts=[start]))
 
     def cancel(self, *handles: int) -> None:
         self._commands.put(worker_pb2.ExecuteCommand(cancel=worker_pb2.Cancel(handles=handles)))
@@ -196,6 +201,10 @@ class Gateway:
 
     async def finish(self, *handles: int) -> None:
         await self.until(lambda: self.ended.keys() >= set(handles))
+
+    async def told(self, *handles: int) -> None:
+        """Returns when the worker has told what was spent on these sequences."""
+        await self.until(lambda: self.times.keys() >= set(handles))
 
     async def sign_of_life(self) -> worker_pb2.StepOutput:
         before = len(self.outputs)
@@ -220,6 +229,9 @@ class Gateway:
         for ended in output.ended:
             assert ended.handle not in self.ended, "a sequence ends once"
             self.ended[ended.handle] = ended
+        for time in output.times:
+            assert time.handle not in self.times, "a sequence's time is told once"
+            self.times[time.handle] = time
 
 
 class Stack:
@@ -305,10 +317,12 @@ class Stack:
             limits=ModelLimits("tiny", 31, CONTEXT, BLOCK_SIZE, frozenset(), settings.max_sequences),
             num_blocks=NUM_BLOCKS,
             block_bytes=8 * BLOCK_SIZE,
+            device=torch.device("cpu"),
             kv_format="format",
             tokenizer_hash="hash",
             tokenizer_files={"tokenizer.json": b"t" * 1_500_000, "empty": b""},
             summary="tiny",
+            price_per_hour=settings.price_per_hour,
         )
 
     async def _serve(self, add: Any, servicer: Any, name: str) -> str:

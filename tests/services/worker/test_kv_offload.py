@@ -21,10 +21,11 @@ class KeepingCache(RecordingCache):
     def __init__(self) -> None:
         super().__init__()
         self.kept: dict[bytes, bytes] = {}
-        self.stores = 0
+        self.stores = self.lookups = 0
         self.refuses = False
 
     async def Lookup(self, request: Any, context: Any) -> cache_pb2.LookupResponse:
+        self.lookups += 1
         names = [request.block_hashes[at : at + 16] for at in range(0, len(request.block_hashes), 16)]
         kept = next((count for count, name in enumerate(names) if name not in self.kept), len(names))
         holder = cache_pb2.Holder(id="cache", kind=cache_pb2.Holder.KIND_CACHE)
@@ -95,6 +96,18 @@ async def test_a_short_prompt_is_kept_when_it_is_used_twice(stack: Stack) -> Non
     assert not cache.kept
     await run(stack, PROMPT[:9], request="second")
     await cache.until(lambda: list(cache.kept) == NAMES[:2])
+
+
+async def test_a_prompt_that_many_share_is_asked_for_once(stack: Stack) -> None:
+    cache = cache_of(stack)
+    for request in ("first", "second"):
+        await run(stack, PROMPT[:9], request=request)
+    await stack.until_metric(2, "headrace_kv_offloaded_blocks_total")
+    for request in ("third", "fourth"):
+        await run(stack, PROMPT[:9], request=request)
+    await run(stack, PROMPT, max_tokens=1, request="long")  # comes after them in the same queue
+    await stack.until_metric(7, "headrace_kv_offloaded_blocks_total")
+    assert cache.lookups == 2
 
 
 async def test_a_long_prompt_waits_while_the_engine_works_and_a_shared_one_does_not(stack: Stack) -> None:

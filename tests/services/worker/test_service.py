@@ -1,8 +1,8 @@
 """A whole worker: what gateways, schedulers and cache services see of it."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -206,6 +206,7 @@ async def test_the_scheduler_learns_who_this_is_and_what_is_free(stack: Stack) -
     assert (registration.model.name, registration.model.tokenizer_hash) == ("tiny", "hash")
     assert (registration.max_sequences, registration.total_blocks) == (4, NUM_BLOCKS)
     assert registration.role == scheduler_pb2.WORKER_ROLE_BOTH
+    assert not registration.HasField("price_per_hour")
     stack.hold(after=3)
     gateway.start("r1", [1], [3] * 9, max_tokens=150, attempt=2)
     gateway.start("r2", [2], [99], max_tokens=150)
@@ -341,6 +342,7 @@ async def test_a_drained_worker_hands_on_what_outlasts_the_grace() -> None:
     assert gateway.ended[1].outcome == Ended.OUTCOME_DRAINING
     stack.release()
     await stack.idle()
+    await gateway.told(1)
     stopping = asyncio.create_task(stack.stop())
     assert await gateway.call.read() is grpc.aio.EOF
     await stopping
@@ -384,11 +386,7 @@ async def test_a_dead_engine_ends_the_worker() -> None:
     stack = Stack()
     await stack.start()
     gateway = Gateway(stack.channel)
-
-    def fail(batch: object) -> Any:
-        raise RuntimeError("device lost")
-
-    stack.runner.forward = fail  # type: ignore[method-assign]
+    stack.runner.lost = True
     for handle in range(1, 6):
         gateway.start(f"r{handle}", [handle], [3])
         if handle < 5:
@@ -411,3 +409,43 @@ async def test_a_directive_changes_the_role_and_what_is_taken_on(stack: Stack) -
     stack.direct(set_role=scheduler_pb2.WORKER_ROLE_PREFILL)
     state = await stack.scheduler.until(lambda state: state.role == scheduler_pb2.WORKER_ROLE_PREFILL)
     assert state.credits.prefill_tokens == 64
+
+
+async def test_what_a_worker_did_fills_the_time_it_took_without_a_gap(stack: Stack) -> None:
+    gateway = Gateway(stack.channel)
+    began = time.monotonic()
+    gateway.start("r", [1, 2], list(range(1, 14)), max_tokens=6)
+    await gateway.finish(1, 2)
+    took_us = (time.monotonic() - began) * 1e6
+    for handle in (1, 2):
+        (started,) = (one for output in gateway.outputs for one in output.started if one.handle == handle)
+        (ended,) = (one for output in gateway.outputs for one in output.ended if one.handle == handle)
+        durations = (started.fetch_us, started.queue_us, started.prefill_us, ended.decode_us)
+        assert min(durations) >= 0 and started.fetch_us == 0 and ended.HasField("decode_us")
+        assert 0 < sum(durations) <= took_us
+
+
+async def test_vllms_names_tell_of_every_sequence(stack: Stack) -> None:
+    gateway = Gateway(stack.channel)
+    gateway.start("r", [1, 2], [3, 4, 5], max_tokens=6)
+    await gateway.finish(1, 2)
+    assert stack.metric("llm_gpu_memory_bytes", gpu_id="cpu") > 1e6
+    labels = {"model_name": "tiny", "engine": "0"}
+    assert stack.metric("vllm:inter_token_latency_seconds_count", **labels) == 10
+    stack.hold(after=3)
+    gateway.start("gone", [3], [3, 4, 5], max_tokens=190)
+    await gateway.until(lambda: 3 in gateway.tokens)
+    gateway.cancel(3)
+    await gateway.finish(3)
+    stack.release()
+    assert stack.metric("vllm:request_success_total", finished_reason="length", **labels) == 2
+    assert stack.metric("vllm:request_success_total", finished_reason="abort", **labels) == 1
+    assert stack.metric("vllm:request_generation_tokens_sum", **labels) == 12
+    assert stack.metric("vllm:e2e_request_latency_seconds_count", **labels) == 2
+    for name in ("time_to_first_token_seconds", "request_queue_time_seconds"):
+        assert stack.metric(f"vllm:{name}_count", **labels) == 3
+    decode, inference, whole = (
+        stack.metric(f"vllm:{name}_seconds_sum", **labels)
+        for name in ("request_decode_time", "request_inference_time", "e2e_request_latency")
+    )
+    assert 0 < decode <= inference <= whole

@@ -4,7 +4,7 @@
 -- ARGV[1]  group
 -- ARGV[2]  consumer that takes them
 -- ARGV[3]  the most jobs to take
--- Returns for each stream {id of the last entry ever handed out, {{entry id, {field, value}}, ...}}.
+-- Returns {seconds, microseconds} of the clock that makes entry ids; then for each stream {id of the last entry ever handed out, {{entry id, {field, value}}, ...}}.
 local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 
 local function read(stream)
@@ -42,4 +42,4 @@ for i, stream in ipairs(KEYS) do
     taken[i] = {'', entries}
   end
 end
-return taken
+return {redis.call('TIME'), unpack(taken)}

@@ -191,15 +191,40 @@ async def test_an_entry_that_holds_no_job_hurts_no_other(
 
 
 async def test_depths_count_what_no_gateway_runs(gateway: JobQueue, scheduler: JobQueue) -> None:
-    assert await scheduler.depths(MODEL) == {1: 0, 2: 0, 3: 0}
+    async def counts() -> dict[int, int]:
+        return {priority: depth.jobs for priority, depth in (await scheduler.depths(MODEL)).items()}
+
+    assert await counts() == {1: 0, 2: 0, 3: 0}
     entry_id = await gateway.enqueue(job("r1"))
     await gateway.enqueue(job("r2"))
     await gateway.enqueue(job("r3", PRIORITY_LOW))
-    assert await scheduler.depths(MODEL) == {1: 0, 2: 2, 3: 1}
+    assert await counts() == {1: 0, 2: 2, 3: 1}
     await scheduler.pop(MODEL, 2)
-    assert await scheduler.depths(MODEL) == {1: 0, 2: 2, 3: 1}
+    assert await counts() == {1: 0, 2: 2, 3: 1}
     await gateway.take_over(job("r1"), entry_id)
-    assert await scheduler.depths(MODEL) == {1: 0, 2: 1, 3: 1}
+    assert await counts() == {1: 0, 2: 1, 3: 1}
+
+
+async def test_the_age_of_a_queue_is_that_of_its_oldest_job_without_a_gateway(
+    gateway: JobQueue, scheduler: JobQueue, redis: RedisClient
+) -> None:
+    now_ms = int((await redis.command("TIME"))[0]) * 1000
+    stream = queue_stream(MODEL, PRIORITY_NORMAL)
+    for request_id, age_s in (("r1", 50), ("r2", 40), ("r3", 30)):
+        entry_id = f"{now_ms - age_s * 1000}-0"
+        await redis.command("XADD", stream, entry_id, "job", job(request_id).SerializeToString())
+
+    async def age_s() -> float:
+        return (await scheduler.depths(MODEL))[PRIORITY_NORMAL].oldest_s
+
+    assert 50 <= await age_s() < 52, "not popped"
+    popped = await scheduler.pop(MODEL, 2)
+    assert [queued.waited_us is not None and queued.waited_us >= 40_000_000 for queued in popped] == [True, True]
+    assert 50 <= await age_s() < 52, "a scheduler's"
+    await gateway.take_over(popped[0].job, popped[0].entry_id)
+    assert 40 <= await age_s() < 42
+    await gateway.take_over(popped[1].job, popped[1].entry_id)
+    assert 30 <= await age_s() < 32
 
 
 async def test_a_dead_schedulers_jobs_are_reclaimed(
@@ -409,7 +434,7 @@ async def test_every_script_keeps_to_one_slot_of_a_cluster(tmp_path: Path, redis
     assert await gateway.renew(entries) == []
     for entry in entries:
         await gateway.acknowledge(*entry)
-    assert sum((await scheduler.depths(MODEL)).values()) == 0
+    assert sum(depth.jobs for depth in (await scheduler.depths(MODEL)).values()) == 0
     for closing in (gateway, scheduler, redis):
         await closing.close()
     server.kill()

@@ -4,18 +4,21 @@ import asyncio
 
 from headrace.v1.sampling_pb2 import FinishReason
 from headrace.v1.worker_pb2 import ExecuteHello, SequenceEnded, SequenceStarted, Start, StepOutput
+from services.gateway.costs.spending import Spending
 from services.gateway.links.worker_links import Outcome, SequenceFeed, WorkerLink, WorkerLinks
 from tests.services.gateway.fakes import FakeWorker, running_worker, says
 
 
 def started_link(count: int) -> tuple[WorkerLink, list[SequenceFeed]]:
     link = WorkerLink("nowhere", ExecuteHello())
-    return link, link.start(Start(request_id="r"), [(index, b"") for index in range(count)], asyncio.Event())
+    return link, link.start(
+        Start(request_id="r"), [(index, b"") for index in range(count)], asyncio.Event(), Spending()
+    )
 
 
 async def test_every_sequence_gets_a_handle_of_its_own() -> None:
     link, feeds = started_link(3)
-    more = link.start(Start(), [(0, b"")], asyncio.Event())
+    more = link.start(Start(), [(0, b"")], asyncio.Event(), Spending())
     assert len({feed.handle for feed in [*feeds, *more]}) == 4
 
 
@@ -72,12 +75,12 @@ async def test_a_time_in_which_the_gateway_stood_still_is_not_the_workers() -> N
     async with running_worker(FakeWorker("w0", says("x"))) as worker:
         worker.go.clear()
         link = links.get(worker.address)
-        (feed,) = link.start(Start(), [(0, b"")], asyncio.Event())
+        (feed,) = link.start(Start(), [(0, b"")], asyncio.Event(), Spending())
         await worker.started.wait()
         later = asyncio.get_running_loop().time() + 3600
         links.watch(later)
         worker.started.clear()
-        link.start(Start(), [(0, b"")], asyncio.Event())
+        link.start(Start(), [(0, b"")], asyncio.Event(), Spending())
         await asyncio.wait_for(worker.started.wait(), 10)  # the stream is there still
         assert links.get(worker.address) is link and feed.outcome is None
         for second in range(1, 12):
@@ -93,7 +96,7 @@ async def test_a_silent_worker_counts_as_broken() -> None:
         worker.go.clear()
         watching = asyncio.create_task(links.run())
         link = links.get(worker.address)
-        (feed,) = link.start(Start(), [(0, b"")], asyncio.Event())
+        (feed,) = link.start(Start(), [(0, b"")], asyncio.Event(), Spending())
         await worker.started.wait()
         await asyncio.wait_for(feed.news.wait(), 10)
         assert feed.outcome is Outcome.STALLED

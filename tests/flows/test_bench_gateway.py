@@ -1,0 +1,21 @@
+"""`headrace bench-gateway` on a real stack, for a second a load."""
+
+import subprocess
+
+from tests.flows.headrace_up import HEADRACE
+
+
+def test_the_cost_of_all_but_the_model_is_printed() -> None:
+    command = [*HEADRACE, "bench-gateway", "--part", "cost", "--rounds", "1", "--seconds", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert run.returncode == 0, run.stderr
+    for service in ("gateway", "scheduler", "cache", "redis"):
+        assert any(line.startswith(service) for line in run.stdout.splitlines()), run.stdout
+    assert "The worker's own TTFT is" in run.stdout
+
+
+def test_a_peer_without_processes_is_refused() -> None:
+    command = [*HEADRACE, "bench-gateway", "--peer", "a=http://127.0.0.1:1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert "--peer a: name its processes" in run.stderr

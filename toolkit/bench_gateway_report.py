@@ -1,0 +1,88 @@
+"""Prints what `headrace bench-gateway` measured."""
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from toolkit.bench_gateway import (
+    IDLE_CONNECTIONS,
+    PACED,
+    SHORT,
+    SLOW_READERS,
+    STEP_MS,
+    CostRow,
+    CpuOfLoad,
+    MemoryRow,
+    SlowRow,
+)
+
+
+def show_cost(rows: Sequence[CostRow], console: Console) -> None:
+    """The cost table, medians of all rounds; then where ours goes."""
+    console.print(
+        f"CPU seconds of all but workers and clients: {PACED[0]} streams of {PACED[1]} tokens, {STEP_MS} ms a step; "
+        f"{SHORT[0]} requests of one token at a time. TTFT: one stream.",
+        soft_wrap=True,
+    )
+    columns = ("", "s/1,000 tokens", "events/token", "tok/s", "s/1,000 requests", "req/s", "TTFT p50 ms", "RSS MiB")
+    table = _table(columns)
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{_median(row.paced, lambda load: load.per_1000_tokens):.4f}",
+            f"{_median(row.paced, lambda load: load.chats.events / load.tokens):.2f}",
+            f"{_median(row.paced, lambda load: load.tokens / load.chats.seconds):.0f}",
+            f"{_median(row.short, lambda load: load.per_1000_requests):.3f}",
+            f"{_median(row.short, lambda load: load.chats.requests / load.chats.seconds):.0f}",
+            f"{median(row.ttft_ms):.2f}",
+            " + ".join(f"{mib:.0f}" for mib in row.rss_mib.values()),
+        )
+    _print(table, console)
+    ours = rows[0]
+    own_ms = median(ours.worker_ttft_ms)
+    console.print(f"The worker's own TTFT is {own_ms:.2f} ms p50: ours adds {median(ours.ttft_ms) - own_ms:.2f} ms.")
+    _show_services(ours, console)
+
+
+def _show_services(ours: CostRow, console: Console) -> None:
+    table = _table(("ours, by service", "s/1,000 tokens", "s/1,000 requests"))
+    for service in ours.paced[0].cpu_s:
+        per_token = median(1000 * load.cpu_s[service] / load.tokens for load in ours.paced)
+        per_request = median(1000 * load.cpu_s[service] / load.chats.requests for load in ours.short)
+        table.add_row(service, f"{per_token:.4f}", f"{per_request:.3f}")
+    _print(table, console)
+
+
+def show_slow(row: SlowRow, console: Console) -> None:
+    """What slow clients cost the others."""
+    console.print(
+        f"TTFT p50 of others: {row.alone_ms:.2f} ms alone, {row.beside_ms:.2f} ms beside {SLOW_READERS} slow readers "
+        f"and {IDLE_CONNECTIONS:,} idle connections ({row.beside_ms / row.alone_ms:.2f}x); the gateway's RSS is then "
+        f"{row.rss_mib:.0f} MiB.",
+        soft_wrap=True,
+    )
+
+
+def show_memory(row: MemoryRow, console: Console) -> None:
+    """The gateway's memory over many requests."""
+    console.print(
+        f"The gateway's RSS: {row.before_mib:.0f} MiB, and {row.after_mib:.0f} MiB {row.requests:,} requests later."
+    )
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _print(table: Table, console: Console) -> None:
+    """Without breaking its lines in a narrow window."""
+    console.print(table, width=max(console.width, 120), crop=False)
+
+
+def _median(loads: Sequence[CpuOfLoad], figure: Callable[[CpuOfLoad], float]) -> float:
+    return median(figure(load) for load in loads)

@@ -1,0 +1,84 @@
+"""`headrace costs`: its options and what it prints."""
+
+import asyncio
+import json
+from datetime import UTC, date, datetime
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from services.common.config import home_directory
+from services.common.errors import HeadraceError
+from services.common.machine_costs import NANOS, MachineCosts
+from services.common.redis.client import RedisClient
+from services.common.redis.costs import CostStore
+from services.common.redis.key_store import KeyStore
+from toolkit.costs import BadSince, Rows, as_json, first_day, per_thousand_tokens, read_costs, total
+from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
+
+_LEAST_WIDTH = 130
+
+
+class Grouping(StrEnum):
+    KEY = "key"
+    MODEL = "model"
+    DAY = "day"
+
+
+def costs(
+    by: Annotated[Grouping, typer.Option(help="What each line adds up.")] = Grouping.DAY,
+    since: Annotated[str, typer.Option(help="First day (UTC): 7d, or 2026-01-31. The last one is today.")] = "30d",
+    redis_url: Annotated[
+        str | None, typer.Option(help="Redis of the stack. Default: that of the stack that runs here.")
+    ] = None,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Shows what requests cost: measured machine time at the workers' prices, not the prices that callers pay."""
+    try:
+        today = datetime.now(UTC).date()
+        rows, names = asyncio.run(_read(by, first_day(since, today), today, redis_url))
+    except (BadSince, UnclearStack, HeadraceError) as error:
+        typer.echo(f"headrace: {error}", err=True)
+        raise typer.Exit(1) from None
+    if json_wanted:
+        typer.echo(json.dumps([{by.value: name, **as_json(row)} for name, row in rows.items()], indent=1))
+    elif not rows:
+        typer.echo("No request has ended in that time.")
+    else:
+        _show(by, rows, names)
+
+
+async def _read(by: Grouping, first: date, last: date, redis_url: str | None) -> tuple[Rows, dict[str, str]]:
+    """The rows, and what people call the keys among them."""
+    redis = RedisClient(redis_url_of(running_stacks(home_directory("state") / "run"), redis_url))
+    try:
+        names = {key.id: key.name for key in await KeyStore(redis).all()} if by is Grouping.KEY else {}
+        return await read_costs(CostStore(redis), by.value, first, last), names
+    finally:
+        await redis.close()
+
+
+def _show(by: Grouping, rows: Rows, names: dict[str, str]) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(by.value)
+    for title in ("requests", "prompt", "cached", "output", "prefill s", "decode s", "cost", "per 1,000", "saved"):
+        table.add_column(title, justify="right")
+    for name, row in rows.items():
+        table.add_row(f"{name} {names.get(name, '')}".rstrip(), *_cells(row))
+    table.add_row("all", *_cells(total(rows)), style="bold")
+    console = Console(highlight=False)
+    console.print(table, width=max(console.width, _LEAST_WIDTH), crop=False)
+
+
+def _cells(row: MachineCosts) -> tuple[str, ...]:
+    money = (row.nanos / NANOS, per_thousand_tokens(row), row.saved_prefix_nanos / NANOS)
+    tokens = (row.requests, row.prompt_tokens, row.cached_prompt_tokens, row.completion_tokens)
+    seconds = (row.prefill_ns / NANOS, row.decode_ns / NANOS)
+    return (
+        *(f"{count:,}" for count in tokens),
+        *(f"{time:,.1f}" for time in seconds),
+        *(f"{one:.6f}" for one in money),
+    )
