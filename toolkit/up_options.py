@@ -61,7 +61,7 @@ PricePerHour = Annotated[
     float | None, typer.Option(min=0, help="What an hour of one worker costs: see docs/costs.md. Default: not said.")
 ]
 Engine = Annotated[
-    EngineKind, typer.Option(help="echo: no model, every answer is its prompt; to try clients, or all but a model.")
+    EngineKind, typer.Option(help="echo: no model, answers repeat what was said; to try clients, or all but a model.")
 ]
 Host = Annotated[str, typer.Option(help="Interface of the two public ports; 0.0.0.0 opens them to others.")]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="OpenAI-compatible HTTP. 0: a free one.")]

@@ -41,7 +41,7 @@ class WorkerSettings(CommonSettings):
     # auto: a CUDA GPU if there is one.
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     # Which code runs the model. auto: the first of these that can. compiled: Llama-shaped models on a CPU; native: the
-    # same in torch, also on a GPU; transformers: all others. echo: none, every answer is its prompt, over and over.
+    # same in torch, also on a GPU; transformers: all others. echo: none, answers are the last message or the prompt.
     implementation: Literal["auto", "compiled", "native", "transformers", "echo"] = "auto"
     # How long each step of an echo takes, in milliseconds.
     echo_step_ms: float = Field(default=0.0, ge=0.0)

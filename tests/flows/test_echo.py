@@ -1,4 +1,4 @@
-"""The whole stack without a model: answers are their prompts."""
+"""The whole stack without a model: answers are their prompts, or the last messages of chats."""
 
 from pathlib import Path
 
@@ -24,6 +24,13 @@ def test_an_echo_answers_with_its_prompt(echo: HeadraceUp) -> None:
         assert choice["text"] == TEXT * 2
         assert choice["finish_reason"] == "length"
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (10, 20)
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
+        answer = httpx.post(f"{echo.http_url}/v1/chat/completions", json={"model": model, "messages": messages})
+        choice, _ = _choice(answer)
+        assert (choice["message"], choice["finish_reason"]) == (
+            {"role": "assistant", "content": TEXT, "refusal": None},
+            "stop",
+        )
     finally:
         echo.kill()
 

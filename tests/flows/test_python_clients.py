@@ -38,7 +38,7 @@ def test_a_chat_and_a_stream_until_the_limit_is_reached(stack: KeyedStack, progr
     key = stack.keys("create", program, "--requests-per-minute", "2")["key"]
     answer = ask(stack, program, key)
     whole, streamed = answer["texts"]
-    assert whole == streamed != ""
+    assert whole == streamed == "Name three rivers."
     refusal = answer["refusal"]
     assert (refusal["name"], refusal["status"]) == ("RateLimitError", 429)
     assert 0 < int(refusal["retry_after"]) <= 61

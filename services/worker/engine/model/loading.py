@@ -47,7 +47,7 @@ def load_model(
     """
     config = read_config(folder)
     if implementation == "echo":
-        return echo_model(config, echo_step_s)
+        return echo_model(config, echo_step_s, folder)
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, config, torch_device)
     request = _Request(folder, config, torch_dtype, torch_device, quantize, block_size, kernels)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from services.worker.engine.batching_policy import ContinuousBatching
 from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.engine import Engine
 from services.worker.engine.kernels.paged_kv import PagedKV
-from services.worker.engine.model.echo import EchoModel, echo_model
+from services.worker.engine.model.echo import EchoModel, echo_model, repeated
 from services.worker.engine.model.interface import ModelError
 from services.worker.engine.model_runner import ModelRunner
 from services.worker.engine.sequence import SamplingParams, Sequence, StopParams
@@ -52,9 +54,42 @@ def test_a_resumed_sequence_goes_on_where_it_was() -> None:
     assert sequence.tokens[3:] == [1, 2, 3, 1, 2, 3]
 
 
-def test_vocabulary_and_context_are_the_models() -> None:
-    facts = echo_model({"vocab_size": 7, "max_position_embeddings": 9}, 0.0).facts
+BEGIN, END, HEAD, NEWLINE = 90, 91, 92, 80
+SYSTEM, USER, ASSISTANT = 81, 82, 83
+SPECIAL = frozenset((BEGIN, END, HEAD))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        # <|im_start|>user\n1 2<|im_end|>\n<|im_start|>assistant\n
+        (
+            [BEGIN, SYSTEM, NEWLINE, 9, END, NEWLINE, BEGIN, USER, NEWLINE, 1, 2, END, NEWLINE, BEGIN, 83, 84, NEWLINE],
+            [1, 2, END],
+        ),
+        # <|start_header_id|>user<|end_header_id|>\n\n1 2<|eot_id|> and the same for the assistant
+        ([BEGIN, USER, HEAD, NEWLINE, 1, 2, END, BEGIN, ASSISTANT, HEAD, NEWLINE], [1, 2, END]),
+        # of a message that says nothing, the one before it
+        ([BEGIN, USER, NEWLINE, 1, END, BEGIN, USER, NEWLINE, END, BEGIN, ASSISTANT, NEWLINE], [1, END]),
+        # [INST] 1 2 [/INST]
+        ([BEGIN, 1, 2, END], [1, 2, END]),
+        ([1, 2, 3], [1, 2, 3]),
+        ([BEGIN, 1, 2, 3], [BEGIN, 1, 2, 3]),
+    ],
+)
+def test_of_a_chat_the_last_message_comes_back(prompt: list[int], said: list[int]) -> None:
+    assert repeated(prompt, SPECIAL) == said
+    running = engine(EchoModel(100, 64, special_ids=SPECIAL), blocks=64)
+    sequence = Sequence("chat", list(prompt), len(prompt), SamplingParams(), StopParams(9, 0, frozenset((END,))))
+    running.add(sequence)
+    while running.has_work:
+        running.step()
+    assert sequence.tokens[len(prompt) :] == (said * 9)[: said.index(END) + 1 if END in said else 9]
+
+
+def test_vocabulary_context_and_special_tokens_are_the_models(tmp_path: Path) -> None:
+    facts = echo_model({"vocab_size": 7, "max_position_embeddings": 9}, 0.0, tmp_path).facts
     assert (facts.vocabulary_size, facts.max_context_tokens) == (7, 9)
-    assert echo_model({"text_config": {"vocab_size": 7, "max_position_embeddings": 9}}, 0.0).facts == facts
+    assert echo_model({"text_config": {"vocab_size": 7, "max_position_embeddings": 9}}, 0.0, tmp_path).facts == facts
     with pytest.raises(ModelError, match="vocab_size"):
-        echo_model({}, 0.0)
+        echo_model({}, 0.0, tmp_path)
