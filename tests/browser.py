@@ -147,7 +147,9 @@ class Browser:
         await self.call("Input.insertText", text=text)
 
     async def fill(self, selector: str, text: str) -> None:
+        """Types over what is in a field."""
         await self.click(selector)
+        await self.evaluate("document.activeElement.select()")
         await self.type(text)
 
     async def press(self, key: str, *, shift: bool = False) -> None:

@@ -120,7 +120,7 @@ class WorkerClient:
         commands.put(ExecuteCommand(hello=ExecuteHello(gateway_id="bench-kv")))
         call = self._stub.Execute(commands)
         started = time.perf_counter()
-        commands.put(ExecuteCommand(start=self._start(prompt, max_tokens, sources)))
+        commands.put(ExecuteCommand(starts=[self._start(prompt, max_tokens, sources)]))
         try:
             async for output in call:
                 if failed := [ended for ended in output.ended if ended.error]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from headrace.v1.scheduler_pb2 import DescribeFleetRequest, Registration
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
 from services.common.channel import dial
+from services.common.config import is_set
 from toolkit.bench_servers import Server
 from toolkit.health import http_ready
 from toolkit.loadtest import completes
@@ -23,6 +24,7 @@ from toolkit.stack import INTERNAL_HOST
 
 HEADRACE_UP = (sys.executable, "-P", "-m", "toolkit.main", "up")
 
+_TLS_CERT = "HEADRACE_GATEWAY_TLS_CERT"  # which `headrace up` takes for --tls-cert
 _ASK_EVERY_S = 0.2
 _SHOWN_LOG_LINES = 20
 _WORKERS_TIMEOUT_S = 120.0
@@ -42,8 +44,7 @@ async def stack_of_our_own(
 
     It dies with this process, however that ends. What it prints is appended to `log`.
     """
-    if any(argument.partition("=")[0] == "--tls-cert" for argument in arguments):
-        raise StackEnded("Benchmarks ask their own stack in plain: leave out --tls-cert.")
+    _refuse_tls(arguments)
     ports = free_ports(INTERNAL_HOST)
     http_port, grpc_port = next(ports), next(ports)
     process = await _start([*command, *arguments, *_public_ports(http_port, grpc_port)], log)
@@ -58,6 +59,14 @@ async def stack_of_our_own(
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
         await process.wait()
+
+
+def _refuse_tls(arguments: Sequence[str]) -> None:
+    """A stack on TLS would be asked in plain for ever."""
+    if any(argument.partition("=")[0] == "--tls-cert" for argument in arguments):
+        raise StackEnded("Benchmarks ask their own stack in plain: leave out --tls-cert.")
+    if is_set(_TLS_CERT):
+        raise StackEnded(f"Benchmarks ask their own stack in plain: unset {_TLS_CERT}.")
 
 
 def _public_ports(http_port: int, grpc_port: int) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ async def worker_ttft_s(stack: RunningStack, requests: int) -> Sequence[float]:
         outputs = aiter(WorkerStub(channel).Execute(commands))
         for handle in range(1, requests + 1):
             sent_at = time.perf_counter()
-            commands.put(ExecuteCommand(start=_start(handle)))
+            commands.put(ExecuteCommand(starts=[_start(handle)]))
             begun = False
             async for output in outputs:
                 if output.started and not begun:

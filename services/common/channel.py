@@ -193,8 +193,12 @@ class Outbox(Generic[M]):
     A stream that must not block its producers needs one; gRPC reads it at the pace of the connection.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, merge: Callable[[M, M], bool] | None = None) -> None:
+        """`merge(message, next)`: adds to a message what was put after it, before it is sent; False: that cannot be."""
         self._queue: asyncio.Queue[M | None] = asyncio.Queue()
+        self._merge = merge
+        # Taken from the queue, since the message before could not have it.
+        self._next: M | None = None
 
     def put(self, message: M) -> None:
         self._queue.put_nowait(message)
@@ -207,10 +211,24 @@ class Outbox(Generic[M]):
         return self
 
     async def __anext__(self) -> M:
-        message = await self._queue.get()
+        message, self._next = self._next, None
+        if message is None:
+            message = await self._queue.get()
         if message is None:
             raise StopAsyncIteration
+        if self._merge is not None:
+            self._add_more(message, self._merge)
         return message
+
+    def _add_more(self, message: M, merge: Callable[[M, M], bool]) -> None:
+        while not self._queue.empty():
+            more = self._queue.get_nowait()
+            if more is None:
+                self._queue.put_nowait(None)  # it ends after this message
+                return
+            if not merge(message, more):
+                self._next = more
+                return
 
 
 async def cancel_and_wait(tasks: Iterable["asyncio.Task[object]"]) -> None:

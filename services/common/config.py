@@ -118,6 +118,11 @@ def secret_variable(name: str) -> str | None:
     return os.environ.get(name)
 
 
+def is_set(variable: str) -> bool:
+    """Whether a variable that is a setting of another process, which this one starts, is in the environment."""
+    return bool(os.environ.get(variable))
+
+
 def read_tables(path: Path) -> dict[str, Any]:
     """What a TOML file says, or one whose name ends in .json; numbers with a point as decimals. Raises ConfigError."""
     try:

@@ -168,7 +168,7 @@ def _guard_unary(call: Any, method: str) -> Any:
                 raise request
             return await call(request, context)
         except HeadraceError as error:
-            await context.abort(error.code, error.message, _retry_metadata(error))
+            await context.abort(error.code, error.message, _last_metadata(error, context))
         except Exception as error:  # noqa: BLE001 - here unexpected errors end: logged, answered INTERNAL
             await _abort_unexpected(error, method, context)
 
@@ -186,18 +186,19 @@ def _guard_stream(call: Any, method: str) -> Any:
             async for message in call(request, context):
                 yield message
         except HeadraceError as error:
-            await context.abort(error.code, error.message, _retry_metadata(error))
+            await context.abort(error.code, error.message, _last_metadata(error, context))
         except Exception as error:  # noqa: BLE001 - here unexpected errors end: logged, answered INTERNAL
             await _abort_unexpected(error, method, context)
 
     return guarded
 
 
-def _retry_metadata(error: HeadraceError) -> tuple[tuple[str, str], ...]:
-    """When to come back, as HTTP says it too."""
+def _last_metadata(error: HeadraceError, context: Context) -> tuple[tuple[str, str | bytes], ...]:
+    """What the servicer has set already, and when to come back, as HTTP says it too."""
+    metadata = tuple((name, value) for name, value in context.trailing_metadata() or ())
     if (seconds := getattr(error, "retry_after_s", None)) is None:
-        return ()
-    return (("retry-after", str(seconds)),)
+        return metadata
+    return (*metadata, ("retry-after", str(seconds)))
 
 
 async def _abort_unexpected(error: Exception, method: str, context: Context) -> None:

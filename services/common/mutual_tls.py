@@ -1,7 +1,8 @@
 """Mutual TLS between services: each process shows a certificate of one private CA, and demands one of others.
 
 What a process shows is a context variable, set once at its start, since it is the same for every connection to another
-service. A process without a certificate is refused by those that demand one.
+service. Files that are renewed count for connections that are made from then on (`renewal.py`). A process without a
+certificate is refused by those that demand one.
 """
 
 import contextlib
@@ -10,12 +11,14 @@ import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc
 
 from services.common.config import CommonSettings, ConfigError
-from services.common.tls import SERVICE_NAME, TlsFiles, loaded, read_file, shake_hands, trust
+from services.common.renewal import Renewed
+from services.common.tls import SERVICE_NAME, TlsFiles, loaded, newest_credentials, read_file, shake_hands, trust
 
 # Internal channels check the name that all services share in place of the address that they dial; tls.py says why.
 CHANNEL_OPTIONS = (("grpc.ssl_target_name_override", SERVICE_NAME),)
@@ -29,22 +32,26 @@ class Identity:
     cert: bytes
     key: bytes = field(repr=False)
 
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(self.key, self.cert)], self.ca)
 
-_identity: ContextVar[Identity | None] = ContextVar("identity", default=None)
+
+_identity: ContextVar[Renewed[Identity] | None] = ContextVar("identity", default=None)
 
 
 def server_credentials() -> grpc.ServerCredentials | None:
     """Of a server for other services, which must show certificates of the CA; None: connections are plain."""
     if (own := _identity.get()) is None:
         return None
-    return grpc.ssl_server_credentials([(own.key, own.cert)], own.ca, require_client_auth=True)
+    return newest_credentials(own, Identity.configuration, require_client_auth=True)
 
 
 def channel_credentials() -> grpc.ChannelCredentials | None:
     """Of a channel to another service, for use with CHANNEL_OPTIONS; None: connections are plain."""
     if (own := _identity.get()) is None:
         return None
-    return grpc.ssl_channel_credentials(own.ca, own.key, own.cert)
+    newest = own.get()
+    return grpc.ssl_channel_credentials(newest.ca, newest.key, newest.cert)
 
 
 def set_up(service: str, settings: CommonSettings) -> None:
@@ -54,7 +61,7 @@ def set_up(service: str, settings: CommonSettings) -> None:
     """
     try:
         if files := files_of(settings):
-            _identity.set(read_identity(files))
+            _identity.set(_renewed(files))
     except ConfigError as error:
         print(f"headrace {service}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -63,7 +70,7 @@ def set_up(service: str, settings: CommonSettings) -> None:
 @contextlib.contextmanager
 def showing(files: TlsFiles | None) -> Iterator[None]:
     """Channels that are made within it show these certificates; none: they are plain. Raises ConfigError."""
-    token = _identity.set(read_identity(files) if files else None)
+    token = _identity.set(_renewed(files) if files else None)
     try:
         yield
     finally:
@@ -78,6 +85,11 @@ def files_of(settings: CommonSettings) -> TlsFiles | None:
     if given and missing:
         raise ConfigError(f"HEADRACE_MTLS_{given[0]} needs HEADRACE_MTLS_{missing[0]} beside it")
     return None if missing else TlsFiles(str(settings.mtls_ca), str(settings.mtls_cert), str(settings.mtls_key))
+
+
+def _renewed(files: TlsFiles) -> Renewed[Identity]:
+    """Raises ConfigError."""
+    return Renewed([Path(path) for path in (files.ca, files.cert, files.key)], partial(read_identity, files))
 
 
 def read_identity(files: TlsFiles) -> Identity:

@@ -1,20 +1,23 @@
 """TLS: certificate files, tried by a handshake before they are used, and what the public fronts need of them.
 
-Files are read at the start; a process takes renewed ones when it is started again. What services show one another is
-in `mutual_tls.py`.
+Files that are renewed are shown to the next caller (`renewal.py`). What services show one another: `mutual_tls.py`.
 """
 
 import contextlib
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 
 from services.common.config import ConfigError
+from services.common.renewal import Renewed
+
+T = TypeVar("T")
 
 SERVICE_NAME = "headrace.internal"
 """The name that the certificate of every service holds, beside its own.
@@ -68,10 +71,60 @@ def open_front(cert: Path | None, key: Path | None) -> Front:
         return Front()
     if cert is None or key is None:
         raise ConfigError("tls_cert and tls_key are given together, and one of them is missing")
+    pair = Renewed((cert, key), partial(_read_pair, cert, key))
+    return Front(_newest_context(pair), newest_credentials(pair, _Pair.configuration, require_client_auth=False))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A certificate and its key, as each of the fronts takes them."""
+
+    context: ssl.SSLContext
+    cert: bytes
+    key: bytes
+
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(self.key, self.cert)])
+
+
+def _read_pair(cert: Path, key: Path) -> _Pair:
+    """Raises ConfigError."""
     front_names(cert, key)
-    http = loaded(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), cert, key)
-    http.set_alpn_protocols(["http/1.1"])
-    return Front(http, grpc.ssl_server_credentials([(read_file(key), read_file(cert))]))
+    context = loaded(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), cert, key)
+    context.set_alpn_protocols(["http/1.1"])
+    return _Pair(context, read_file(cert), read_file(key))
+
+
+def _newest_context(pair: Renewed[_Pair]) -> ssl.SSLContext:
+    """A context whose every handshake goes on with the newest one. OpenSSL asks also where a caller names no host."""
+
+    def take_newest(connection: ssl.SSLObject, _host: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = pair.get().context
+
+    first = pair.get().context
+    first.sni_callback = take_newest
+    return first
+
+
+def newest_credentials(
+    content: Renewed[T],
+    configuration: Callable[[T], grpc.ServerCertificateConfiguration],
+    *,
+    require_client_auth: bool,
+) -> grpc.ServerCredentials:
+    """Of a server that shows each new connection the newest of what is renewed."""
+    shown = content.get()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """None: the same as before."""
+        nonlocal shown
+        if (newest := content.get()) is shown:
+            return None
+        shown = newest
+        return configuration(newest)
+
+    # The stubs do not know of None.
+    return grpc.dynamic_ssl_server_credentials(configuration(shown), fetch, require_client_auth)  # type: ignore[arg-type]
 
 
 def front_names(cert: Path, key: Path) -> Sequence[str]:

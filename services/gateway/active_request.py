@@ -78,12 +78,18 @@ class ActiveRequest:
 
     @property
     def finished(self) -> bool:
-        return all(choice.finished for choice in self.choices)
+        for choice in self.choices:  # no generator: this is asked for with each token
+            if not choice.finish_reason:
+                return False
+        return True
 
     @property
     def begun(self) -> bool:
         """Whether a token has been seen."""
-        return any(choice.token_ids for choice in self.choices)
+        for choice in self.choices:
+            if choice.token_ids:
+                return True
+        return False
 
     def usage(self) -> Usage:
         return Usage(

@@ -61,7 +61,10 @@ class Attempt:
     @property
     def broken_off(self) -> SequenceFeed | None:
         """A sequence that ended and has to go on elsewhere; then the whole attempt is over."""
-        return next((feed for _, feed in self.sequences if feed.outcome in _REASONS), None)
+        for _, feed in self.sequences:  # no generator: this is asked for with each token
+            if feed.outcome is not None and feed.outcome in _REASONS:
+                return feed
+        return None
 
     def cancel(self) -> None:
         self.link.cancel(feed for _, feed in self.sequences)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -11,7 +11,7 @@ from headrace.v1 import inference_pb2
 from headrace.v1.inference_pb2_grpc import InferenceServicer as InferenceBase
 from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.api_keys import Scope
-from services.common.errors import InvalidRequest
+from services.common.errors import InvalidRequest, Overloaded
 from services.gateway import timings, validation
 from services.gateway.admission import Admission
 from services.gateway.answers.answers import Answer, Answers
@@ -21,6 +21,7 @@ from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
+from services.gateway.keys.limit_answers import rate_limit_headers
 from services.gateway.metrics import Metrics
 from services.gateway.request import Delta, GenerationRequest, Usage
 
@@ -51,6 +52,7 @@ class InferenceServicer(InferenceBase):
     ) -> AsyncIterator[inference_pb2.GenerateDelta]:
         with self._metrics.counting_shed():
             caller = self._caller(context, await self._identify(context, "generate"))
+        with self._metrics.counting_shed(), _limits_told(context, caller):
             with self._admission.entering():
                 wanted = await self._read(request, caller)
                 content = request.SerializeToString(deterministic=True)
@@ -161,8 +163,22 @@ class InferenceServicer(InferenceBase):
 
 async def _begin(context: Context, caller: Caller) -> bool:
     """Sends what comes before an answer. Not earlier: a call that fails without it is tried again by gRPC's clients."""
-    await context.send_initial_metadata((("x-request-id", caller.request_id),))
+    await context.send_initial_metadata((("x-request-id", caller.request_id), *_rate_limits(caller)))
     return True
+
+
+@contextlib.contextmanager
+def _limits_told(context: Context, caller: Caller) -> Iterator[None]:
+    """A refused call ends with how the limits of its key stand."""
+    try:
+        yield
+    except Overloaded:
+        context.set_trailing_metadata(_rate_limits(caller))
+        raise
+
+
+def _rate_limits(caller: Caller) -> tuple[tuple[str, str], ...]:
+    return tuple((name.decode(), value.decode()) for name, value in rate_limit_headers(caller.account))
 
 
 def _metadata(context: Context) -> dict[str, str]:

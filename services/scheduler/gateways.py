@@ -10,6 +10,9 @@ from services.common.channel import Outbox
 
 log = logging.getLogger(__name__)
 
+# Offers that wait together become one message up to this size: digests of KV sources make one large.
+_MOST_MERGED_BYTES = 1024 * 1024
+
 GatewayKey = tuple[str, str]
 """A gateway's id and incarnation."""
 
@@ -21,13 +24,13 @@ class GatewaySession:
 
     def __init__(self, key: GatewayKey) -> None:
         self.key = key
-        self.outbox: Outbox[scheduler_pb2.SchedulerMessage] = Outbox()
+        self.outbox: Outbox[scheduler_pb2.SchedulerMessage] = Outbox(_merge)
         self._waiting_for: dict[tuple[str, int], OnAnswer] = {}
 
     def offer(self, offer: scheduler_pb2.Offer, on_answer: OnAnswer) -> None:
         """Sends an offer; `on_answer` is called with the answer, if one comes."""
         self._waiting_for[offer.request_id, offer.attempt] = on_answer
-        self.outbox.put(scheduler_pb2.SchedulerMessage(offer=offer))
+        self.outbox.put(scheduler_pb2.SchedulerMessage(offers=[offer]))
 
     def offer_adoption(self, job: Job, queue_entry_id: str) -> None:
         adoption = scheduler_pb2.Adoption(job=job, queue_entry_id=queue_entry_id)
@@ -84,3 +87,10 @@ class Gateways:
         """Sends the catalog to every gateway."""
         for session in self._sessions.values():
             session.outbox.put(scheduler_pb2.SchedulerMessage(catalog=catalog))
+
+
+def _merge(message: scheduler_pb2.SchedulerMessage, following: scheduler_pb2.SchedulerMessage) -> bool:
+    if not message.offers or not following.offers or message.ByteSize() > _MOST_MERGED_BYTES:
+        return False
+    message.MergeFrom(following)
+    return True

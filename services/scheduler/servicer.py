@@ -93,10 +93,10 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServicer):
         self, messages: AsyncIterator[scheduler_pb2.GatewayMessage], session: GatewaySession
     ) -> None:
         async for message in messages:
+            for answer in message.answers:
+                session.answered(answer)
             kind = message.WhichOneof("message")
-            if kind == "answer":
-                session.answered(message.answer)
-            elif kind == "placement_request":
+            if kind == "placement_request":
                 self._request(message.placement_request, session)
             elif kind == "attempt_report":
                 self._fleet.hear(message.attempt_report)

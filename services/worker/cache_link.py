@@ -16,6 +16,9 @@ from services.worker.engine.block_exchange import PublishedBlocks
 
 log = logging.getLogger(__name__)
 
+_APART_S = 0.05
+"""Between two messages. Nearly every step fills a block of some sequence, and nobody asks for one so soon."""
+
 CHUNK_BLOCKS = 64 * 1024
 """The most chain hashes in one message: 1 MiB."""
 
@@ -68,6 +71,7 @@ class Publication:
                     stored=b"".join(stored[start : start + CHUNK_BLOCKS]),
                     stored_digests=b"".join(digests[start : start + CHUNK_BLOCKS]),
                 )
+            await asyncio.sleep(_APART_S)
 
 
 class CacheLink:

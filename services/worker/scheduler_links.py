@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 1.0
 _COALESCE_S = 0.005  # a state is at most this old when it is sent; several steps of a small model share one
+# What running sequences take as they grow, and prompts as they are computed, is told this often: it changes with nearly
+# every step, and nobody waits for it.
+_DRIFT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,12 @@ class WorkerLoad:
     @property
     def without_step(self) -> tuple[object, ...]:
         """What a state is worth sending for; what only grows can wait for the heartbeat."""
-        return (self.running, self.waiting, self.pending_prefill_tokens, self.free, self.draining, self.role)
+        return (*self.without_drift, self.pending_prefill_tokens, self.free)
+
+    @property
+    def without_drift(self) -> tuple[object, ...]:
+        """What is worth sending at once."""
+        return (self.running, self.waiting, self.free.sequences, self.draining, self.role)
 
 
 class _Link:
@@ -85,6 +93,8 @@ class SchedulerLinks:
         # A placement is made by one scheduler, and the others do not know it; so all may be told of it.
         self._settled: list[scheduler_pb2.PlacementKey] = []
         self._last_sent: tuple[object, ...] = ()
+        self._last_without_drift: tuple[object, ...] = ()
+        self._sent_at = 0.0
         self._turn = 0
         # A timer rather than a task: it is set after each step, and what that costs is taken from the next one.
         self._timer: asyncio.TimerHandle | None = None
@@ -120,13 +130,19 @@ class SchedulerLinks:
             self._timer = None
         self._looked_at = asyncio.get_running_loop().time()
         load = self._load()
-        worth_sending = heartbeat or self._settled or load.without_step != self._last_sent
-        if not worth_sending or not self._links:
+        if not (heartbeat or self._is_news(load)) or not self._links:
             return
-        self._last_sent = load.without_step
+        self._last_sent, self._last_without_drift = load.without_step, load.without_drift
+        self._sent_at = self._looked_at
         settled, self._settled = self._settled, []
         for link, share in zip(self._links, load.free.share(len(self._links), self._turn), strict=True):
             link.put(_to_state(load, share), settled)
+
+    def _is_news(self, load: WorkerLoad) -> bool:
+        """What has only drifted is looked at again after the next step."""
+        if self._settled or load.without_drift != self._last_without_drift:
+            return True
+        return self._looked_at - self._sent_at >= _DRIFT_S and load.without_step != self._last_sent
 
     async def _session(self, address: str, channel: grpc.aio.Channel) -> None:
         await channel.channel_ready()  # only a scheduler that is there gets a share
@@ -134,14 +150,14 @@ class SchedulerLinks:
         link = _Link()
         call = scheduler_pb2_grpc.SchedulerStub(channel).Register(link.reports(self._registration))
         self._links.append(link)
-        self._last_sent = ()  # the shares are others now
+        self._last_without_drift = ()  # the shares are others now
         self.notify()
         try:
             async for directive in call:
                 self._on_directive(directive)
         finally:
             self._links.remove(link)
-            self._last_sent = ()
+            self._last_without_drift = ()
             self.notify()
             call.cancel()
 

@@ -246,6 +246,7 @@ class WorkerService:
             total_blocks=self._model.num_blocks,
             block_bytes=self._model.block_bytes,
             deterministic=self._settings.deterministic,
+            price_per_hour=self._model.price_per_hour,
         )
 
     def _holder(self, address: str) -> cache_pb2.Holder:

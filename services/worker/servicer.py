@@ -59,13 +59,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         """Carries out a gateway's commands until it ends its side."""
         try:
             async for command in commands:
-                match command.WhichOneof("command"):
-                    case "start":
-                        self._executions.start(execution, command.start)
-                    case "cancel":
-                        self._executions.cancel(execution, command.cancel.handles)
-                    case _:
-                        raise InvalidRequest("After its hello, an Execute stream carries start and cancel.")
+                if not (command.starts or command.HasField("cancel")):
+                    raise InvalidRequest("After its hello, an Execute stream carries starts and cancel.")
+                for start in command.starts:
+                    self._executions.start(execution, start)
+                if command.cancel.handles:
+                    self._executions.cancel(execution, command.cancel.handles)
         finally:
             self._executions.close(execution)
 

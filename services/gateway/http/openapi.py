@@ -1,6 +1,6 @@
 """The OpenAPI document of the public HTTP routes, made from the structs that the routes read and write."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +25,37 @@ from services.gateway.validation import COMPLETION_RANGES, RANGES, Range
 VERSION = "1"
 _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
 
+# What each error status says.
+_ERRORS = {
+    400: "The request is not valid; `error.param` names the field.",
+    401: "There is no API key, or one that does not work.",
+    403: "The key may not do this, or not with this model; or the page may not call.",
+    404: "There is no such model, or no such answer.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    422: "The Idempotency-Key names another request.",
+    429: "A queue, a limit or a budget is full; Retry-After says when to come back.",
+    431: "The headers are too many, or too long.",
+    499: "Somebody cancelled the request.",
+    500: "The server failed; its log says why.",
+    503: "Something is away for now, or the deadline passed; Retry-After says when to come back.",
+}
+_OPEN = (403, 431, 500)
+_KEYED = (*_OPEN, 401, 503)
+_BODY = (*_KEYED, 400, 404, 408, 413, 429)
+_ANSWER = (*_KEYED, 400, 404, 429, 499)
+
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One method of one path. `answer`: what a 200 holds, by media type; None is any text."""
+    """One method of one path. `answer`: what a 200 holds, by media type; None is any text. `errors`: other statuses."""
 
     method: str
     path: str
     summary: str
     answer: Mapping[str, Any]
+    errors: Sequence[int]
     body: type[msgspec.Struct] | None = None
-    error: type[msgspec.Struct] = ErrorObject
     open: bool = False  # needs no API key
 
 
@@ -45,6 +65,7 @@ OPERATIONS = (
         "/v1/chat/completions",
         "Answers a chat; with `stream`, as server-sent events.",
         {_JSON: CompletionResponse[ChatChoice], _EVENTS: None},
+        (*_BODY, 422, 499),
         ChatBody,
     ),
     Operation(
@@ -52,41 +73,50 @@ OPERATIONS = (
         "/v1/completions",
         "Continues a prompt; with `stream`, as server-sent events.",
         {_JSON: CompletionResponse[CompletionChoice], _EVENTS: None},
+        (*_BODY, 422, 499),
         CompletionBody,
     ),
-    Operation("post", "/tokenize", "Token ids of a prompt or of messages.", {_JSON: TokenizeResponse}, TokenizeBody),
-    Operation("post", "/detokenize", "The text of token ids.", {_JSON: DetokenizeResponse}, DetokenizeBody),
-    Operation("get", "/v1/models", "The models that the key may use.", {_JSON: ModelList}),
-    Operation("get", "/v1/models/{name}", "One model.", {_JSON: ModelObject}),
+    Operation(
+        "post", "/tokenize", "Token ids of a prompt or of messages.", {_JSON: TokenizeResponse}, _BODY, TokenizeBody
+    ),
+    Operation("post", "/detokenize", "The text of token ids.", {_JSON: DetokenizeResponse}, _BODY, DetokenizeBody),
+    Operation("get", "/v1/models", "The models that the key may use.", {_JSON: ModelList}, _KEYED),
+    Operation("get", "/v1/models/{name}", "One model.", {_JSON: ModelObject}, (*_KEYED, 404)),
     Operation(
         "get",
         "/v1/cluster",
         "The workers and queues of the models that the key may use, and the schedulers.",
         {_JSON: ClusterObject},
+        _KEYED,
     ),
     Operation(
         "get",
         "/v1/answers/{answer_id}",
         "A recorded answer, when it has ended.",
         {_JSON: CompletionResponse[CompletionChoice]},
+        _ANSWER,
     ),
     Operation(
-        "post", "/v1/answers/{answer_id}/cancel", "Ends a request whose answer is recorded.", {_JSON: StatusObject}
+        "post",
+        "/v1/answers/{answer_id}/cancel",
+        "Ends a request whose answer is recorded.",
+        {_JSON: StatusObject},
+        (*_KEYED, 404),
     ),
-    Operation("get", "/health/live", "The process runs.", {_JSON: StatusObject}, open=True),
+    Operation("get", "/health/live", "The process runs.", {_JSON: StatusObject}, _OPEN, open=True),
     Operation(
         "get",
         "/health/ready",
         "Requests can be taken; 503 says why not.",
         {_JSON: StatusObject},
-        error=StatusObject,
+        (*_OPEN, 503),
         open=True,
     ),
-    Operation("get", "/metrics", "Metrics in Prometheus' text format.", {_TEXT: None}, open=True),
-    Operation("get", "/openapi.json", "This document.", {_JSON: None}, open=True),
-    Operation("get", "/docs", "This document as a page.", {"text/html": None}, open=True),
-    Operation("get", "/", "A page to chat and to watch the cluster.", {"text/html": None}, open=True),
-    Operation("get", "/playground/{name}", "A file of that page.", {"*/*": None}, open=True),
+    Operation("get", "/metrics", "Metrics in Prometheus' text format.", {_TEXT: None}, _OPEN, open=True),
+    Operation("get", "/openapi.json", "This document.", {_JSON: None}, _OPEN, open=True),
+    Operation("get", "/docs", "This document as a page.", {"text/html": None}, _OPEN, open=True),
+    Operation("get", "/", "A page to chat and to watch the cluster.", {"text/html": None}, _OPEN, open=True),
+    Operation("get", "/playground/{name}", "A file of that page.", {"*/*": None}, (*_OPEN, 404), open=True),
 )
 
 
@@ -114,18 +144,28 @@ def _operation(operation: Operation) -> dict[str, Any]:
     told: dict[str, Any] = {
         "summary": operation.summary,
         "parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names],
-        "responses": {
-            "200": {
-                "description": "The answer.",
-                "content": {media: _content(a) for media, a in operation.answer.items()},
-            },
-            "default": {"description": "What went wrong.", "content": {_JSON: _content(operation.error)}},
-        },
+        "responses": {"200": _response("The answer.", operation.answer)} | _errors(operation),
         "security": [{}] if operation.open else [{"bearer": []}, {"key": []}],
     }
     if operation.body is not None:
         told["requestBody"] = {"required": True, "content": {_JSON: _content(operation.body)}}
     return told
+
+
+def _errors(operation: Operation) -> dict[str, Any]:
+    return {
+        str(status): _response(_ERRORS[status], {_JSON: _error_of(operation, status)})
+        for status in sorted(operation.errors)
+    }
+
+
+def _error_of(operation: Operation, status: int) -> type[msgspec.Struct]:
+    """Readiness says of itself why it is not there; all other errors are OpenAI's."""
+    return StatusObject if operation.path == "/health/ready" and status == 503 else ErrorObject
+
+
+def _response(description: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {media: _content(answer) for media, answer in content.items()}}
 
 
 def _content(answer: Any) -> dict[str, Any]:

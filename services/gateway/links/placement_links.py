@@ -76,7 +76,7 @@ class PlacementLinks:
         return [view for view in views if view is not None]
 
     async def _talk(self, scheduler: str, channel: grpc.aio.Channel) -> None:
-        outbox: Outbox[GatewayMessage] = Outbox()
+        outbox: Outbox[GatewayMessage] = Outbox(_merge)
         outbox.put(GatewayMessage(hello=self._hello))
         try:
             async for message in SchedulerStub(channel).Place(outbox):
@@ -105,9 +105,9 @@ class PlacementLinks:
                 self.ask(request)
 
     def _receive(self, message: SchedulerMessage, scheduler: str, outbox: Outbox[GatewayMessage]) -> None:
+        for offer in message.offers:
+            self._offered(offer, outbox)
         match message.WhichOneof("message"):
-            case "offer":
-                self._offered(message.offer, outbox)
             case "catalog":
                 self._catalog.announce(scheduler, message.catalog)
             case "refusal":
@@ -116,7 +116,7 @@ class PlacementLinks:
                 self._on_adoption(message.adoption.job, message.adoption.queue_entry_id)
 
     def _offered(self, offer: Offer, outbox: Outbox[GatewayMessage]) -> None:
-        received = ReceivedOffer(offer, lambda answer: outbox.put(GatewayMessage(answer=answer)))
+        received = ReceivedOffer(offer, lambda answer: outbox.put(GatewayMessage(answers=[answer])))
         if active := self._active.get(offer.request_id):
             active.receive(received)
         else:
@@ -133,3 +133,10 @@ async def _describe(channel: grpc.aio.Channel) -> DescribeFleetResponse | None:
         return await SchedulerStub(channel).DescribeFleet(DescribeFleetRequest(), timeout=_DESCRIBE_TIMEOUT_S)
     except grpc.aio.AioRpcError:
         return None
+
+
+def _merge(message: GatewayMessage, following: GatewayMessage) -> bool:
+    if not message.answers or not following.answers:
+        return False
+    message.MergeFrom(following)
+    return True

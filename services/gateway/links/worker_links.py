@@ -33,6 +33,8 @@ _WATCH_EVERY_S = 1.0
 _MOST_UNTOLD = 10_000
 # A watch that comes later than this says nothing of the workers: the gateway itself had no CPU.
 _LATE_S = 2.0
+# Commands that wait together become one message up to this size, far below what a message may have.
+_MOST_MERGED_BYTES = 1024 * 1024
 
 
 class Outcome(StrEnum):
@@ -115,7 +117,7 @@ class WorkerLink:
 
     def __init__(self, address: str, hello: ExecuteHello) -> None:
         self.address = address
-        self.outbox: Outbox[ExecuteCommand] = Outbox()
+        self.outbox: Outbox[ExecuteCommand] = Outbox(_merge)
         self.outbox.put(ExecuteCommand(hello=hello))
         now = asyncio.get_running_loop().time()
         self.heard_at = now
@@ -151,7 +153,7 @@ class WorkerLink:
             self._feeds[feed.handle] = feed
             feeds.append(feed)
             self._expect(feed.handle, spending)
-        self.outbox.put(ExecuteCommand(start=start))
+        self.outbox.put(ExecuteCommand(starts=[start]))
         return feeds
 
     def cancel(self, feeds: Iterable[SequenceFeed]) -> None:
@@ -298,6 +300,13 @@ class WorkerLinks:
             log.info("worker %s: disconnected: %s", link.address, reason)
             del self._links[link.address]
             link.lose(reason)
+
+
+def _merge(command: ExecuteCommand, following: ExecuteCommand) -> bool:
+    if command.HasField("hello") or command.ByteSize() > _MOST_MERGED_BYTES:
+        return False
+    command.MergeFrom(following)
+    return True
 
 
 def _end(feed: SequenceFeed, ended: SequenceEnded) -> None:

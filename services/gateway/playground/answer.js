@@ -73,7 +73,7 @@ export class Answer {
       this.body.replaceChildren(this.#tokens.node);
     }
     this.#tokens?.add(logprobs?.content ?? []);
-    this.#tokens?.reach(this.text.length);
+    this.#tokens?.find(this.text);
     this.#plain.data = this.text;
     if (ending) this.#ending = ending;
   }
@@ -83,7 +83,7 @@ export class Answer {
     const count = this.#usage?.completion_tokens ?? this.#tokens?.count ?? this.#events;
     const seconds = (this.#newest - this.#first) / 1000;
     const shown = {
-      "first token": duration(((this.#first || performance.now()) - this.#asked) / 1000),
+      "first token": this.#first || !this.ended ? duration(((this.#first || performance.now()) - this.#asked) / 1000) : "",
       speed: seconds > 0 && count > 1 ? `${((count - 1) / seconds).toFixed(1)} tokens/s` : "",
       output: count ? plural(count, "token") : "",
       ...(this.#usage && usageStats(this.#usage)),

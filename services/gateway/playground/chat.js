@@ -134,8 +134,9 @@ export class Chat {
   }
 }
 
+/** Browsers have no clipboard for pages that came over plain HTTP from another machine. */
 function copying(answer) {
-  if (!answer.text) return [];
+  if (!answer.text || !navigator.clipboard) return [];
   const copy = button("Copy", async () => {
     await navigator.clipboard.writeText(answer.text);
     copy.textContent = "Copied";

@@ -1,7 +1,7 @@
 // The live view of the cluster: asks every two seconds while somebody can see it.
 
 import { getJson } from "/playground/api.js";
-import { element, money, percent, plural } from "/playground/dom.js";
+import { element, grouped, money, percent, plural } from "/playground/dom.js";
 
 const EVERY_MS = 2000;
 
@@ -90,12 +90,13 @@ class WorkerCard {
     this.#state.className = `state ${worker.state}`;
     this.#role.textContent = worker.role;
     this.#batch.update(running, most, `${running} of ${most}${waiting ? `, ${waiting} waiting` : ""}`);
-    this.#kv.update(worker.kv_blocks_used, worker.kv_blocks_total, `${worker.kv_blocks_used} of ${worker.kv_blocks_total}`);
+    const { kv_blocks_used: used, kv_blocks_total: total } = worker;
+    this.#kv.update(used, total, `${grouped(used)} of ${grouped(total)}`);
     this.#hits.update(hits, asked, asked ? percent(hits / asked) : "none yet");
     this.#facts.textContent = [
       `room for ${worker.credits.sequences}`,
       worker.prefill_tokens_per_s ? `prefill ${Math.round(worker.prefill_tokens_per_s)} tokens/s` : "",
-      worker.price_per_hour == null ? "" : `${money(worker.price_per_hour)} an hour`,
+      worker.price_per_hour == null ? "" : `${money(worker.price_per_hour)}/h`,
     ].filter(Boolean).join(" · ");
   }
 }

@@ -25,8 +25,13 @@ export function percent(part) {
   return `${(part * 100).toFixed(part > 0 && part < 0.9995 ? 1 : 0)} %`;
 }
 
+/** 12345 is "12,345". */
+export function grouped(count) {
+  return count.toLocaleString("en");
+}
+
 export function plural(count, word) {
-  return `${count} ${word}${count === 1 ? "" : "s"}`;
+  return `${grouped(count)} ${word}${count === 1 ? "" : "s"}`;
 }
 
 /** Money has no unit here: prices are in whatever the operator's are in. */

@@ -8,8 +8,8 @@ const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "⇥")
 
 export class Tokens {
   #decoder = new TextDecoder();
-  #ends = []; // where each token ends in the text, in UTF-16 units
-  #shown = 0; // tokens that the text has reached
+  #looked = 0; // tokens that were looked for in the text
+  #reached = 0; // characters of the text that tokens were found for
 
   constructor() {
     this.node = element("div", {
@@ -25,7 +25,7 @@ export class Tokens {
   }
 
   get count() {
-    return this.#ends.length;
+    return this.node.children.length;
   }
 
   /** Takes entries of `logprobs.content`. Several tokens may make one character, which the last of them shows. */
@@ -35,15 +35,20 @@ export class Tokens {
       const token = element("span", { class: "token beyond", textContent: text, tabIndex: this.count ? -1 : 0 });
       token.entry = entry;
       token.style.setProperty("--unlikely", Math.min(1, -entry.logprob / MOST_SURPRISE));
-      this.#ends.push((this.#ends.at(-1) ?? 0) + text.length);
       this.node.append(token);
     }
   }
 
-  /** The answer's text has that many characters: tokens beyond it are held back, or end it and are no part of it. */
-  reach(length) {
-    while (this.#shown < this.count && this.#ends[this.#shown] <= length) {
-      this.node.children[this.#shown++].classList.remove("beyond");
+  /** The answer's text so far. Tokens that are no part of it are special ones, or held back, or cut off by a stop string. */
+  find(text) {
+    for (; this.#looked < this.count; this.#looked++) {
+      const token = this.node.children[this.#looked];
+      if (text.startsWith(token.textContent, this.#reached)) {
+        token.classList.remove("beyond");
+        this.#reached += token.textContent.length;
+      } else if (token.textContent.startsWith(text.slice(this.#reached))) {
+        return; // the rest of it may still come
+      }
     }
   }
 

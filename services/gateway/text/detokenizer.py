@@ -38,10 +38,11 @@ class DetokenizerFactory:
         self._tokenizer = tokenizer
         # None unless it is byte-level.
         self.token_bytes = TokenBytes(tokenizer) if isinstance(tokenizer.decoder, decoders.ByteLevel) else None
+        self._token_texts = None if self.token_bytes is None else TokenTexts(self.token_bytes)
 
     def create(self) -> Detokenizer:
-        if self.token_bytes is not None:
-            return ByteLevelDetokenizer(self.token_bytes)
+        if self._token_texts is not None:
+            return ByteLevelDetokenizer(self._token_texts)
         return WindowDetokenizer(self._tokenizer)
 
 
@@ -66,20 +67,45 @@ class TokenBytes(dict[int, bytes]):
             return token.encode()
 
 
-class ByteLevelDetokenizer:
-    """Joins the bytes of tokens through an incremental UTF-8 decoder."""
-
-    __slots__ = ("_decode", "_token_bytes")
+class TokenTexts(dict[int, str | None]):
+    """The text of each token that is whole characters; None for the others. Filled as they are asked for."""
 
     def __init__(self, token_bytes: TokenBytes) -> None:
-        self._token_bytes = token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        super().__init__()
+        self.token_bytes = token_bytes
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text = self.token_bytes[token_id].decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
+
+
+class ByteLevelDetokenizer:
+    """Joins the bytes of tokens through an incremental UTF-8 decoder, where they are not whole characters anyway."""
+
+    __slots__ = ("_decoder", "_texts", "_whole")
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+        # Made for the first token that needs it.
+        self._decoder: codecs.IncrementalDecoder | None = None
+        # The decoder holds no part of a character.
+        self._whole = True
 
     def push(self, token_id: int) -> str:
-        return self._decode(self._token_bytes[token_id])
+        if self._whole and (text := self._texts[token_id]) is not None:
+            return text
+        if self._decoder is None:
+            self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = self._decoder.decode(self._texts.token_bytes[token_id])
+        self._whole = not self._decoder.getstate()[0]
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        return "" if self._decoder is None else self._decoder.decode(b"", True)
 
 
 class WindowDetokenizer:

@@ -221,3 +221,25 @@ async def test_outbox_delivers_in_order_and_ends() -> None:
         outbox.put(number)
     outbox.close()
     assert [number async for number in outbox] == [0, 1, 2]
+
+
+async def test_an_outbox_sends_together_what_may_be_merged() -> None:
+    def merge(message: list[int], following: list[int]) -> bool:
+        fits = len(message) < 3
+        if fits:
+            message += following
+        return fits
+
+    outbox: Outbox[list[int]] = Outbox(merge)
+    for number in range(5):
+        outbox.put([number])
+    outbox.close()
+    assert [message async for message in outbox] == [[0, 1, 2], [3, 4]]
+
+
+async def test_what_could_not_be_merged_is_sent_before_the_end() -> None:
+    outbox: Outbox[int] = Outbox(lambda message, following: False)
+    for number in range(3):
+        outbox.put(number)
+    outbox.close()
+    assert [message async for message in outbox] == [0, 1, 2]

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common.channel import ReplicaSessions, cancel_and_wait, dial, dial_front
 from services.common.config import CommonSettings, ConfigError, child_environment
@@ -65,6 +66,28 @@ async def test_a_caller_talks_to_those_of_its_ca_alone(tmp_path: Path) -> None:
     async with serving(None) as address:
         assert await asked_by(worker, address) == "unreachable"
         assert await asked_by(None, address) == "serving"
+
+
+async def test_a_renewed_ca_counts_for_connections_from_then_on(tmp_path: Path) -> None:
+    old, new = files(tmp_path / "old", "worker"), files(tmp_path / "new", "worker")
+    used = TlsFiles(*(str(tmp_path / name) for name in ("ca", "cert", "key")))
+
+    def put(files: TlsFiles) -> None:
+        for source, target in zip((files.ca, files.cert, files.key), (used.ca, used.cert, used.key), strict=True):
+            Path(target).write_bytes(Path(source).read_bytes())
+
+    put(old)
+    async with serving(used) as address:
+        with showing(used):
+            standing = dial(address)
+            check = health_pb2_grpc.HealthStub(standing).Check
+            await check(health_pb2.HealthCheckRequest())
+            put(new)
+            assert await grpc_health(dial(address)) == "serving"
+        assert await asked_by(old, address) == "unreachable"
+        assert await asked_by(new, address) == "serving"
+        await check(health_pb2.HealthCheckRequest())
+        await standing.close()
 
 
 async def test_a_public_front_demands_nothing_of_its_callers(tmp_path: Path) -> None:

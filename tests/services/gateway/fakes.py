@@ -165,14 +165,14 @@ class FakeWorker(WorkerServicer):
         news: asyncio.Event,
     ) -> None:
         async for command in commands:
+            for start in command.starts:
+                self._take(start, running, ended)
+                self.started.set()
+                news.set()
             for handle in command.cancel.handles:
                 if running.pop(handle, None) is not None:
                     dropped.append(handle)
                 self.cancelled.set()
-                news.set()
-            if command.HasField("start"):
-                self._take(command.start, running, ended)
-                self.started.set()
                 news.set()
 
     def _take(self, start: Start, running: dict[int, Running], ended: list[SequenceEnded]) -> None:
@@ -336,7 +336,7 @@ class FakeScheduler(SchedulerServicer):
         )
         offer = Offer(request_id=request_id, attempt=attempt, queue_entry_id=entry_id, placement=placement)
         for outbox in self.outboxes:
-            outbox.put(SchedulerMessage(offer=offer))
+            outbox.put(SchedulerMessage(offers=[offer]))
 
     async def _pop(self) -> None:
         while True:
@@ -358,9 +358,8 @@ class FakeScheduler(SchedulerServicer):
 
     async def _read(self, messages: AsyncIterator[GatewayMessage], outbox: Outbox[SchedulerMessage]) -> None:
         async for message in messages:
-            if message.HasField("answer"):
-                self.answers.append(message.answer)
-            elif message.HasField("placement_request"):
+            self.answers += message.answers
+            if message.HasField("placement_request"):
                 self._place_again(message.placement_request, outbox)
             elif message.HasField("attempt_report"):
                 self.reports.append(message.attempt_report)

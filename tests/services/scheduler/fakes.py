@@ -246,7 +246,7 @@ class FakeGateway:
 
     def answer(self, offer: Offer, status: "OfferAnswer.Status.ValueType") -> None:
         answer = OfferAnswer(request_id=offer.request_id, attempt=offer.attempt, status=status)
-        self._outbox.put(GatewayMessage(answer=answer))
+        self._outbox.put(GatewayMessage(answers=[answer]))
 
     async def accept(self, offer: Offer, job: Job) -> None:
         assert await self.queue.take_over(job, offer.queue_entry_id)
@@ -300,11 +300,11 @@ class FakeGateway:
                     self._receive(message)
 
     def _receive(self, message: SchedulerMessage) -> None:
-        if message.HasField("offer"):
-            self.offers.put_nowait(message.offer)
-        elif message.HasField("refusal"):
+        for offer in message.offers:
+            self.offers.put_nowait(offer)
+        if message.HasField("refusal"):
             self.refusals.put_nowait(message.refusal)
         elif message.HasField("adoption"):
             self.adoptions.put_nowait(message.adoption)
-        else:
+        elif message.HasField("catalog"):
             self.catalogs.put_nowait(message.catalog)

@@ -61,7 +61,7 @@ async def status_of(call: "grpc.aio.StreamStreamCall[object, object]", *messages
     "messages",
     [
         [],
-        [GatewayMessage(answer=OfferAnswer(request_id="r"))],
+        [GatewayMessage(answers=[OfferAnswer(request_id="r")])],
         [GatewayMessage(hello=GatewayHello(gateway_id="g"))],
         [HELLO, request(JOB, "nonsense")],
         [HELLO, request(Job(request_id="r", gateway_id="somebody"), "1-0")],
@@ -85,7 +85,7 @@ async def test_a_worker_that_breaks_the_protocol(stub: SchedulerStub, messages: 
 
 
 async def test_a_stream_ends_well_when_its_other_side_is_done(stub: SchedulerStub) -> None:
-    late_answer = GatewayMessage(answer=OfferAnswer(request_id="unknown", status=OfferAnswer.STATUS_ACCEPTED))
+    late_answer = GatewayMessage(answers=[OfferAnswer(request_id="unknown", status=OfferAnswer.STATUS_ACCEPTED)])
     assert await status_of(stub.Place(), HELLO, late_answer) == grpc.StatusCode.OK
     assert await status_of(stub.Register(), REGISTRATION) == grpc.StatusCode.OK
 

@@ -47,6 +47,7 @@ class GatedRunner(FakeRunner):
         super().__init__(NUM_BLOCKS, BLOCK_SIZE)
         self._changed = threading.Condition()
         self._steps_left: int | None = None
+        self.lost = False  # whether every step fails from now on
 
     def allow(self, steps: int | None) -> None:
         """So many more steps; None: any number."""
@@ -59,6 +60,8 @@ class GatedRunner(FakeRunner):
             assert self._changed.wait_for(lambda: self._steps_left != 0, timeout=60), "a test held the engine for good"
             if self._steps_left is not None:
                 self._steps_left -= 1
+        if self.lost:
+            raise RuntimeError("device lost")
         return super().forward(batch)
 
 
@@ -184,7 +187,7 @@ class Gateway:
             scheduler_id="s1",
             kv_sources=sources,
         )
-        self._commands.put(worker_pb2.ExecuteCommand(start=start))
+        self._commands.put(worker_pb2.ExecuteCommand(starts=[start]))
 
     def cancel(self, *handles: int) -> None:
         self._commands.put(worker_pb2.ExecuteCommand(cancel=worker_pb2.Cancel(handles=handles)))

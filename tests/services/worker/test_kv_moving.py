@@ -294,6 +294,7 @@ async def test_a_holder_that_fails_costs_time_and_no_token(spoil: Any, reason: s
     holder = Holder(await fetch(peer, NAMES), spoil)
     server = GrpcServer([Registration(worker_pb2_grpc.add_WorkerServicer_to_server, holder, "headrace.v1.Worker")])
     port = await server.start("127.0.0.1:0")
+    await peer.cache.until(lambda: peer.cache.digests.keys() >= set(NAMES[:BLOCKS]))
     digests = b"".join(peer.cache.digests[name] for name in NAMES[:BLOCKS])
     source = KvSource(kind=KvSource.KIND_WORKER, address=f"127.0.0.1:{port}", blocks=BLOCKS, digests=digests)
     gateway = await run(worker, sources=[source])

@@ -77,7 +77,7 @@ async def test_a_worker_starts_answers_and_drains_on_sigterm(tmp_path: Path) -> 
                 choices=[worker_pb2.StartChoice(handle=1)],
                 stopping=sampling_pb2.Stopping(max_tokens=5, ignore_eos=True),
             )
-            commands.put(worker_pb2.ExecuteCommand(start=start))
+            commands.put(worker_pb2.ExecuteCommand(starts=[start]))
             tokens: list[int] = []
             while len(tokens) < 5:
                 output = await call.read()

@@ -44,6 +44,7 @@ async def test_a_stream_begins_with_the_price(stack: Stack) -> None:
     assert first.price_per_hour == 0.5
     assert not any(output.HasField("price_per_hour") for output in others)
     assert stack.metric("headrace_worker_price_per_hour", model_name="tiny") == 0.5
+    assert stack.scheduler.registrations[0].price_per_hour == 0.5
 
 
 async def test_sequences_that_run_together_add_up_to_the_steps(stack: Stack) -> None:

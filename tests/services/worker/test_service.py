@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -207,6 +206,7 @@ async def test_the_scheduler_learns_who_this_is_and_what_is_free(stack: Stack) -
     assert (registration.model.name, registration.model.tokenizer_hash) == ("tiny", "hash")
     assert (registration.max_sequences, registration.total_blocks) == (4, NUM_BLOCKS)
     assert registration.role == scheduler_pb2.WORKER_ROLE_BOTH
+    assert not registration.HasField("price_per_hour")
     stack.hold(after=3)
     gateway.start("r1", [1], [3] * 9, max_tokens=150, attempt=2)
     gateway.start("r2", [2], [99], max_tokens=150)
@@ -386,11 +386,7 @@ async def test_a_dead_engine_ends_the_worker() -> None:
     stack = Stack()
     await stack.start()
     gateway = Gateway(stack.channel)
-
-    def fail(batch: object) -> Any:
-        raise RuntimeError("device lost")
-
-    stack.runner.forward = fail  # type: ignore[method-assign]
+    stack.runner.lost = True
     for handle in range(1, 6):
         gateway.start(f"r{handle}", [handle], [3])
         if handle < 5:

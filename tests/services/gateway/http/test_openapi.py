@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from headrace.v1 import inference_pb2
 from services.gateway.http.app import HttpApp
 from services.gateway.http.openai_requests import UNSUPPORTED
-from services.gateway.http.openai_types import ChatBody, CompletionBody
+from services.gateway.http.openai_types import ChatBody, CommonBody, CompletionBody
 from services.gateway.http.openapi import openapi_document
 from services.gateway.http.tokenize_api import DetokenizeBody, TokenizeBody
 from tests.services.gateway.fakes import MODEL
@@ -16,6 +17,7 @@ from tests.services.gateway.stack import Stack
 
 DOCUMENT = openapi_document()
 SCHEMAS = DOCUMENT["components"]["schemas"]
+PAGE = (Path(__file__).parents[4] / "docs" / "api.md").read_text()
 
 
 def test_every_route_is_described(stack: Stack) -> None:
@@ -43,12 +45,44 @@ def test_fields_have_their_ranges_and_refusals(body: type) -> None:
     assert refused == fields.keys() & UNSUPPORTED.keys() != set()
 
 
-@pytest.mark.parametrize("body", [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody])
-def test_the_page_on_the_api_names_every_field(body: type) -> None:
-    page = (Path(__file__).parents[4] / "docs" / "api.md").read_text()
-    assert [field for field in body.__struct_fields__ if f"`{field}`" not in page] == []  # type: ignore[attr-defined]
-    refusals = page.partition("## What is refused")[2]
-    assert [field for field in UNSUPPORTED if f"`{field}`" not in refusals] == []
+def section(title: str) -> str:
+    """What the page on the API says below a heading."""
+    return PAGE.partition(f"### {title}\n")[2].partition("\n#")[0]
+
+
+def listed(title: str) -> dict[str, str]:
+    """The fields of a section's table, with what is said of them."""
+    rows = [row.split("|")[1:4] for row in section(title).splitlines() if row.startswith("| `")]
+    return {field: verdict.strip() for names, verdict, _ in rows for field in re.findall("`([^`]+)`", names)}
+
+
+@pytest.mark.parametrize(
+    ("title", "body", "common"),
+    [
+        ("Both completions", CommonBody, None),
+        ("POST /v1/completions", CompletionBody, CommonBody),
+        ("POST /v1/chat/completions", ChatBody, CommonBody),
+        ("POST /tokenize", TokenizeBody, None),
+        ("POST /detokenize", DetokenizeBody, None),
+    ],
+)
+def test_the_page_on_the_api_has_every_field_and_whether_it_is_refused(
+    title: str, body: type, common: type | None
+) -> None:
+    others = common.__struct_fields__ if common else ()  # type: ignore[attr-defined]
+    fields = set(body.__struct_fields__) - set(others)  # type: ignore[attr-defined]
+    refused = fields & ({*UNSUPPORTED, "add_generation_prompt"})
+    assert listed(title) == {field: "refused" if field in refused else "supported" for field in fields}
+
+
+def test_the_page_on_the_api_has_every_route_and_every_field_of_grpc() -> None:
+    told = set(re.findall("`(GET|POST) (/[^`]*)`", section("Routes without a body")))
+    told |= {("POST", path) for path in re.findall("### POST (.*)", PAGE)}
+    assert told == {(method.upper(), path) for path, methods in DOCUMENT["paths"].items() for method in methods}
+    table = section("headrace.v1.Inference")
+    for method in inference_pb2.DESCRIPTOR.services_by_name["Inference"].methods:
+        rows = table.partition(f"| `{method.name}` |")[2].partition("\n| `")[0]
+        assert set(re.findall("`([a-z_]+)`", rows)) == {field.name for field in method.input_type.fields}, method.name
 
 
 async def test_both_are_served_without_a_key_and_load_nothing(stack: Stack) -> None:

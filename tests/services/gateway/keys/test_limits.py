@@ -170,13 +170,21 @@ async def test_keys_of_a_group_share_its_limits(stack: Stack) -> None:
 async def test_limits_over_grpc(stack: Stack) -> None:
     key = await make_key(stack.redis, tokens_per_minute=110)
     request = GenerateRequest(model=MODEL, text="hello", stopping=Stopping(max_tokens=100))
-    async for _ in stack.inference.Generate(request, metadata=key.metadata):
-        pass
-    await key.settled()
+    call = stack.inference.Generate(request, metadata=key.metadata)
+    initial = dict(await call.initial_metadata())  # type: ignore[arg-type]
+    assert (initial["x-ratelimit-limit-tokens"], "x-ratelimit-limit-requests" in initial) == ("110", False)
+    assert 0 <= int(initial["x-ratelimit-remaining-tokens"]) < 10
+    assert [delta async for delta in call]
+    tokens, _ = (await key.settled())["tokens_per_minute"]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stack.inference.Generate(request, metadata=key.metadata).read()
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert 0 < int(dict(caught.value.trailing_metadata() or ())["retry-after"]) <= 61
+    trailing = dict(caught.value.trailing_metadata() or ())
+    assert 0 < int(trailing["retry-after"]) <= 61
+    assert (trailing["x-ratelimit-limit-tokens"], trailing["x-ratelimit-remaining-tokens"]) == (
+        "110",
+        str(110 - tokens),
+    )
 
 
 async def test_a_key_without_limits_asks_nothing_of_redis(stack: Stack) -> None:

@@ -1,6 +1,7 @@
 """The playground in a real browser, before a real gateway whose worker does as the test says."""
 
 import asyncio
+import json
 import os
 
 import pytest
@@ -200,6 +201,27 @@ async def test_a_token_tells_its_rivals_to_pointer_and_keys(browser: Browser, st
     assert "88.2 %" in await browser.text("#tooltip .chosen")  # e to the -1/8
 
 
+@pytest.mark.parametrize(
+    ("tokens", "text", "found"),
+    [
+        (["<s>", "Hel", "lo", "</s>"], "Hello", ["Hel", "lo"]),
+        (["Hel", "lo", " there"], "Hello", ["Hel", "lo"]),
+        (["Hel", "lo"], "Hell", ["Hel"]),
+        (["<s>", "</s>"], "", []),
+    ],
+)
+async def test_tokens_that_are_no_part_of_the_text_are_told_apart(
+    browser: Browser, stack: Stack, tokens: list[str], text: str, found: list[str]
+) -> None:
+    await browser.open(stack.base_url)
+    entries = [{"token": token, "bytes": list(token.encode()), "logprob": 0, "top_logprobs": []} for token in tokens]
+    assert found == await browser.evaluate(
+        "import('/playground/tokens.js').then(({ Tokens }) => { const tokens = new Tokens();"
+        f" tokens.add({json.dumps(entries)}); tokens.find({json.dumps(text)});"
+        " return [...tokens.node.children].filter((token) => !token.matches('.beyond')).map((it) => it.textContent); })"
+    )
+
+
 async def test_the_keyboard_alone_does_it(browser: Browser, stack: Stack) -> None:
     await opened(browser, stack.base_url)
     await browser.press("Tab")
@@ -243,7 +265,7 @@ async def test_the_cluster_is_followed(browser: Browser, stack: Stack) -> None:
         "Batch 3 of 8, 1 waiting",
         "KV blocks 3 of 100",
         "Prefix hits 75.0 %",
-        "1.25 an hour",
+        "1.25/h",
     ):
         assert part in card
     totals = await browser.text(".totals")
@@ -282,6 +304,16 @@ async def test_text_stands_out_from_what_it_lies_on(browser: Browser, stack: Sta
     await asked(browser)
     await browser.wait_for("document.querySelector('.answer:last-child .notice:not([hidden])')")
     assert await browser.evaluate(FAINT) == []
+
+
+async def test_nothing_moves_for_who_wants_less_motion(browser: Browser, stack: Stack) -> None:
+    stack.scheduler.fleet.workers.append(seen("w0"))
+    await opened(browser, stack.base_url)
+    await browser.wait_for("document.querySelector('.bar')")
+    moves = "getComputedStyle(document.querySelector('.bar'), '::before').transitionProperty"
+    assert await browser.evaluate(moves) == "width"
+    await browser.prefer(prefers_reduced_motion="reduce")
+    assert await browser.evaluate(moves) == "none"
 
 
 async def test_a_narrow_screen_has_one_pane_at_a_time_and_never_scrolls_sideways(

@@ -1,0 +1,51 @@
+"""A Redis that demands TLS and lets Headrace's user do what docs/security.md says, and nothing else."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import redis
+
+from tests.certificates import certificate
+from tests.flows.headrace_up import HeadraceUp
+from tests.flows.keyed_stack import MODEL, KeyedStack
+from tests.redis_server import RedisServer, free_port
+
+RULES = re.search(r"ACL SETUSER headrace .*", (Path(__file__).parents[2] / "docs" / "security.md").read_text())
+
+
+@pytest.fixture
+def restricted(tmp_path: Path) -> Iterator[str]:
+    """The address of a Redis with the rules of the page on security, as its user sees it."""
+    pair, port = certificate(tmp_path / "certs", "redis"), free_port()
+    tls = ("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(pair.ca))
+    server = RedisServer(tmp_path, *tls, "--tls-cert-file", str(pair.cert), "--tls-key-file", str(pair.key))
+    assert RULES is not None
+    with redis.Redis(port=server.port) as operator:
+        operator.execute_command(*RULES[0].replace("PASSWORD", "secret").split())
+    yield f"rediss://headrace:secret@127.0.0.1:{port}/0?ssl_ca_certs={pair.ca}"
+    server.kill()
+
+
+def test_everything_works_within_those_rules(restricted: str, tmp_path: Path, default_model: Path) -> None:
+    with redis.Redis.from_url(restricted) as user, pytest.raises(redis.exceptions.NoPermissionError):
+        user.set("other", "1")
+    up = HeadraceUp(tmp_path, "--engine", "echo", "--redis-url", restricted)
+    try:
+        up.wait_ready()
+        stack = KeyedStack(up)
+        options = ("--redis-url", restricted)
+        key = stack.keys("create", "ci", "--tokens-per-minute", "1000", "--concurrent", "2", *options)["key"]
+        assert stack.complete(key) == 7
+        headers = {"authorization": f"Bearer {key}", "idempotency-key": "once"}
+        body = {"model": MODEL, "prompt": "hello", "max_tokens": 4, "stream": True, "resumable": True}
+        answers = [httpx.post(f"{up.http_url}/v1/completions", json=body, headers=headers, timeout=60) for _ in "ab"]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert answers[0].text == answers[1].text
+        up.run("keys", "revoke", "ci", *options)
+        assert "No request was given up" in up.run("queue", "dead", "list", *options)
+        assert "NOPERM" not in "".join(path.read_text() for path in Path(up.state.directory).glob("*.log"))
+    finally:
+        up.kill()
