@@ -5,6 +5,7 @@
 
 import argparse
 import itertools
+import math
 import re
 import time
 from pathlib import Path
@@ -35,28 +36,39 @@ def draw(url: str, path: Path, out: Path, start: float, end: float, rate_interva
             for query in group
             for series in ask(url, query.filled_in(rate_interval), start, end, step_s)
         ]
-        _panel(axis, title, group[0], found, start)
+        _panel(axis, title, group[0], found, start, step_s)
     figure.tight_layout()
     figure.savefig(out / f"{path.stem}.png", dpi=70)
     pyplot.close(figure)
 
 
-def _panel(axis: Axes, title: str, query: Query, found: list[tuple[str, Series]], start: float) -> None:
+def _panel(axis: Axes, title: str, query: Query, found: list[tuple[str, Series]], start: float, step_s: float) -> None:
+    """Where there is no sample there is no line."""
     axis.set_title(f"{title} [{query.unit}]", fontsize=10)
     axis.tick_params(labelsize=7)
     if not found:
         axis.text(0.5, 0.5, "no data", ha="center", va="center", transform=axis.transAxes, color="red")
         return
-    if query.stacked:
-        times = sorted({at for _, series in found for at in series.times})
-        curves = [dict(zip(series.times, series.values, strict=True)) for _, series in found]
-        heights = [[curve.get(at, 0.0) for at in times] for curve in curves]
-        axis.stackplot([at - start for at in times], heights, labels=[legend for legend, _ in found])
+
+    def step_of(at: float) -> int:
+        return round((at - start) / step_s)
+
+    curves = [
+        {step_of(at): value for at, value in zip(series.times, series.values, strict=True)} for _, series in found
+    ]
+    known = set().union(*curves)
+    times = range(min(known), max(known) + 1)
+    seconds, legends = [at * step_s for at in times], [legend for legend, _ in found]
+    if query.stacked:  # without all of its layers there is none
+        heights = [[curve.get(at, 0.0 if at in known else math.nan) for at in times] for curve in curves]
+        axis.stackplot(seconds, heights, labels=legends)
     else:
-        for legend, series in found:
-            axis.plot([at - start for at in series.times], series.values, label=legend, linewidth=1)
-    axis.set_ylim(bottom=0)
-    axis.legend(fontsize=6, loc="upper left", ncols=2)
+        for legend, curve in zip(legends, curves, strict=True):
+            axis.plot(seconds, [curve.get(at, math.nan) for at in times], label=legend, linewidth=1)
+    whole = sum if query.stacked else max
+    top = max(whole(curve.get(at, 0.0) for curve in curves) for at in known)
+    axis.set_ylim(0, 1.4 * top or 1.0)  # with room for the legend
+    axis.legend(fontsize=6, loc="upper left", ncols=3)
 
 
 def _legend(query: Query, series: Series) -> str:

@@ -29,11 +29,11 @@ COST = Board(
                     [
                         (
                             "{{model}}",
-                            f"1000 * {rate('headrace_cost_total', MODEL, 'model')} / "
-                            f"{rate('llm_tokens_generated_total', MODEL, 'model')}",
+                            f"1000 * sum by (model) (rate(headrace_cost_total{{{MODEL}}}[5m])) "
+                            f"/ sum by (model) (rate(llm_tokens_generated_total{{{MODEL}}}[5m]))",
                         )
                     ],
-                    "Prompts included, without what the workers cost while they are idle.",
+                    "Of the last five minutes, prompts included. Costs count when a request ends, tokens as they come.",
                 ),
                 Panel(
                     "Saved an hour",
