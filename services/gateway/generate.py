@@ -227,7 +227,8 @@ class Generator:
                 if delta.finish_reason:
                     attempt.link.cancel((feed,))  # a stop string ends it before its worker knows
                     delta.usage = active.usage() if active.finished else None
-                await active.record(delta)
+                if active.journal is not None:
+                    await active.record(delta)
                 yield delta
 
     def _place_again(self, active: ActiveRequest, attempt: Attempt, metrics: ModelMetrics) -> None:

@@ -99,7 +99,9 @@ class CompletionRoute(PostRoute, Generic[B]):
                 # A delta whose text is held back is no event unless it has log-probabilities, but the first one of a
                 # choice opens it.
                 if delta.text or delta.finish_reason or not delta.seq or delta.logprobs is not None:
-                    await exchange.send_event(events.event(delta))
+                    event = events.event(delta)
+                    if not exchange.write_event(event):
+                        await exchange.send_event(event)
                 if delta.usage is not None:
                     usage += delta.usage
         await exchange.end_stream(events.usage(usage) + DONE if with_usage else DONE)
