@@ -81,7 +81,7 @@ def _table(columns: Sequence[str]) -> Table:
 
 def _print(table: Table, console: Console) -> None:
     """Without breaking its lines in a narrow window."""
-    console.print(table, width=max(console.width, 120), crop=False)
+    console.print(table, width=max(console.width, 140), crop=False)
 
 
 def _median(loads: Sequence[CpuOfLoad], figure: Callable[[CpuOfLoad], float]) -> float:

@@ -7,6 +7,7 @@ of the CPU as a gateway does.
 
 import asyncio
 import json
+import random
 import re
 import sys
 import time
@@ -106,7 +107,8 @@ class ChatRun:
     def __init__(self, load: ChatLoad) -> None:
         self.result = ChatResult()
         self._load = load
-        self._number = 0
+        # Of the newest question: no run asks what another one has asked.
+        self._number = random.randrange(10**8, 10**9)
         # Answers that are still to be measured; None: not a number of them.
         self._left: int | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

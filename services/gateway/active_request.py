@@ -110,9 +110,8 @@ class ActiveRequest:
         self.fail(error)
 
     async def record(self, delta: Delta) -> None:
-        """Records a delta, if the answer is. Raises what ends the request here."""
-        if self.journal is None:
-            return
+        """Records a delta. Raises what ends the request here."""
+        assert self.journal is not None, "this answer is recorded"
         event = event_of(delta)
         if not self.journal.events:
             event.cached_prompt_tokens = self.cached_prompt_tokens or 0

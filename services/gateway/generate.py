@@ -242,7 +242,8 @@ class Generator:
                         if await active.spending.told():
                             now = asyncio.get_running_loop().time()
                         delta.usage = active.usage()
-                await active.record(delta)
+                if active.journal is not None:
+                    await active.record(delta)
                 if delta.usage is not None:
                     delta.timings = _close_budget(active.budget, feed, looked_at=int(now * 1e6))
                     metrics.spent(delta.timings, span.exemplar)

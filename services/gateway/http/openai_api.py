@@ -101,7 +101,9 @@ class CompletionRoute(PostRoute, Generic[B]):
                 # A delta whose text is held back is no event unless it has log-probabilities, but the first one of a
                 # choice opens it.
                 if delta.text or delta.finish_reason or not delta.seq or delta.logprobs is not None:
-                    await exchange.send_event(events.event(delta))
+                    event = events.event(delta)
+                    if not exchange.write_event(event):
+                        await exchange.send_event(event)
                 if delta.usage is not None:
                     usage += delta.usage
                     timings = delta.timings if exchange.wants_timings else None
