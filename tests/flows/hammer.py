@@ -11,6 +11,7 @@ import aiohttp
 
 CLIENTS = 64
 _REFUSED = 429
+_NOT_READY = 503
 
 
 @dataclass(slots=True)
@@ -67,6 +68,9 @@ class Hammer:
             if response.status == _REFUSED:
                 assert int(response.headers["retry-after"]) > 0
                 call.refused = True
+                return
+            if response.status == _NOT_READY:  # a gateway that has just been started again
+                call.broken = True
                 return
             assert response.status == 200, await response.text()
             async for line in response.content:

@@ -19,7 +19,7 @@ from tests.flows.python_program import clients_python
 HOOKS = Path(__file__).parent / "python_clients" / "schemathesis_hooks.py"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 # Of each operation with something to vary. Together with schemathesis' own fixed cases that makes 10,000.
-MANY = 1000
+MANY = 1200
 
 
 def run_cases(url: str, max_examples: int, seed: int, timeout_s: float) -> tuple[bool, str]:
