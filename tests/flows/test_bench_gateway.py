@@ -1,13 +1,16 @@
 """`headrace bench-gateway` on a real stack, for a second a load."""
 
+import os
 import subprocess
+from pathlib import Path
 
 from tests.flows.headrace_up import HEADRACE
 
 
-def test_the_cost_of_all_but_the_model_is_printed() -> None:
+def test_the_cost_of_all_but_the_model_is_printed(tmp_path: Path) -> None:
     command = [*HEADRACE, "bench-gateway", "--part", "cost", "--rounds", "1", "--seconds", "1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment)
     assert run.returncode == 0, run.stderr
     for service in ("gateway", "scheduler", "cache", "redis"):
         assert any(line.startswith(service) for line in run.stdout.splitlines()), run.stdout
