@@ -80,6 +80,7 @@ def assert_nothing_is_held(stack: HeadraceUp) -> None:
     )
 
 
+@pytest.mark.timeout(600)  # a minute is usual; a busy machine takes many times that
 def test_fifty_prompts_give_the_same_answers_as_on_one_worker(split: HeadraceUp, stack: HeadraceUp) -> None:
     lengths = [random.Random(number).randrange(65, 180) for number in range(45)] + [LONG, 512, 513, 400, 333]
     prompts = [prompt(number, length) for number, length in enumerate(lengths)]
