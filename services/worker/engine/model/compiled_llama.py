@@ -89,7 +89,7 @@ class _Step:
         self._shape = shape
         self._library = library
         self._frame = np.zeros(len(Frame), np.int64)
-        self._control = new_control(threads, shape.phases)
+        self._control = new_control(threads)
         self._frequencies = inverse_frequencies(config.rope, config.head_dim)
         self._kept: dict[Frame, npt.NDArray[np.generic]] = {}  # what the frame's addresses point at
         self._function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(library.addresses["RUN"])

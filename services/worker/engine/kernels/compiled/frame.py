@@ -15,7 +15,6 @@ from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats, 
 
 Kernel = Callable[..., None]  # of int64s alone, to be compiled
 
-PHASES_PER_LAYER = 9
 NO_WINDOW = 1 << 40
 
 
@@ -50,10 +49,6 @@ class Shape:
     @property
     def put(self) -> Any:
         return {32: put_floats, 16: put_pairs, 8: put_bytes}[self.activation_bits]
-
-    @property
-    def phases(self) -> int:
-        return self.layers * PHASES_PER_LAYER + 2
 
 
 class Frame(IntEnum):

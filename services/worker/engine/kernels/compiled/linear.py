@@ -1,5 +1,6 @@
 """Matrix products of packed activations and packed weights, shared out over a team."""
 
+from functools import cache
 from typing import Any
 
 from numba import njit
@@ -21,7 +22,6 @@ TALLEST = _HEIGHTS[-1]
 _TILE_COST = 0.5  # of starting another tile, in rows
 _GROUP_TILES = 2  # from so many on it pays that each thread reads all weights, to have its rows to itself
 _AHEAD_BYTES = 8192  # how far before its use a weight is asked for, where memory bounds a tile
-_CLAIMS = 8  # a thread takes about this share of its share of a phase at a time
 
 
 def tile_rows(isa: Isa, rows: int) -> int:
@@ -43,9 +43,12 @@ def _panels(rows: int, accumulators: int) -> int:
 def make_linear(isa: Isa, bits: int) -> Any:
     """`linear(...)`: out = activations x weights, a phase of the team.
 
-    Arguments: control, members, rank, groups of tiles, phase; tiles and rows per tile; depth (k) of both; addresses of
+    Arguments: control, members, rank, groups of tiles; tiles and rows per tile; depth (k) of both; addresses of
     activations, their scales and sums; of the weights' words and scales and of the bias (0: none); panels; the address
     of out and the bytes of its rows. out has room for whole tiles.
+
+    Threads share out the groups, each of which takes all panels. A single group's panels are shared out instead: each
+    thread begins with a run of its own, since memory is read fastest in order.
     """
     columns, width_of, multiply = isa.panel_columns, njit(_panels), _make_multiply(isa, bits)
     accumulators = isa.accumulators
@@ -54,57 +57,79 @@ def make_linear(isa: Isa, bits: int) -> Any:
     group_scale_bytes = {8: 2 * columns, 4: 2 * 2 * columns}.get(bits, 0)
 
     def linear(
-        control: int, members: int, rank: int, groups: int, phase: int, tiles: int, rows: int, depth: int, x: int,
-        x_scales: int, x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int,
+        control: int, members: int, rank: int, groups: int, tiles: int, rows: int, depth: int, x: int, x_scales: int,
+        x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int,
     ) -> None:  # fmt: skip
-        width = max(1, width_of(rows, accumulators))
-        units = panels // width
+        widest = max(1, width_of(rows, accumulators))
         steps = depth // GROUP if quantized else depth // per_word
         panel_bytes = depth // per_word * columns * 4
         of_scales = group_scale_bytes * (depth // GROUP)
-        share = max(1, units // (members * _CLAIMS))
-        for turn in range(groups):
-            group = (rank + turn) % groups
-            first = claim(control, members, phase, group, share)
-            while first < units:
-                for unit in range(first, min(first + share, units)):
-                    # The last unit also has what is left over. As that is a whole tile, rather than a narrower one,
-                    # some panels are computed again: by the same thread, since their bias is added in a second pass.
-                    start = unit * width
-                    end = panels - width if unit == units - 1 else start
-                    for panel in range(start, end + 1, max(end - start, 1)):
-                        w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4
-                        for tile in range(group, tiles, groups):
-                            place = x + tile * depth * rows * activation_bytes
-                            of_group = tile * (depth // GROUP) * rows * 4
-                            # The first tile has this unit's weights from memory, the others from the cache: they have
-                            # time to fetch the next unit's.
-                            done = tile // groups
-                            ahead = w
-                            if done == 0:
-                                ahead += _AHEAD_BYTES
-                            elif done <= width:
-                                ahead += (width + done - 1) * panel_bytes
-                            multiply(
-                                rows, place, x_scales + of_group, x_sums + of_group, w, s, panel_bytes, of_scales,
-                                steps, o + tile * rows * out_row_bytes, out_row_bytes, ahead,
-                            )  # fmt: skip
-                            if bias:
-                                for row in range(tile * rows, (tile + 1) * rows):
-                                    add(floats(bias + panel * columns * 4, width * columns), o + row * out_row_bytes)
-                first = claim(control, members, phase, group, share)
+        parts = members if groups == 1 else groups
+        for turn in range(parts):
+            part = (rank + turn) % parts
+            group, first, end = part, 0, panels
+            if groups == 1:
+                group, first, end = 0, panels * part // parts, panels * (part + 1) // parts
+            start = first + widest * claim(control, part)
+            while start < end:
+                width = widest if start + widest <= end else 1
+                for panel in range(start, min(start + widest, end), width):
+                    w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4
+                    for tile in range(group, tiles, groups):
+                        place = x + tile * depth * rows * activation_bytes
+                        of_group = tile * (depth // GROUP) * rows * 4
+                        # The first tile has these weights from memory, the others from the cache: they have time to
+                        # fetch the next ones.
+                        done = tile // groups
+                        ahead = w
+                        if done == 0:
+                            ahead += _AHEAD_BYTES
+                        elif done <= width:
+                            ahead += (width + done - 1) * panel_bytes
+                        multiply(
+                            rows, width, place, x_scales + of_group, x_sums + of_group, w, s, panel_bytes, of_scales,
+                            steps, o + tile * rows * out_row_bytes, out_row_bytes, ahead,
+                        )  # fmt: skip
+                        if bias:
+                            for row in range(tile * rows, (tile + 1) * rows):
+                                add(floats(bias + panel * columns * 4, width * columns), o + row * out_row_bytes)
+                start = first + widest * claim(control, part)
         meet(control, members)
 
     return linear
 
 
 def _make_multiply(isa: Isa, bits: int) -> Any:
-    one, two, three, four, six, eight, twelve = (_tile(isa, height, bits) for height in _HEIGHTS)
+    one, two, three, four, six, eight, twelve = (
+        _tile(isa, height, bits, _panels(height, isa.accumulators) or 1) for height in _HEIGHTS
+    )
+    narrow_one, narrow_two, narrow_three, narrow_four, narrow_six = (
+        _tile(isa, height, bits, 1) for height in _HEIGHTS[:5]
+    )
 
     @njit(nogil=True, error_model="numpy")
-    def multiply(rows: int, *arguments: int) -> None:
-        """The tile of so many rows."""
+    def multiply_panel(rows: int, *arguments: int) -> None:
         if rows == 1:
+            narrow_one(*arguments)
+        elif rows == 2:
+            narrow_two(*arguments)
+        elif rows == 3:
+            narrow_three(*arguments)
+        elif rows == 4:
+            narrow_four(*arguments)
+        elif rows == 6:
+            narrow_six(*arguments)
+        elif rows == 8:
+            eight(*arguments)
+        else:
+            twelve(*arguments)
+
+    @njit(nogil=True, error_model="numpy")
+    def multiply(rows: int, panels: int, *arguments: int) -> None:
+        """The tile of so many rows and panels: one, or as many as it can take."""
+        if panels == 1:
+            multiply_panel(rows, *arguments)
+        elif rows == 1:
             one(*arguments)
         elif rows == 2:
             two(*arguments)
@@ -112,12 +137,8 @@ def _make_multiply(isa: Isa, bits: int) -> Any:
             three(*arguments)
         elif rows == 4:
             four(*arguments)
-        elif rows == 6:
-            six(*arguments)
-        elif rows == 8:
-            eight(*arguments)
         else:
-            twelve(*arguments)
+            six(*arguments)
 
     return multiply
 
@@ -129,9 +150,9 @@ def add(values: Any, address: int) -> None:
         out[i] += values[i]
 
 
-def _tile(isa: Isa, rows: int, bits: int) -> Any:
+@cache
+def _tile(isa: Isa, rows: int, bits: int, panels: int) -> Any:
     """A tile behind one signature: that of `integer_panels`."""
-    panels = _panels(rows, isa.accumulators) or 1
     if bits in (4, 8):
         return integer_panels(isa, rows, panels, bits)
     halves = BFLOAT16_DOTS if isa.bfloat16_dots else BFLOAT16_PAIRS

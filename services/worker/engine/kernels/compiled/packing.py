@@ -19,7 +19,6 @@ from services.worker.engine.kernels.compiled.tiles import GROUP
 Words = npt.NDArray[np.uint32]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
-MIN_PANELS = 4  # what the widest tile takes at once
 _ALIGNMENT = 64
 
 
@@ -67,7 +66,7 @@ def packed_bytes(columns: int, depth: int, bits: int, isa: Isa) -> int:
 
 def padded_columns(columns: int, isa: Isa) -> int:
     """Columns of a matrix once packed."""
-    return max(MIN_PANELS, -(-columns // isa.panel_columns)) * isa.panel_columns
+    return -(-columns // isa.panel_columns) * isa.panel_columns
 
 
 def padded_depth(depth: int) -> int:

@@ -28,7 +28,7 @@ def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
     begin_row, put = _make_begin_row(shape), shape.put
     hidden, width, eps = shape.hidden, padded_columns(shape.hidden, isa), shape.eps
 
-    def norm_rows(control: int, members: int, rank: int, at: int, phase: int, which: int, scratch: int) -> None:
+    def norm_rows(control: int, members: int, rank: int, at: int, which: int, scratch: int) -> None:
         frame, temp = longs(at, FRAME_FIELDS), floats(scratch, hidden)
         count, rows = frame[Frame.ROWS], frame[Frame.TILE_ROWS]
         weight = floats(frame[Frame.NORMS] + 4 * which * hidden, hidden)
@@ -36,7 +36,7 @@ def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
         groups = frame[Frame.GROUPS]
         for turn in range(groups):
             group = (rank + turn) % groups
-            first = rows_of_item(frame, claim(control, members, phase, group, 1), group)
+            first = rows_of_item(frame, claim(control, group), group)
             while first < count:
                 for row in range(first, min(first + rows, count)):
                     h = floats(frame[Frame.HIDDEN] + 4 * row * hidden, hidden)
@@ -45,7 +45,7 @@ def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
                         begin_row(frame, row, h, delta)
                     add_norm(h, delta, weight, eps, temp)
                     put(scratch, hidden, 0, row, rows, hidden, x, scales, sums)
-                first = rows_of_item(frame, claim(control, members, phase, group, 1), group)
+                first = rows_of_item(frame, claim(control, group), group)
         meet(control, members)
 
     return norm_rows
@@ -57,14 +57,14 @@ def make_swiglu_rows(isa: Isa, shape: Shape) -> Kernel:
     parts = next(n for n in (4, 3, 2, 1) if intermediate % (n * GROUP) == 0 or n == 1)
     size = intermediate // parts
 
-    def swiglu_rows(control: int, members: int, rank: int, at: int, phase: int, which: int, scratch: int) -> None:
+    def swiglu_rows(control: int, members: int, rank: int, at: int, which: int, scratch: int) -> None:
         frame, temp = longs(at, FRAME_FIELDS), floats(scratch, size)
         count, rows = frame[Frame.ROWS], frame[Frame.TILE_ROWS]
         x, scales, sums = frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS]
         groups = frame[Frame.GROUPS]
         for turn in range(groups):
             group = (rank + turn) % groups
-            item = claim(control, members, phase, group, 1)
+            item = claim(control, group)
             first = rows_of_item(frame, item // parts, group)
             while first < count:
                 k = item % parts * size
@@ -72,7 +72,7 @@ def make_swiglu_rows(isa: Isa, shape: Shape) -> Kernel:
                     gate = frame[Frame.PRODUCT] + 4 * (row * width + k)
                     swiglu(floats(gate, size), floats(gate + 4 * intermediate, size), temp)
                     put(scratch, size, k, row, rows, intermediate, x, scales, sums)
-                item = claim(control, members, phase, group, 1)
+                item = claim(control, group)
                 first = rows_of_item(frame, item // parts, group)
         meet(control, members)
 
@@ -84,17 +84,17 @@ def make_norm_sampled(isa: Isa, shape: Shape) -> Kernel:
     put = shape.put
     hidden, width, eps, last = shape.hidden, padded_columns(shape.hidden, isa), shape.eps, 2 * shape.layers
 
-    def norm_sampled(control: int, members: int, rank: int, at: int, phase: int, which: int, scratch: int) -> None:
+    def norm_sampled(control: int, members: int, rank: int, at: int, which: int, scratch: int) -> None:
         frame, temp = longs(at, FRAME_FIELDS), floats(scratch, hidden)
         weight = floats(frame[Frame.NORMS] + 4 * last * hidden, hidden)
-        index = claim(control, members, phase, 0, 1)
+        index = claim(control, 0)
         while index < frame[Frame.SAMPLED]:
             row = longs(frame[Frame.SAMPLED_ROWS], frame[Frame.SAMPLED])[index]
             h = floats(frame[Frame.HIDDEN] + 4 * row * hidden, hidden)
             add_norm(h, floats(frame[Frame.DELTA] + 4 * row * width, hidden), weight, eps, temp)
             rows = frame[Frame.SAMPLED_TILE_ROWS]
             put(scratch, hidden, 0, index, rows, hidden, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS])
-            index = claim(control, members, phase, 0, 1)
+            index = claim(control, 0)
         meet(control, members)
 
     return norm_sampled
@@ -155,16 +155,16 @@ def make_write_kv(isa: Isa, shape: Shape) -> Kernel:
             value = floats(source + 4 * (kv_heads + head) * head_dim, head_dim)
             store(pool + ((kv_heads + head) * per_head + slot * head_dim) * element, value, 1)
 
-    def write_kv(control: int, members: int, rank: int, at: int, phase: int, layer: int, scratch: int) -> None:
+    def write_kv(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
         frame = longs(at, FRAME_FIELDS)
         count, rows, groups = frame[Frame.ROWS], frame[Frame.TILE_ROWS], frame[Frame.GROUPS]
         for turn in range(groups):
             group = (rank + turn) % groups
-            first = rows_of_item(frame, claim(control, members, phase, group, 1), group)
+            first = rows_of_item(frame, claim(control, group), group)
             while first < count:
                 for row in range(first, min(first + rows, count)):
                     write_row(frame, layer, row)
-                first = rows_of_item(frame, claim(control, members, phase, group, 1), group)
+                first = rows_of_item(frame, claim(control, group), group)
         meet(control, members)
 
     return write_kv
@@ -203,12 +203,12 @@ def make_attention(isa: Isa, shape: Shape) -> Kernel:
             out = scratch + 4 * (query - first) * head_dim
             put(out, head_dim, k, row, frame[Frame.TILE_ROWS], query_size, x, scales, sums)
 
-    def attend(control: int, members: int, rank: int, at: int, phase: int, layer: int, scratch: int) -> None:
+    def attend(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
         frame = longs(at, FRAME_FIELDS)
         groups, rows = frame[Frame.GROUPS], frame[Frame.TILE_ROWS]
         for turn in range(groups):
             home = (rank + turn) % groups
-            mine, item = claim(control, members, phase, home, 1), 0
+            mine, item = claim(control, home), 0
             for slice_ in range(frame[Frame.SLICES]):
                 first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
                 queries = (first_rows[1] - first_rows[0]) * group
@@ -219,7 +219,7 @@ def make_attention(isa: Isa, shape: Shape) -> Kernel:
                     for head in range(kv_heads):
                         if item == mine:
                             attend_tile(frame, layer, slice_, head, tile * tall, scratch + row_bytes)
-                            mine = claim(control, members, phase, home, 1)
+                            mine = claim(control, home)
                         item += 1
         meet(control, members)
 

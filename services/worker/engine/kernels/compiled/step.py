@@ -11,7 +11,6 @@ from numba import njit
 from services.worker.engine.kernels.compiled.attention import make_attend
 from services.worker.engine.kernels.compiled.frame import (
     FRAME_FIELDS,
-    PHASES_PER_LAYER,
     Frame,
     Kernel,
     Shape,
@@ -58,18 +57,18 @@ def make_kernels(isa: Isa, shape: Shape) -> dict[str, Kernel]:
 
 def _make_run(isa: Isa, shape: Shape) -> Kernel:
     layers, hidden, intermediate, query_size = shape.layers, shape.hidden, shape.intermediate, shape.query_size
-    phases, columns = shape.phases, isa.panel_columns
+    columns = isa.panel_columns
     qkv_width, hidden_width, gate_up_width, vocabulary_width = (
         padded_columns(n, isa) for n in (shape.qkv_size, hidden, 2 * intermediate, shape.vocabulary)
     )
 
     @njit(nogil=True, error_model="numpy")
-    def multiply(team: Any, linear: Any, frame: Any, phase: int, which: int, depth: int, out: int, width: int) -> None:
+    def multiply(team: Any, linear: Any, frame: Any, which: int, depth: int, out: int, width: int) -> None:
         """By `linear`, a kernel and its groups, tiles and rows per tile."""
         kernel, groups, tiles, rows = linear
         weights = longs(frame[Frame.LINEARS] + 24 * which, 3)
         arguments = (
-            *team, groups, phase, tiles, rows, depth, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS],
+            *team, groups, tiles, rows, depth, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS],
             weights[0], weights[1], weights[2], width // columns, out, 4 * width,
         )  # fmt: skip
         call_address(kernel, arguments)
@@ -83,25 +82,25 @@ def _make_run(isa: Isa, shape: Shape) -> Kernel:
         delta, product = frame[Frame.DELTA], frame[Frame.PRODUCT]
         sampled = frame[Frame.SAMPLED]  # after the last barrier, it may be the next step's already
         for layer in range(layers):
-            phase, which = layer * PHASES_PER_LAYER, 4 * layer
-            call_address(frame[Frame.NORM_ROWS], (*team, at, phase, 2 * layer, scratch))
-            multiply(team, linear, frame, phase + 1, which, hidden, product, qkv_width)
-            call_address(frame[Frame.WRITE_KV], (*team, at, phase + 2, layer, scratch))
-            call_address(frame[Frame.ATTEND], (*team, at, phase + 3, layer, scratch))
-            multiply(team, linear, frame, phase + 4, which + 1, query_size, delta, hidden_width)
-            call_address(frame[Frame.NORM_ROWS], (*team, at, phase + 5, 2 * layer + 1, scratch))
-            multiply(team, linear, frame, phase + 6, which + 2, hidden, product, gate_up_width)
-            call_address(frame[Frame.SWIGLU_ROWS], (*team, at, phase + 7, layer, scratch))
-            multiply(team, linear, frame, phase + 8, which + 3, intermediate, delta, hidden_width)
+            which = 4 * layer
+            call_address(frame[Frame.NORM_ROWS], (*team, at, 2 * layer, scratch))
+            multiply(team, linear, frame, which, hidden, product, qkv_width)
+            call_address(frame[Frame.WRITE_KV], (*team, at, layer, scratch))
+            call_address(frame[Frame.ATTEND], (*team, at, layer, scratch))
+            multiply(team, linear, frame, which + 1, query_size, delta, hidden_width)
+            call_address(frame[Frame.NORM_ROWS], (*team, at, 2 * layer + 1, scratch))
+            multiply(team, linear, frame, which + 2, hidden, product, gate_up_width)
+            call_address(frame[Frame.SWIGLU_ROWS], (*team, at, layer, scratch))
+            multiply(team, linear, frame, which + 3, intermediate, delta, hidden_width)
         if sampled:
-            phase, rows = layers * PHASES_PER_LAYER, frame[Frame.SAMPLED_TILE_ROWS]
+            rows = frame[Frame.SAMPLED_TILE_ROWS]
             head = (frame[Frame.HEAD_LINEAR], 1, (sampled + rows - 1) // rows, rows)
-            call_address(frame[Frame.NORM_SAMPLED], (*team, at, phase, layers, scratch))
-            multiply(team, head, frame, phase + 1, 4 * layers, hidden, frame[Frame.LOGITS], vocabulary_width)
+            call_address(frame[Frame.NORM_SAMPLED], (*team, at, layers, scratch))
+            multiply(team, head, frame, 4 * layers, hidden, frame[Frame.LOGITS], vocabulary_width)
 
     def run(rank: int, members: int, control: int, frame: int) -> None:
         if rank == 0:
-            start(control, members, phases, longs(frame, FRAME_FIELDS)[Frame.GROUPS])
+            start(control, members)
             step(rank, members, control, frame)
             return
         while await_start(control, rank):

@@ -2,8 +2,8 @@
 
 A phase's work is a number of items that threads claim by an atomic counter, so that a thread that the system holds up
 takes fewer; a barrier ends the phase. Items may be in several groups, each with a counter of its own: a thread takes
-those of its own group first, the same ones in every phase, so that what it works on is mostly in its own cache already,
-and then helps others. Between steps the helpers wait on a semaphore and take no processor time.
+those of its own group first, in order, so that what it works on is in its own cache already or lies in one run of
+memory, and then helps others. Between steps the helpers wait on a semaphore and take no processor time.
 """
 
 import numpy as np
@@ -22,40 +22,36 @@ from services.worker.engine.kernels.compiled.machine import (
 )
 
 _LINE = 8  # int64s in a cache line: what threads write often lies apart
-_ARRIVED, _GENERATION, _STOPPED, _SEMAPHORES = 0, _LINE, 2 * _LINE, 3 * _LINE
+_ARRIVED, _GENERATION, _STOPPED, _MEMBERS = 0, _LINE, 2 * _LINE, 3 * _LINE
+_MEMBER = _LINE + SEMAPHORE_BYTES // 8 + _LINE  # int64s of each member: its group's counter, its semaphore
 # A barrier is mostly met within microseconds. Then the processor is left to whoever needs it: another thread of the
 # team may be waiting for just that.
 _SPINS = 100
 
 
-def new_control(members: int, phases: int) -> npt.NDArray[np.int64]:
-    """The shared words of a team: barrier, semaphores, and a counter per phase and group, all zero (as sem_init leaves
-    one). There are at most as many groups as members.
+def new_control(members: int) -> npt.NDArray[np.int64]:
+    """The shared words of a team: barrier, a counter per group, semaphores, all zero (as sem_init leaves one). There
+    are at most as many groups as members.
 
     The functions of this module take the address of its first.
     """
-    return np.zeros(_counters(members) + phases * members * _LINE, np.int64)
-
-
-@njit(nogil=True, error_model="numpy", inline="never")
-def _counters(members: int) -> int:
-    return _SEMAPHORES + members * (SEMAPHORE_BYTES // 8 + _LINE)
+    return np.zeros(_MEMBERS + members * _MEMBER, np.int64)
 
 
 @njit(nogil=True, error_model="numpy")
-def claim(control: int, members: int, phase: int, group: int, amount: int) -> int:
-    """The first of `amount` items of a phase's group that are now this thread's; it may lie beyond the last item."""
-    return atomic_add(control + 8 * (_counters(members) + (phase * members + group) * _LINE), amount)
+def claim(control: int, group: int) -> int:
+    """The number, from 0, of the item of a phase's group that is now this thread's; it may lie beyond the last item."""
+    return atomic_add(_counter(control, group), 1)
 
 
 @njit(nogil=True, error_model="numpy")
 def meet(control: int, members: int) -> None:
-    """Returns when all members have called it."""
-    if members == 1:
-        return
+    """Returns when all members have called it, which ends the phase: items of the next one are counted from 0 again."""
     arrived, generation = control + 8 * _ARRIVED, control + 8 * _GENERATION
     before = atomic_load(generation)
     if atomic_add(arrived, 1) == members - 1:
+        for group in range(members):
+            longs(_counter(control, group), 1)[0] = 0
         atomic_add(arrived, -members)
         atomic_add(generation, 1)
         return
@@ -69,12 +65,8 @@ def meet(control: int, members: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
-def start(control: int, members: int, phases: int, groups: int) -> None:
-    """Begins a step: counters to zero, helpers awake."""
-    counters = longs(control + 8 * _counters(members), phases * members * _LINE)
-    for phase in range(phases):
-        for group in range(groups):
-            counters[(phase * members + group) * _LINE] = 0
+def start(control: int, members: int) -> None:
+    """Begins a step: wakes the helpers."""
     for rank in range(1, members):
         semaphore_post(_semaphore(control, rank))
 
@@ -96,5 +88,10 @@ def stop(control: int, members: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
+def _counter(control: int, group: int) -> int:
+    return control + 8 * (_MEMBERS + group * _MEMBER)
+
+
+@njit(nogil=True, error_model="numpy")
 def _semaphore(control: int, rank: int) -> int:
-    return control + 8 * (_SEMAPHORES + rank * (SEMAPHORE_BYTES // 8 + _LINE))
+    return control + 8 * (_MEMBERS + rank * _MEMBER + _LINE)

@@ -91,12 +91,12 @@ def multiply(product: Product, weights: PackedLinear, *, height: int, members: i
         bias[:columns] = product.bias.numpy()
     out = aligned_zeros((tiles * height, width), np.float32)
     out[:] = np.nan
-    control = new_control(members, 1)
+    control = new_control(members)
     kernel = compiled(make_linear, weights.bits)
 
     def work(rank: int = 0) -> None:
         kernel(
-            control, members, rank, groups, 0, tiles, height, product.x.shape[1], x, scales, sums, weights.words,
+            control, members, rank, groups, tiles, height, product.x.shape[1], x, scales, sums, weights.words,
             weights.scales, bias if len(bias) else 0, width // ISA.panel_columns, out, out.strides[0],
         )  # fmt: skip
 
@@ -184,13 +184,13 @@ def test_a_rows_result_does_not_depend_on_the_others(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_bias_is_added_once_however_threads_share_the_columns(bits: int) -> None:
-    """What is left over of the panels is computed twice, which must not add the bias twice."""
+    """Its panels may be claimed one by one or together, of all columns or of a thread's part of them."""
     product = random_product(15, 5 * ISA.panel_columns, 32 * GROUP, biased=True)
     weights = packed(product.weight, bits)
     for height in HEIGHTS[:3]:
         expected = multiply(product, weights, height=height)
-        for _ in range(50):
-            assert np.array_equal(multiply(product, weights, height=height, members=2, groups=2), expected)
+        for groups in [1, 2] * 25:
+            assert np.array_equal(multiply(product, weights, height=height, members=2, groups=groups), expected)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

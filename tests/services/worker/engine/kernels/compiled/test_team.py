@@ -24,7 +24,7 @@ def relay(control: int, members: int, rank: int, groups: int, items: int, sums: 
         before = longs(sums + 8 * (phase - 1) * items, items)
         for turn in range(groups):
             group = (rank + turn) % groups
-            item = group + groups * claim(control, members, phase, group, 1)
+            item = group + groups * claim(control, group)
             while item < items:
                 total = 1
                 if phase:
@@ -32,14 +32,14 @@ def relay(control: int, members: int, rank: int, groups: int, items: int, sums: 
                     for each in before:
                         total += each
                 atomic_add(sums + 8 * (phase * items + item), total)
-                item = group + groups * claim(control, members, phase, group, 1)
+                item = group + groups * claim(control, group)
         meet(control, members)
 
 
 def make_step(_: Isa) -> Callable[..., None]:
     def step(rank: int, members: int, control: int, groups: int, items: int, sums: int) -> None:
         if rank == 0:
-            start(control, members, PHASES, groups)
+            start(control, members)
             relay(control, members, rank, groups, items, sums)
             return
         while await_start(control, rank):
@@ -62,7 +62,7 @@ def test_items_are_done_once_each_after_all_of_the_phase_before(
     members: int, groups: int, items: int, steps: int
 ) -> None:
     groups = min(groups, members)
-    step, control, sums = compiled(make_step), new_control(members, PHASES), np.zeros((PHASES, items), np.int64)
+    step, control, sums = compiled(make_step), new_control(members), np.zeros((PHASES, items), np.int64)
     helpers = [
         threading.Thread(target=step, args=(rank, members, control, groups, items, sums)) for rank in range(1, members)
     ]
