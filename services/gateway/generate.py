@@ -5,41 +5,29 @@ Both fronts call it with a validated request and turn its deltas into their own 
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from headrace.v1.sampling_pb2 import Stopping
 from headrace.v1.scheduler_pb2 import Placement, PlacementRequest
-from headrace.v1.worker_pb2 import Start
 from services.common.errors import DeadlineExceeded, HeadraceError, InvalidRequest, RequestFailed, Unavailable
 from services.common.redis.queue import JobQueue
 from services.gateway.active_request import ActiveRequest, ActiveRequests, ReceivedOffer
 from services.gateway.admission import Admission, seconds_left
 from services.gateway.answers.journal import Journal
 from services.gateway.answers.leases import Leases
+from services.gateway.attempt import FAILURES, REASONS, Attempt
 from services.gateway.costs.cost_book import CostBook
 from services.gateway.keys.limits import KeyLimits
 from services.gateway.links.placement_links import PlacementLinks
 from services.gateway.links.witness import Witness
-from services.gateway.links.worker_links import Outcome, SequenceFeed, WorkerLink, WorkerLinks
+from services.gateway.links.worker_links import Outcome, SequenceFeed, WorkerLinks
 from services.gateway.metrics import Metrics, ModelMetrics
-from services.gateway.request import Delta, GenerationRequest, pack_ids
+from services.gateway.request import Delta, GenerationRequest
 from services.gateway.request_log import RequestLog
-from services.gateway.text.choice import Choice
 from services.gateway.time_budget import TimeBudget, now_us
 from services.gateway.tracing import RequestSpan, Tracing
 
 log = logging.getLogger(__name__)
-
-_REASONS = {
-    Outcome.BUSY: PlacementRequest.REASON_BUSY,
-    Outcome.DRAINING: PlacementRequest.REASON_DRAINING,
-    Outcome.LOST: PlacementRequest.REASON_WORKER_LOST,
-    Outcome.STALLED: PlacementRequest.REASON_WORKER_LOST,
-    Outcome.FAILED: PlacementRequest.REASON_WORKER_LOST,
-}
-_FAILURES = (Outcome.LOST, Outcome.STALLED, Outcome.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +36,6 @@ class Adoption:
 
     entry_id: str
     attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One run of a request on a worker: the choices that still ran when it began, each with its feed."""
-
-    placement: Placement
-    link: WorkerLink
-    sequences: list[tuple[Choice, SequenceFeed]]
-
-    @property
-    def broken_off(self) -> SequenceFeed | None:
-        """A sequence that ended and has to go on elsewhere; then the whole attempt is over."""
-        for _, feed in self.sequences:  # no generator: this is asked for with each token
-            if feed.outcome is not None and feed.outcome in _REASONS:
-                return feed
-        return None
-
-    def cancel(self) -> None:
-        self.link.cancel(feed for _, feed in self.sequences)
 
 
 class Generator:
@@ -130,14 +98,14 @@ class Generator:
                 placement = await self._place(active, metrics)
                 span.placed(placement, active.attempt)
                 witness.placed(placement, active.attempt)
-                attempt = self._start(active, placement)
+                attempt = Attempt.begin(active, placement, self._workers.get(placement.worker_address))
                 try:
-                    async for delta in self._deltas(active, attempt, metrics, span):
+                    async for delta in attempt.deltas(active, metrics, span):
                         witness.began()
                         yield delta
                 finally:
                     attempt.cancel()
-                    _testify(witness, active, attempt)
+                    attempt.testify(witness, active)
                 if not active.finished:
                     self._place_again(active, attempt, metrics)
         except HeadraceError as error:
@@ -206,49 +174,6 @@ class Generator:
             active.entry_id, active.owns_entry = entry_id, True
         return taken or active.placed_at is not None
 
-    def _start(self, active: ActiveRequest, placement: Placement) -> Attempt:
-        """Starts every choice that is not finished, each after the tokens it has."""
-        choices = [choice for choice in active.choices if not choice.finished]
-        link = self._workers.get(placement.worker_address)
-        feeds = link.start(
-            _start_command(active, placement),
-            [(choice.index, choice.delivered_ids()) for choice in choices],
-            active.news,
-            active.spending,
-        )
-        return Attempt(placement, link, list(zip(choices, feeds, strict=True)))
-
-    async def _deltas(
-        self, active: ActiveRequest, attempt: Attempt, metrics: ModelMetrics, span: RequestSpan
-    ) -> AsyncGenerator[Delta, None]:
-        """The deltas of one attempt, until every choice is finished or the attempt breaks off."""
-        while not active.finished and attempt.broken_off is None:
-            await active.look_at_news()
-            now = time.monotonic()
-            for choice, feed in attempt.sequences:
-                if choice.finished or not (feed.token_ids or feed.outcome is Outcome.FINISHED):
-                    continue
-                if not active.begun:
-                    _first_token(active, feed, now, metrics, span)
-                elif choice.token_ids and feed.token_ids:
-                    metrics.inter_token_latency.observe((now - choice.last_token_at) / len(feed.token_ids))
-                choice.last_token_at = now
-                logprobs = None if feed.logprobs is None else feed.take_logprobs()
-                delta = choice.advance(feed.take_tokens(), feed.finish_reason, logprobs)
-                metrics.tokens.inc(len(delta.token_ids))
-                if delta.finish_reason:
-                    attempt.link.cancel((feed,))  # a stop string ends it before its worker knows
-                    if active.finished:
-                        if await active.spending.told():
-                            now = asyncio.get_running_loop().time()
-                        delta.usage = active.usage()
-                if active.journal is not None:
-                    await active.record(delta)
-                if delta.usage is not None:
-                    delta.timings = _close_budget(active.budget, feed, looked_at=int(now * 1e6))
-                    metrics.spent(delta.timings, span.exemplar)
-                yield delta
-
     def _place_again(self, active: ActiveRequest, attempt: Attempt, metrics: ModelMetrics) -> None:
         """Asks for another worker after the attempt broke off. Raises if the request must not be tried again."""
         feed = attempt.broken_off
@@ -262,12 +187,12 @@ class Generator:
         if outcome is not Outcome.BUSY:
             log.info("request %s: attempt %d on %s: %s %s", active.id, active.attempt, worker, outcome, feed.error)
             active.attempt += 1
-        if outcome in _FAILURES:
+        if outcome in FAILURES:
             active.failures += 1
             _check_retry(active, feed, self._max_attempts)
             # Whoever ran beside it may be to blame; if it is to blame itself, it takes nobody along again.
             active.job.alone = active.failures == self._max_attempts - 1 > 0
-        self._ask(active, _REASONS[outcome], worker)
+        self._ask(active, REASONS[outcome], worker)
 
     def _ask(self, active: ActiveRequest, reason: PlacementRequest.Reason.ValueType, tried_worker_id: str = "") -> None:
         """Asks for a worker, ahead of everything queued."""
@@ -323,41 +248,6 @@ async def _record_failure(active: ActiveRequest, error: HeadraceError) -> None:
         await active.journal.fail(error, active.attempt)
 
 
-def _start_command(active: ActiveRequest, placement: Placement) -> Start:
-    request = active.request
-    stopping = Stopping()
-    stopping.CopyFrom(request.stopping)
-    del stopping.stop[:]  # the gateway matches stop strings
-    return Start(
-        request_id=active.id,
-        attempt=active.attempt,
-        prompt_ids=pack_ids(request.prompt_ids),
-        sampling=request.sampling,
-        stopping=stopping,
-        cache_salt=request.cache_salt,
-        scheduler_id=placement.scheduler_id,
-        kv_sources=placement.kv_sources,
-        traceparent=active.job.traceparent,
-        alone=active.job.alone,
-    )
-
-
-def _first_token(
-    active: ActiveRequest, feed: SequenceFeed, now: float, metrics: ModelMetrics, span: RequestSpan
-) -> None:
-    """The answer begins: the deadline no longer applies."""
-    active.unlimit()
-    active.first_token_at = now
-    active.cached_prompt_tokens = feed.cached_prompt_tokens or 0
-    waited_s = now - active.request.caller.arrived
-    if active.placed_at is not None:
-        active.load.began(now - active.placed_at)
-    metrics.time_to_first_token.observe(waited_s)
-    metrics.prompt_tokens.inc(len(active.request.prompt_ids))
-    metrics.cached_prompt_tokens.inc(active.cached_prompt_tokens)
-    span.first_token()
-
-
 def _account_for_wait(budget: TimeBudget, received: ReceivedOffer) -> None:
     """The offer of a scheduler that did not have the job from the beginning knows nothing of the time before."""
     offer = received.offer
@@ -365,24 +255,6 @@ def _account_for_wait(budget: TimeBudget, received: ReceivedOffer) -> None:
         budget.spend_away((("placement", offer.placement_us), ("queue", offer.queue_us)), received.received_at)
     else:
         budget.spend("queue", received.received_at)
-
-
-def _close_budget(budget: TimeBudget, feed: SequenceFeed, *, looked_at: int) -> TimeBudget:
-    """The last delta is made; of several choices those count that end last."""
-    budget.spend_run(feed.times, looked_at)
-    budget.spend("detokenize", now_us())
-    return budget
-
-
-def _testify(witness: Witness, active: ActiveRequest, attempt: Attempt) -> None:
-    """Says how an attempt has ended, of which its caller's mistakes and cancellations say nothing."""
-    feed = attempt.broken_off
-    if active.finished:
-        witness.finished()
-    elif feed is not None and feed.outcome in _FAILURES and not feed.invalid_request:
-        witness.failed(stalled=feed.outcome is Outcome.STALLED)
-    else:
-        witness.withdrawn()
 
 
 def _check_retry(active: ActiveRequest, feed: SequenceFeed, max_attempts: int) -> None:
