@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from services.common.config import SERVICES
+from toolkit.command_line import fail
 from toolkit.run_directory import RunDirectory
 
 TOOLKIT = "headrace"
@@ -33,8 +34,7 @@ def create(
     try:
         make_certificates(folder, names, san or [], days=days)
     except (BadFolder, OSError, ValueError) as error:
-        typer.echo(f"headrace: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail(str(error))
     for each in names:
         typer.echo(folder / f"{each}.crt")
     typer.echo(f"Signed by {folder / 'ca.crt'}. Keep ca.key where no service runs: who has it can join the services.")

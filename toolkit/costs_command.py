@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from services.common.config import home_directory
 from services.common.errors import HeadraceError
 from services.common.machine_costs import NANOS, MachineCosts
 from services.common.redis.client import RedisClient
 from services.common.redis.costs import CostStore
 from services.common.redis.key_store import KeyStore
+from toolkit.command_line import fail, runs
 from toolkit.costs import BadSince, Rows, as_json, first_day, per_thousand_tokens, read_costs, total
 from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
 
@@ -41,8 +41,7 @@ def costs(
         today = datetime.now(UTC).date()
         rows, names = asyncio.run(_read(by, first_day(since, today), today, redis_url))
     except (BadSince, UnclearStack, HeadraceError) as error:
-        typer.echo(f"headrace: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail(str(error))
     if json_wanted:
         typer.echo(json.dumps([{by.value: name, **as_json(row)} for name, row in rows.items()], indent=1))
     elif not rows:
@@ -53,7 +52,7 @@ def costs(
 
 async def _read(by: Grouping, first: date, last: date, redis_url: str | None) -> tuple[Rows, dict[str, str]]:
     """The rows, and what people call the keys among them."""
-    redis = RedisClient(redis_url_of(running_stacks(home_directory("state") / "run"), redis_url))
+    redis = RedisClient(redis_url_of(running_stacks(runs()), redis_url))
     try:
         names = {key.id: key.name for key in await KeyStore(redis).all()} if by is Grouping.KEY else {}
         return await read_costs(CostStore(redis), by.value, first, last), names

@@ -5,7 +5,7 @@ import json
 from collections.abc import Awaitable, Callable
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from services.common.api_keys import MICROS, ApiKey, Limits
-from services.common.config import home_directory
 from services.common.errors import HeadraceError
 from services.common.redis.limits import Standing
+from toolkit.command_line import fail, runs
 from toolkit.keys import KeyProblem, KeyRing, MadeKey, expiry, key_json, open_ring, state_of
 from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
 
@@ -154,7 +154,7 @@ def _limits(
     try:
         money = None if money_per_month is None else Decimal(money_per_month)
     except InvalidOperation:
-        _fail(f"--money-per-month: {money_per_month!r} is not a number.")
+        fail(f"--money-per-month: {money_per_month!r} is not a number.")
     return {
         "requests_per_minute": requests_per_minute,
         "tokens_per_minute": tokens_per_minute,
@@ -168,17 +168,17 @@ def _with_ring(redis_url: str | None, work: Callable[[KeyRing], Awaitable[T]]) -
     """Runs on the keys of the stack; tells problems and exits with 1."""
 
     async def run() -> T:
-        async with open_ring(redis_url_of(running_stacks(home_directory("state") / "run"), redis_url)) as ring:
+        async with open_ring(redis_url_of(running_stacks(runs()), redis_url)) as ring:
             return await work(ring)
 
     try:
         return asyncio.run(run())
     except (KeyProblem, UnclearStack) as error:
-        _fail(str(error))
+        fail(str(error))
     except HeadraceError as error:
-        _fail(error.message)
+        fail(error.message)
     except ValidationError as error:
-        _fail("; ".join(f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}" for item in error.errors()))
+        fail("; ".join(f"--{str(item['loc'][0]).replace('_', '-')}: {item['msg']}" for item in error.errors()))
 
 
 def _print_made(made: MadeKey, as_json: bool) -> None:
@@ -202,8 +202,3 @@ def _told_use(name: str, standing: Standing) -> dict[str, int | float]:
 
 def _split(items: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in items.split(",") if item.strip())
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"headrace: {message}", err=True)
-    raise typer.Exit(1)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from headrace.v1.profile_pb2 import ProfileRequest
-from services.common.config import home_directory
+from toolkit.command_line import fail, runs
 from toolkit.directives import NotTold
 from toolkit.profile import profile_worker, record_service, show_report
 from toolkit.run_directory import running_stacks
@@ -44,7 +44,7 @@ def profile(
     if (worker is None) == (service is None):
         raise typer.BadParameter("give either --worker or --service.")
     folder = out or Path("profiles") / time.strftime("%Y%m%d-%H%M%S")
-    stacks = running_stacks(home_directory("state") / "run")
+    stacks = running_stacks(runs())
     try:
         if worker is not None:
             request = ProfileRequest(steps=steps, traced_steps=traced_steps, timeout_ms=timeout * 1000)
@@ -53,5 +53,4 @@ def profile(
         elif service is not None:
             typer.echo(record_service(stacks, service, seconds, format.value, folder))
     except NotTold as error:
-        typer.echo(f"headrace: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail(str(error))

@@ -4,14 +4,14 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 
-from services.common.config import home_directory
 from services.common.errors import HeadraceError
 from services.common.redis.client import RedisClient
 from services.common.redis.dead_letters import DeadLetter, DeadLetters
+from toolkit.command_line import fail, runs
 from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
 
 T = TypeVar("T")
@@ -60,13 +60,13 @@ def drop(which: Which, redis_url: RedisUrl = None) -> None:
 async def _find(letters: DeadLetters, which: str) -> DeadLetter:
     found = next((letter for letter in await letters.all() if letter.entry_id == which), None)
     if found is None:
-        _fail(f"There is no dead letter {which!r}; `headrace queue dead list` shows them.")
+        fail(f"There is no dead letter {which!r}; `headrace queue dead list` shows them.")
     return found
 
 
 def _with_letters(redis_url: str | None, work: Callable[[DeadLetters], Awaitable[T]]) -> T:
     async def run() -> T:
-        redis = RedisClient(redis_url_of(running_stacks(home_directory("state") / "run"), redis_url))
+        redis = RedisClient(redis_url_of(running_stacks(runs()), redis_url))
         try:
             return await work(DeadLetters(redis))
         finally:
@@ -75,7 +75,7 @@ def _with_letters(redis_url: str | None, work: Callable[[DeadLetters], Awaitable
     try:
         return asyncio.run(run())
     except (UnclearStack, HeadraceError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _as_json(letter: DeadLetter) -> dict[str, object]:
@@ -100,8 +100,3 @@ def _line(letter: DeadLetter) -> str:
 
 def _time(letter: DeadLetter) -> str:
     return datetime.fromtimestamp(letter.unix_s, UTC).isoformat(timespec="seconds")
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"headrace: {message}", err=True)
-    raise typer.Exit(1)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.v1.inference_pb2 import Distribution, InferenceMetrics
-from services.common.config import home_directory
 from services.common.tls import FrontCert
+from toolkit.command_line import fail, runs
 from toolkit.run_directory import running_stacks
 from toolkit.stats import NoStats, gather_stats
 
@@ -30,8 +30,7 @@ def stats(
         addresses, cert = (gateway, None) if gateway else _gateways_here()
         report = asyncio.run(gather_stats(addresses, cert))
     except NoStats as error:
-        typer.echo(f"headrace: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail(str(error))
     if as_json:
         typer.echo(MessageToJson(report, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
     elif not report.windows:
@@ -41,7 +40,7 @@ def stats(
 
 
 def _gateways_here() -> tuple[list[str], FrontCert | None]:
-    stacks = running_stacks(home_directory("state") / "run")
+    stacks = running_stacks(runs())
     if len(stacks) != 1:
         raise NoStats(f"{len(stacks) or 'No'} stacks run here: name the gateways of one with --gateway.")
     [stack] = stacks

@@ -44,8 +44,9 @@ async def ask(*pieces: bytes) -> ChatResult:
 async def test_counts_answers_and_events_with_text(capsys: pytest.CaptureFixture[str]) -> None:
     result = await ask(HEAD, FIRST, TOKEN + PAIR, b"0\r\n", b"\r\n")
     assert result.requests == 20
-    assert result.events >= 40
+    # Either stream's first request may begin before what is measured does.
     assert len(result.ttft_s) >= 18 and min(result.ttft_s) > 0
+    assert result.events >= 2 * len(result.ttft_s)
     assert capsys.readouterr().out.splitlines() == ["measure", "end"]
 
 
