@@ -142,7 +142,9 @@ class ChatRun:
         return chat_request(self._load, self._number)
 
     def answered(self) -> None:
-        """An answer has ended."""
+        """An answer has ended. What comes after the last one that counts does not."""
+        if self._done.done():
+            return
         self.result.requests += 1
         if self._left is not None:
             self._left -= 1
