@@ -30,6 +30,7 @@ from toolkit.bench_gateway import (
 from toolkit.bench_gateway_report import show_cost, show_memory, show_slow
 from toolkit.bench_kv import KvBenchFailed, KvBenchOptions, run_kv_bench
 from toolkit.bench_kv_report import show_chats, show_kv, show_split
+from toolkit.bench_observing_command import bench_observing
 from toolkit.bench_peers import BadPeer, is_base_url, parse_peers
 from toolkit.bench_plot import plot
 from toolkit.bench_report import invalid_figures, show
@@ -70,6 +71,7 @@ app.add_typer(certs_app, name="certs")
 app.command()(profile)
 app.command()(costs)
 app.command()(stats)
+app.command()(bench_observing)
 
 _SHOWN_LOG_LINES = 20
 _ALL_ROWS = ",".join(row.name for row in ROWS)
