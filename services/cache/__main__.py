@@ -15,6 +15,7 @@ from services.cache.watch import WatchHub
 from services.common import config, mutual_tls, serve, telemetry
 from services.common.channel import reachable
 from services.common.kv_wire import with_chunks
+from services.common.metrics_switch import registry_of
 from services.common.tracing import make_tracer
 
 log = logging.getLogger("services.cache")
@@ -22,7 +23,7 @@ log = logging.getLogger("services.cache")
 
 async def serve_cache(settings: CacheSettings, stop: serve.Stop) -> None:
     """Runs the service until `stop` is set."""
-    metrics = CacheMetrics()
+    metrics = CacheMetrics(registry_of(settings))
     index = BlockIndex()
     hub = WatchHub(index, metrics, settings.watch_backlog_bytes)
     own = OwnBlocks(settings.id, index, hub, metrics)

@@ -66,6 +66,8 @@ class CommonSettings(BaseModel):
     schedulers: Addresses = ("127.0.0.1:50061",)
     # The cache service, dialled by workers and schedulers.
     caches: Addresses = ("127.0.0.1:50071",)
+    # False: no metric counts anything and /metrics answers 404, to measure what metrics cost.
+    metrics: bool = True
     # Where /metrics of the services without an HTTP front is served. 0 takes a free port.
     metrics_host: str = "127.0.0.1"
     # Mutual TLS between services: PEM files of a private CA, and of a certificate of it and its key. All three or none:

@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from services.common.config import CommonSettings
+from services.common.metrics_switch import METRICS_ARE_OFF
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps` makes one for each call
 
@@ -38,7 +39,8 @@ def set_up(service: str, settings: CommonSettings) -> None:
 
 def serve_metrics(settings: CommonSettings, port: int) -> int:
     """Serves /metrics from a thread of its own. Returns the port, which is chosen when 0 is asked for."""
-    server = make_server(settings.metrics_host, port, _metrics_page, _ThreadingServer, _SilentHandler)
+    page = _metrics_page if settings.metrics else _no_metrics_page
+    server = make_server(settings.metrics_host, port, page, _ThreadingServer, _SilentHandler)
     Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     return server.server_port
 
@@ -49,6 +51,11 @@ def _metrics_page(environ: WSGIEnvironment, start_response: StartResponse) -> It
     """
     start_response("200 OK", [("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)])
     return [generate_latest()]
+
+
+def _no_metrics_page(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+    return [f"{METRICS_ARE_OFF}\n".encode()]
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):

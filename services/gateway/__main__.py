@@ -2,10 +2,9 @@
 
 import logging
 
-from prometheus_client import REGISTRY
-
 from services.common import mutual_tls, telemetry
 from services.common.config import ConfigError, load
+from services.common.metrics_switch import registry_of
 from services.common.redis.client import UnfitRedis
 from services.common.serve import Stop, run
 from services.gateway.config import GatewaySettings
@@ -20,7 +19,7 @@ def main() -> None:
     mutual_tls.set_up("gateway", settings)
 
     async def serve(stop: Stop) -> None:
-        gateway = Gateway(settings, REGISTRY)
+        gateway = Gateway(settings, registry_of(settings))
         http_port, grpc_port = await gateway.start()
         log.info("ready on %s:%d (HTTP) and %s:%d (gRPC)", settings.host, http_port, settings.host, grpc_port)
         await gateway.run(stop)

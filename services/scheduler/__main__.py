@@ -8,6 +8,7 @@ from headrace.v1 import scheduler_pb2, scheduler_pb2_grpc
 from services.common import config, mutual_tls, serve, telemetry
 from services.common.channel import cancel_and_wait
 from services.common.errors import Unavailable
+from services.common.metrics_switch import registry_of
 from services.common.redis.client import UnfitRedis
 from services.common.redis.keys import Owner
 from services.common.redis.queue import JobQueue
@@ -105,7 +106,7 @@ async def _wait_for_redis(queue: JobQueue, settings: SchedulerSettings, stop: as
 
 async def _serve_with_metrics(settings: SchedulerSettings, stop: serve.Stop) -> None:
     telemetry.serve_metrics(settings, settings.metrics_port)
-    await serve_scheduler(settings, SchedulerMetrics(), stop)
+    await serve_scheduler(settings, SchedulerMetrics(registry_of(settings)), stop)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 
 from services.common import config, mutual_tls, serve, telemetry
+from services.common.metrics_switch import registry_of
 from services.worker.build import load, run_in_daemon_thread
 from services.worker.config import WorkerSettings
 from services.worker.engine.model.interface import ModelError, ModelUnavailable
@@ -23,7 +24,7 @@ async def serve_worker(settings: WorkerSettings, stop: serve.Stop) -> None:
         loading.cancel()
         return
     stopping.cancel()
-    service = WorkerService(settings, loading.result())
+    service = WorkerService(settings, loading.result(), registry_of(settings))
     serve.freeze_heap()
     metrics_port = telemetry.serve_metrics(settings, settings.metrics_port)
     address = await service.start()

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from services.common.api_keys import Scope as KeyScope
 from services.common.errors import HeadraceError, NotFound, RequestFailed
+from services.common.metrics_switch import METRICS_ARE_OFF, NoMetrics
 from services.gateway.answers.answers import Answer, Answers
 from services.gateway.caller import sane_request_id
 from services.gateway.catalog import Catalog, Model
@@ -112,6 +113,8 @@ def _rest(
         return _json(StatusObject("not ready", problem), status=503)
 
     async def show_metrics(request: Request) -> Response:
+        if isinstance(metrics.registry, NoMetrics):
+            raise NotFound(METRICS_ARE_OFF)
         # Exemplars are told to scrapers that ask for OpenMetrics: no name here has a colon (see common/telemetry.py).
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), headers={"content-type": content_type})

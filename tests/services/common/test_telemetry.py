@@ -1,7 +1,9 @@
 import json
 import logging
+import urllib.error
 import urllib.request
 
+import pytest
 from prometheus_client import Gauge
 
 from services.common.config import CommonSettings
@@ -18,6 +20,14 @@ def test_metrics_keep_their_names_whatever_format_is_asked_for() -> None:
     with urllib.request.urlopen(request, timeout=5) as reply:
         assert reply.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         assert "\nvllm:test_of_names 1.0\n" in reply.read().decode()
+
+
+def test_metrics_that_are_off_are_not_found() -> None:
+    port = serve_metrics(CommonSettings(metrics=False), 0)
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5)
+    assert caught.value.code == 404
+    assert caught.value.read() == b"This service counts nothing: HEADRACE_METRICS is false.\n"
 
 
 def formatted(service: str, log_format: str, record: logging.LogRecord) -> str:

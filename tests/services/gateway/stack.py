@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from headrace.v1.inference_pb2_grpc import InferenceStub
 from services.common.channel import dial
+from services.common.metrics_switch import NoMetrics
 from services.common.redis.client import RedisClient
 from services.common.redis.keys import queue_streams
 from services.gateway.config import GatewaySettings
@@ -86,7 +87,7 @@ async def running_gateway(
         "schedulers": [scheduler.address],
         "drain_grace_s": 0.5,
     }
-    registry = CollectorRegistry()
+    registry = CollectorRegistry() if settings.get("metrics", True) else NoMetrics()
     gateway = Gateway(GatewaySettings.model_validate(fields | settings), registry)
     http_port, grpc_port = await gateway.start()
     stop = asyncio.Event()

@@ -269,6 +269,15 @@ async def test_metrics_count_requests_and_tokens(stack: Stack) -> None:
     assert "nobody" not in text
 
 
+async def test_a_gateway_whose_metrics_are_off_works_and_has_none(redis_url: str) -> None:
+    async with running_stack(redis_url, metrics=False) as stack:
+        assert (await stack.complete()).json()["choices"][0]["text"] == TEXT
+        told = await stack.http.get("/metrics")
+        assert (told.status_code, "HEADRACE_METRICS" in told.text) == (404, True)
+        stats = (await stack.http.get("/v1/stats")).json()
+        assert stats["windows"][0]["requests"] == 1
+
+
 async def test_health(stack: Stack) -> None:
     assert (await stack.http.get("/health/live")).status_code == 200
     assert (await stack.http.get("/health/ready")).json() == {"status": "ready"}
