@@ -10,7 +10,7 @@ from headrace.v1 import cache_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
 from services.common.channel import cancel_and_wait, reachable
 from services.common.kv_wire import with_chunks
 from services.common.serve import GrpcServer, Registration, Stop, stopped
-from services.common.tracing import make_tracer
+from services.common.tracing import Tracer, make_tracer
 from services.worker.build import LoadedModel
 from services.worker.cache_link import CacheLink
 from services.worker.cancellations import Cancellations
@@ -68,17 +68,24 @@ class WorkerService:
         patience = Patience(settings.kv_fetch_stall_s, settings.kv_prefill_stall_s)
         self._importer = KvImporter(exchange, model.kv_format, model.block_bytes, patience, kv_metrics)
         exporter = KvExporter(exchange, model.kv_format, kv_metrics)
+        block_size = model.limits.block_size
         self._offloader = KvOffloader(
-            exporter,
-            settings.caches,
-            model.kv_format,
-            model.limits.block_size,
-            settings.kv_offload_least_tokens,
-            kv_metrics,
+            exporter, settings.caches, model.kv_format, block_size, settings.kv_offload_least_tokens, kv_metrics
         )
         tracer = make_tracer("worker", settings)
         self._cancellations = Cancellations(self._engine, registry)
-        self._executions = Executions(
+        self._executions = self._make_executions(registry, tracer)
+        self._prefills = self._make_prefills(exporter)
+        self._drain = Drain(self._executions, self._prefills, settings.drain_grace_s)
+        self._server = self._make_server(exporter, Profiler(settings.id, self._engine, kv_metrics, block_size), tracer)
+        self._status: EngineStatus | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._schedulers: SchedulerLinks
+        self._cache: CacheLink
+
+    def _make_executions(self, registry: CollectorRegistry, tracer: Tracer) -> Executions:
+        model = self._model
+        return Executions(
             self._engine,
             self._capacity,
             model.limits,
@@ -90,7 +97,10 @@ class WorkerService:
             self._on_settled,
             model.price_per_hour,
         )
-        self._prefills = Prefills(
+
+    def _make_prefills(self, exporter: KvExporter) -> Prefills:
+        model = self._model
+        return Prefills(
             self._engine,
             exporter,
             self._capacity,
@@ -101,8 +111,9 @@ class WorkerService:
             on_left=lambda: self._schedulers.notify(),
             price_per_hour=model.price_per_hour,
         )
-        self._drain = Drain(self._executions, self._prefills, settings.drain_grace_s)
-        profiler = Profiler(settings.id, self._engine, kv_metrics, model.limits.block_size)
+
+    def _make_server(self, exporter: KvExporter, profiler: Profiler, tracer: Tracer) -> GrpcServer:
+        model = self._model
         servicer = WorkerServicer(
             self._executions,
             exporter,
@@ -114,11 +125,7 @@ class WorkerService:
         )
         name = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
         add = with_chunks(worker_pb2_grpc.add_WorkerServicer_to_server)
-        self._server = GrpcServer([Registration(add, servicer, name)])
-        self._status: EngineStatus | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._schedulers: SchedulerLinks
-        self._cache: CacheLink
+        return GrpcServer([Registration(add, servicer, name)])
 
     async def start(self) -> str:
         """Starts the engine's thread, serves, and makes itself known. Returns the address it listens on."""

@@ -1,6 +1,7 @@
 """The gateway's HTTP: what takes bodies, and with Starlette the models, health and metrics."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol
 
 import msgspec
 from prometheus_client.exposition import choose_encoder
@@ -29,6 +30,12 @@ from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
+
+
+class Identify(Protocol):
+    """Whose request it is. Raises HeadraceError if its key does not hold or lacks the scope."""
+
+    async def __call__(self, request: Request, scope: KeyScope = "models") -> Account: ...
 
 
 class HttpApp:
@@ -83,6 +90,20 @@ def _rest(
         headers = request.headers
         return await keys.identify(credential_of(headers.get("authorization"), headers.get("x-api-key")), scope)
 
+    return Starlette(
+        routes=[
+            *_model_routes(catalog, identify),
+            *_answer_routes(answers, whole, identify),
+            *_operator_routes(readiness, metrics),
+            *document_routes(),
+            *playground_routes(),
+            *more,
+        ],
+        exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},
+    )
+
+
+def _model_routes(catalog: Catalog, identify: Identify) -> list[Route]:
     async def list_models(request: Request) -> Response:
         account = await identify(request)
         allowed = (model for model in catalog.usable() if account.allows_model(model.name))
@@ -93,6 +114,12 @@ def _rest(
         (await identify(request)).check_model(name)
         return _json(_model_object(catalog.get(name)))
 
+    return [Route("/v1/models", list_models), Route("/v1/models/{name:path}", get_model)]
+
+
+def _answer_routes(
+    answers: Answers, whole: Callable[[Answer], Awaitable[WholeResponse]], identify: Identify
+) -> list[Route]:
     async def get_answer(request: Request) -> Response:
         account = await identify(request, "generate")
         answer = await answers.resume(request.path_params["answer_id"], 0, account.key_id)
@@ -103,6 +130,13 @@ def _rest(
         await answers.cancel(request.path_params["answer_id"], account.key_id)
         return _json(StatusObject("cancelled"))
 
+    return [
+        Route("/v1/answers/{answer_id:path}/cancel", cancel_answer, methods=["POST"]),
+        Route("/v1/answers/{answer_id:path}", get_answer),
+    ]
+
+
+def _operator_routes(readiness: Readiness, metrics: Metrics) -> list[Route]:
     async def live(_: Request) -> Response:
         return _json(StatusObject("live"))
 
@@ -122,22 +156,12 @@ def _rest(
     async def show_stats(_: Request) -> Response:
         return _json(stats_object(metrics.stats.report()))
 
-    return Starlette(
-        routes=[
-            Route("/v1/models", list_models),
-            Route("/v1/models/{name:path}", get_model),
-            Route("/v1/answers/{answer_id:path}/cancel", cancel_answer, methods=["POST"]),
-            Route("/v1/answers/{answer_id:path}", get_answer),
-            Route("/health/live", live),
-            Route("/health/ready", ready),
-            Route("/metrics", show_metrics),
-            Route("/v1/stats", show_stats),
-            *document_routes(),
-            *playground_routes(),
-            *more,
-        ],
-        exception_handlers={HeadraceError: _answer_error, HTTPException: _answer_error, Exception: _answer_error},
-    )
+    return [
+        Route("/health/live", live),
+        Route("/health/ready", ready),
+        Route("/metrics", show_metrics),
+        Route("/v1/stats", show_stats),
+    ]
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
