@@ -151,7 +151,9 @@ async def test_a_key_is_asked_for_kept_in_the_tab_and_sent(browser: Browser, sta
 
     await eventually(closed)
     await browser.open(stack.base_url)
+    # Two answers of the server say so, in either order.
     await browser.wait_for("document.querySelector('[name=key][aria-invalid=true]')")
+    await browser.wait_for("document.querySelector('#cluster .notice:not([hidden])')")
     assert await browser.text("#key-note") == "This server needs one."
     assert await browser.text("#cluster .notice") == "The server needs an API key."
     await browser.fill("[name=key]", key.secret)
