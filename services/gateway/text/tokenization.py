@@ -16,12 +16,13 @@ from tokenizers import Tokenizer
 
 from services.common.errors import InvalidRequest
 from services.gateway.text.detokenizer import Detokenizer, DetokenizerFactory
+from services.gateway.text.prompt_encoder import prompt_encoder
 from services.gateway.text.token_spelling import TokenSpelling
 
 TOKENIZER_FILE = "tokenizer.json"
 DESCRIPTION_FILE = "headrace_tokenizer.json"
 
-# Texts at least this long are encoded in a thread: 4,000 characters take about 1.5 ms, thirty times the hop.
+# Texts at least this long are encoded in a thread: 4,000 characters take 0.2 ms (1.5 without fastokens), the hop 0.05.
 _THREAD_CHARACTERS = 4_000
 
 
@@ -47,6 +48,7 @@ class ModelTokenizer:
         except KeyError as error:
             raise ValueError(f"the tokenizer bundle lacks {error}") from error
         self._description = description
+        self._encoder = prompt_encoder(self._tokenizer)
         self._bos_id = self._tokenizer.token_to_id(description.bos_token) if description.bos_token else None
         self._template = ChatTemplate(description) if description.chat_template else None
         self._detokenizers = DetokenizerFactory(self._tokenizer)
@@ -76,12 +78,8 @@ class ModelTokenizer:
 
     async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) < _THREAD_CHARACTERS:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        # Only the batch call lets other threads run meanwhile.
-        batch = await asyncio.to_thread(
-            self._tokenizer.encode_batch_fast, [text], add_special_tokens=add_special_tokens
-        )
-        return batch[0].ids
+            return self._encoder(text, add_special_tokens)
+        return await asyncio.to_thread(self._encoder, text, add_special_tokens)
 
 
 class ChatTemplate:
