@@ -194,13 +194,22 @@ class Browser:
             self.complaints.append(complaint)
 
     async def _middle(self, selector: str) -> tuple[float, float]:
-        x, y = await self.evaluate(
-            f"(() => {{ const found = document.querySelector({json.dumps(selector)});"
-            " found.scrollIntoView({block: 'nearest'}); const box = found.getClientRects()[0];"
-            " return [box.x + box.width / 2, box.y + box.height / 2]; })()"
-        )
+        """Where an element is, once it stands still and nothing covers it."""
+        x, y = await self.evaluate(f"({_STILL})({json.dumps(selector)})")
         return x, y
 
+
+_STILL = """async (selector) => {
+  for (let before = ""; ; await new Promise(requestAnimationFrame)) {
+    const found = document.querySelector(selector);
+    found.scrollIntoView({ block: "nearest" });
+    const box = found.getClientRects()[0];
+    if (!box) continue;
+    const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
+    if (before === `${x} ${y}` && found.contains(document.elementFromPoint(x, y))) return [x, y];
+    before = `${x} ${y}`;
+  }
+}"""
 
 _COMPLAINTS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "Runtime.consoleAPICalled": lambda told: str(told["args"]) if told["type"] in ("error", "warning") else None,

@@ -93,7 +93,7 @@ class Generator:
             else:
                 for delta in active.restore():
                     yield delta
-                await self._adopt(active, adoption)
+                self._adopt(active, adoption)
             while not active.finished:
                 placement = await self._place(active, metrics)
                 span.placed(placement, active.attempt)
@@ -120,59 +120,36 @@ class Generator:
 
     async def _accept(self, active: ActiveRequest) -> None:
         """It is accepted once Redis has answered."""
-        await self._limits.reserve(active)
-        active.entry_id = await self._queue.enqueue(active.job)
+        active.entry_id = await self._limits.reserve_and_enqueue(active, self._queue)
         active.budget.spend("admission", now_us())
         if active.journal is not None:
             active.journal.accepted = True
 
-    async def _adopt(self, active: ActiveRequest, adoption: Adoption) -> None:
+    def _adopt(self, active: ActiveRequest, adoption: Adoption) -> None:
         """Takes over the entry of another gateway's request, and asks for a worker if there is more to come."""
         self._limits.take_over(active)
-        active.entry_id, active.owns_entry = adoption.entry_id, True
-        active.attempt = adoption.attempt
-        await self._queue.take_over(active.job, active.entry_id)  # one that is gone is added again by the renewals
+        active.entry_id, active.attempt = adoption.entry_id, adoption.attempt
+        self._leases.take_over(active)
         active.budget.spend("admission", now_us())
         if not active.finished:
             self._ask(active, PlacementRequest.REASON_WORKER_LOST)
 
     async def _place(self, active: ActiveRequest, metrics: ModelMetrics) -> Placement:
-        """Waits for an offer that holds: the queue entry is this gateway's."""
-        while True:
-            offer = await active.next_offer()
-            _account_for_wait(active.budget, offer)
-            if await self._take_over(active, offer):
-                break
-            active.decline()
-            await self._leases.add_again(active, offer.offer.queue_entry_id)
+        """Waits for an offer. The first one is that of the queue entry, which is this gateway's from then on."""
+        offer = await active.next_offer()
+        _account_for_wait(active.budget, offer)
         self._placements.forget(active.id)
         if active.begun:
             active.unlimit()
         if active.placed_at is None:
+            if offer.offer.queue_entry_id == active.entry_id:  # else it was added again: that one's offer will come
+                self._leases.take_over(active)
             active.placed_at = asyncio.get_running_loop().time()
             active.load.placed()
             waited_s = active.placed_at - active.request.caller.arrived
             metrics.queue_time.observe(waited_s)
         active.budget.spend("placement", now_us())
         return active.accept(offer)
-
-    async def _take_over(self, active: ActiveRequest, offer: ReceivedOffer) -> bool:
-        """Makes the entry this gateway's. False: it is gone.
-
-        While Redis is away, and after the first placement in any case, the request goes on without its entry, and the
-        renewals make up for it: the queue could offer it only as a first attempt.
-        """
-        if active.owns_entry:
-            return True
-        entry_id = offer.offer.queue_entry_id
-        try:
-            taken = await self._queue.take_over(active.job, entry_id)
-        except Unavailable as error:
-            log.warning("request %s: runs without its entry for now: %s", active.id, error.message)
-            taken = True
-        if taken:
-            active.entry_id, active.owns_entry = entry_id, True
-        return taken or active.placed_at is not None
 
     def _place_again(self, active: ActiveRequest, attempt: Attempt, metrics: ModelMetrics) -> None:
         """Asks for another worker after the attempt broke off. Raises if the request must not be tried again."""

@@ -29,12 +29,13 @@ headrace:costs:YYYY-MM-DD                hash     what machines spent on the req
 
 An owner's lease on an entry is the entry's idle time in the pending-entries list: whoever renews sets it to 0.
 The braces are a hash tag: all streams of one model, both keys of an answer, and all keys of one scope, are in one slot
-of a Redis Cluster, so that a script may use them.
+of a Redis Cluster, so that a script may use them. But for reserve.lua, which uses a scope and a stream: limits need
+both on one server.
 """
 
 from dataclasses import dataclass
 from datetime import date
-from typing import Literal
+from typing import Literal, NamedTuple
 from urllib.parse import quote
 
 from headrace.v1 import sampling_pb2
@@ -62,6 +63,14 @@ class Owner:
     @property
     def consumer(self) -> str:
         return f"{self.kind[0]}:{self.id}:{self.incarnation}"
+
+
+class StreamEntry(NamedTuple):
+    """What is to be added to a stream."""
+
+    stream: str
+    field: str
+    value: bytes
 
 
 def known_priority(priority: int) -> "sampling_pb2.Priority.ValueType":

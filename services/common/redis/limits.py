@@ -7,10 +7,11 @@ by side: every call is one script. Knows nothing of tokens or money: a meter cou
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.common.redis import scripts
 from services.common.redis.client import Argument, RedisClient
-from services.common.redis.keys import limit_keys
+from services.common.redis.keys import StreamEntry, limit_keys
 
 LEASE_S = 15.0
 """How long a reservation outlives the last sign of life of its gateway. Three times the queue's lease, so that a
@@ -56,6 +57,16 @@ class Standing:
     fits_in_ms: int | None
 
 
+class Reserved(NamedTuple):
+    """What came of a reservation."""
+
+    reserved: bool
+    # How each meter stood before.
+    standings: list[Standing]
+    # Of what was added to a stream; empty: nothing was.
+    entry_id: str
+
+
 @dataclass(frozen=True, slots=True)
 class Charge:
     """What a reservation has used so far, per claim that holds, in the order of its claims."""
@@ -73,18 +84,22 @@ class LimitStore:
         self._redis = redis
         self._lease_ms = int(lease_s * 1000)
 
-    async def reserve(self, scope: str, reservation_id: str, claims: Sequence[Claim]) -> tuple[bool, list[Standing]]:
-        """Reserves all claims or none, and says how each meter stood."""
-        arguments: list[Argument] = [reservation_id, self._lease_ms, self._may_expire()]
+    async def reserve(
+        self, scope: str, reservation_id: str, claims: Sequence[Claim], entry: StreamEntry | None = None
+    ) -> Reserved:
+        """Reserves all claims or none. Once they are, adds the entry to its stream, in the same step of Redis."""
+        stream, field, value = entry or ("", "", "")
+        arguments: list[Argument] = [reservation_id, self._lease_ms, self._may_expire(), field, value]
         for claim in claims:
             arguments += (claim.meter.name, claim.meter.limit, claim.meter.window_ms, claim.hold, claim.count)
-        reserved, *rows = await self._redis.script(scripts.RESERVE, limit_keys(scope), arguments)
-        return bool(reserved), [_standing(claim, row) for claim, row in zip(claims, rows, strict=True)]
+        keys = [*limit_keys(scope), stream] if entry else limit_keys(scope)
+        reserved, entry_id, *rows = await self._redis.script(scripts.RESERVE, keys, arguments)
+        standings = [_standing(claim, row) for claim, row in zip(claims, rows, strict=True)]
+        return Reserved(bool(reserved), standings, entry_id.decode())
 
     async def look(self, scope: str, meters: Iterable[Meter]) -> list[Standing]:
         """How meters stand."""
-        _, standings = await self.reserve(scope, "", [Claim(meter) for meter in meters])
-        return standings
+        return (await self.reserve(scope, "", [Claim(meter) for meter in meters])).standings
 
     async def charge(self, scope: str, charges: Iterable[Charge]) -> None:
         """Charges what was used, renews the leases of what goes on, and gives back what ended reservations still hold.

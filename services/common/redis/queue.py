@@ -23,6 +23,7 @@ from services.common.redis.keys import (
     JOB_FIELD,
     PRIORITIES,
     Owner,
+    StreamEntry,
     gateway_heartbeat,
     heartbeat_of,
     known_priority,
@@ -132,14 +133,13 @@ class JobQueue:
         the gateway then answers `gone` ends it. A gateway renews once before it enqueues its first job: without a
         heartbeat it counts as lost.
         """
-        entry_id: bytes = await self._redis.command(
-            "XADD", queue_stream(job.model, job.priority), "*", JOB_FIELD, job.SerializeToString()
-        )
+        stream, field, value = queue_entry(job)
+        entry_id: bytes = await self._redis.command("XADD", stream, "*", field, value)
         return entry_id.decode()
 
-    async def take_over(self, job: Job, entry_id: str) -> bool:
-        """Makes this gateway the owner of an entry it was offered. False: it is gone or another gateway's."""
-        return not await self._claim(queue_stream(job.model, job.priority), [entry_id])
+    async def take_over(self, entries: Iterable[tuple[Job, str]]) -> list[tuple[Job, str]]:
+        """Makes this gateway the owner of entries it was offered; returns those that are gone or another gateway's."""
+        return await _select(entries, self._claim)
 
     async def renew(self, entries: Iterable[tuple[Job, str]]) -> list[tuple[Job, str]]:
         """Renews the leases of this owner's entries, and a gateway's heartbeat; returns the entries it has lost.
@@ -289,6 +289,11 @@ class JobQueue:
         arguments: list[Argument] = [GROUP, self._owner.consumer, self._lease_ms, *entry_ids]
         seized: list[bytes] = await self._redis.script(script, [stream], arguments)
         return {entry_id.decode() for entry_id in seized}
+
+
+def queue_entry(job: Job) -> StreamEntry:
+    """What a job is in Redis, for a script that adds it beside other things."""
+    return StreamEntry(queue_stream(job.model, job.priority), JOB_FIELD, job.SerializeToString())
 
 
 def _age_us(entry_id: str, now_us: int) -> int:

@@ -1,13 +1,14 @@
 """Keeps this gateway's claims in Redis alive while requests run, and lets them go when they end.
 
-All leases and the gateway's heartbeat are renewed together, and an entry that Redis no longer has, of a running request
-or of one that still waits, is added again. An entry is acknowledged after its request's last event, and again until
-Redis answers; nobody waits for that but the shutdown.
+An entry that was offered is taken over in the background: its request runs meanwhile, since nobody but this gateway
+starts it, and the queue would offer it here again. All leases and the gateway's heartbeat are renewed together, and an
+entry that Redis no longer has, of a running request or of one that still waits, is added again. An entry is
+acknowledged after its request's last event, and again until Redis answers; nobody waits for that but the shutdown.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 
 from headrace.v1.job_pb2 import Job
 from services.common.errors import HeadraceError, Unavailable, failures_logged
@@ -34,6 +35,9 @@ class Leases:
         self._active = active
         self._allow_volatile = allow_volatile
         self._ending: set[asyncio.Task[None]] = set()
+        # Requests whose entries are to be taken over, and who does it while there are any.
+        self._offered: list[ActiveRequest] = []
+        self._taking_over: asyncio.Task[None] | None = None
         self._problem: str | None = "Redis has not answered yet."
 
     @property
@@ -51,6 +55,13 @@ class Leases:
             with failures_logged(log, "the leases could not be renewed"):
                 await self._renew()
             await asyncio.sleep(_RENEW_EVERY_S)
+
+    def take_over(self, active: ActiveRequest) -> None:
+        """Makes the request's entry this gateway's, together with others. While Redis is away, the renewals do that."""
+        active.owns_entry = True
+        self._offered.append(active)
+        if self._taking_over is None:
+            self._taking_over = asyncio.create_task(self._take_over_offered(), name="take over")
 
     def acknowledge(self, active: ActiveRequest) -> None:
         """Ends the request's entry in the background; if it was given up, keeps it among the dead letters first."""
@@ -96,12 +107,28 @@ class Leases:
         try:
             await asyncio.gather(*(_check_record(active) for active in accepted))
             lost = [*await self._queue.renew(owned), *await self._queue.missing(waiting)]
-            active_by_id = {active.id: active for active in accepted}
-            await asyncio.gather(*(self.add_again(active_by_id[job.request_id], entry_id) for job, entry_id in lost))
+            await self._add_lost_again(accepted, lost)
         except Unavailable as error:
             self._set_problem(error.message)
         else:
             self._set_problem(None)
+
+    async def _take_over_offered(self) -> None:
+        try:
+            while self._offered:
+                offered, self._offered = self._offered, []
+                running = [active for active in offered if active in self._active]  # an end needs no take-over
+                lost = await self._queue.take_over([(active.job, active.entry_id) for active in running])
+                await self._add_lost_again(running, lost)
+        except Unavailable as error:
+            log.warning("requests run without their entries for now: %s", error.message)
+            self._offered.clear()
+        finally:
+            self._taking_over = None
+
+    async def _add_lost_again(self, requests: Iterable[ActiveRequest], lost: Iterable[tuple[Job, str]]) -> None:
+        by_id = {active.id: active for active in requests}
+        await asyncio.gather(*(self.add_again(by_id[job.request_id], entry_id) for job, entry_id in lost))
 
     def _is_current(self, active: ActiveRequest, entry_id: str) -> bool:
         return active in self._active and active.entry_id == entry_id and not active.abandoned

@@ -1,6 +1,6 @@
 """What a key may use: reserves the most that a request can take, charges what it took, and says how its limits stand.
 
-A request is held to its limits by two scripts in Redis, one before it is enqueued and one at its end; in between, while
+A request is held to its limits by two scripts in Redis, the one that enqueues it and one at its end; in between, while
 it runs, the tokens it has so far are reported every few seconds with the renewals of all reservations. A request that
 begins pays for its prompt and for what was produced, one that never does pays nothing, and all count as requests.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from services.common.errors import Unavailable
 from services.common.redis.limits import LEASE_S, Charge, Claim, LimitStore
+from services.common.redis.queue import JobQueue, queue_entry
 from services.gateway.active_request import ActiveRequest
 from services.gateway.keys.account import Limit
 from services.gateway.keys.limit_answers import check_size, refusal
@@ -84,14 +85,15 @@ class KeyLimits:
             if limit.name == name
         )
 
-    async def reserve(self, active: ActiveRequest) -> None:
-        """Reserves what a request may take; without limits it asks nobody. `settle` follows, however it ends.
+    async def reserve_and_enqueue(self, active: ActiveRequest, queue: JobQueue) -> str:
+        """Reserves what a request may take, and adds its job to the queue: returns its entry. `settle` follows, however
+        it ends.
 
         Raises LimitReached, QuotaExhausted, InvalidRequest for what never fits, NotAllowed, Unavailable.
         """
         account = active.request.caller.account
         if account.in_use is None or not account.in_use.limits:
-            return
+            return await queue.enqueue(active.job)
         if self._problem is not None:
             raise Unavailable(self._problem)
         reservation = self._plan(active, account.in_use.limits, account.in_use.scope)
@@ -100,7 +102,9 @@ class KeyLimits:
         self._open[active.id] = reservation
         self._scopes[reservation.scope] = asyncio.get_running_loop().time()
         try:
-            reserved, standings = await self._store.reserve(reservation.scope, active.id, reservation.claims)
+            reserved, standings, entry_id = await self._store.reserve(
+                reservation.scope, active.id, reservation.claims, queue_entry(active.job)
+            )
         except Unavailable as error:
             self._lost_touch(error)
             raise
@@ -109,6 +113,7 @@ class KeyLimits:
         if not reserved:
             del self._open[active.id]
             raise refusal(account.standings)
+        return entry_id
 
     def take_over(self, active: ActiveRequest) -> None:
         """Goes on with what a dead gateway reserved for a request, from the next renewal on. `settle` follows."""

@@ -249,12 +249,12 @@ class FakeGateway:
         self._outbox.put(GatewayMessage(answers=[answer]))
 
     async def accept(self, offer: Offer, job: Job) -> None:
-        assert await self.queue.take_over(job, offer.queue_entry_id)
+        assert not await self.queue.take_over([(job, offer.queue_entry_id)])
         self._running[job.request_id] = (job, offer.queue_entry_id)
         self.answer(offer, OfferAnswer.STATUS_ACCEPTED)
 
     async def adopt(self, adoption: Adoption) -> None:
-        assert await self.queue.take_over(adoption.job, adoption.queue_entry_id)
+        assert not await self.queue.take_over([(adoption.job, adoption.queue_entry_id)])
         self._running[adoption.job.request_id] = (adoption.job, adoption.queue_entry_id)
 
     async def finish(self, job: Job) -> None:

@@ -90,7 +90,7 @@ local function save()
 end
 
 local function keep()
-  for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, KEEP_MS) end
+  for _, key in ipairs({meters, reservations, leases}) do redis.call('PEXPIRE', key, KEEP_MS) end
 end
 
 -- Charges all that is still held by reservations whose lease ran out, at the time when it did. Not just after Redis was

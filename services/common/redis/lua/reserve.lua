@@ -1,11 +1,15 @@
--- Reserves on all meters of a request, or on none. (meters.lua says what the keys are.)
+-- Reserves on all meters of a request, or on none; once they are, writes the request to a stream, if one is named.
+-- (meters.lua says what the first three keys are.)
 --
+-- KEYS[4]  that stream, or no key
 -- ARGV[1]  reservation id
 -- ARGV[2]  lease in ms
 -- ARGV[3]  1: leases may run out
+-- ARGV[4]  the entry's field
+-- ARGV[5]  its value
 -- then for each meter: its name, limit, window in ms, what to hold until the end, what to count as used now
--- Returns {1 if reserved, {used, held, ms until nothing is used, ms until this fits} of each meter}, used and held as
--- they were before. 0 ms: it fits; -1: it waits for what running requests hold.
+-- Returns {1 if reserved, the entry's id or '', {used, held, ms until nothing is used, ms until this fits} of each
+-- meter}, used and held as they were before. 0 ms: it fits; -1: it waits for what running requests hold.
 local function until_unused(meter)
   if meter.window == 0 or meter.used + meter.held == 0 then return 0 end
   if meter.held > 0 then return leaves_in(meter, bucket_at(meter, now)) end -- as if it were used now
@@ -42,8 +46,8 @@ end
 
 expire_leases(ARGV[3])
 local fits = 1
-local reply, claims = {0}, {}
-for i = 4, #ARGV, 5 do
+local reply, claims = {0, ''}, {}
+for i = 6, #ARGV, 5 do
   local meter = load(ARGV[i], tonumber(ARGV[i + 2]))
   local claim = {meter = meter, hold = tonumber(ARGV[i + 3]), count = tonumber(ARGV[i + 4])}
   local excess = meter.used + meter.held + claim.hold + claim.count - tonumber(ARGV[i + 1])
@@ -53,6 +57,9 @@ for i = 4, #ARGV, 5 do
 end
 if fits == 1 then take(ARGV[1], tonumber(ARGV[2]), claims) end
 save()
-if fits == 1 then keep() end
+if fits == 1 then
+  keep()
+  if KEYS[4] then reply[2] = redis.call('XADD', KEYS[4], '*', ARGV[4], ARGV[5]) end
+end
 reply[1] = fits
 return reply

@@ -39,7 +39,7 @@ class Bench:
         await self.client.command("HSET", "clock", "s", ms // 1000, "us", ms % 1000 * 1000)
 
     async def reserve(self, reservation_id: str, *claims: Claim) -> bool:
-        reserved, self.standings = await self.store.reserve(SCOPE, reservation_id, claims)
+        reserved, self.standings, _ = await self.store.reserve(SCOPE, reservation_id, claims)
         return reserved
 
     async def charge(self, reservation_id: str, claim: Claim, used: int, *, ended: bool = True) -> None:

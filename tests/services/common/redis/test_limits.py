@@ -9,7 +9,7 @@ import pytest
 import redis as redis_library
 
 from services.common.redis.client import RedisClient
-from services.common.redis.keys import limit_keys
+from services.common.redis.keys import StreamEntry, limit_keys
 from services.common.redis.limits import Charge, Claim, LimitStore, Meter
 from tests.redis_server import RedisServer
 from tests.services.common.redis.limits_bench import MINUTE, SCOPE, Bench
@@ -177,7 +177,7 @@ async def test_many_callers_over_two_clients_never_exceed_and_leave_nothing(redi
         draw = random.Random(number)
         store, claims = stores[number % 2], [Claim(meters[0], hold=draw.randint(1, 40)), Claim(meters[1], hold=1)]
         while True:
-            reserved, standings = await store.reserve(SCOPE, f"r{number}", claims)
+            reserved, standings, _ = await store.reserve(SCOPE, f"r{number}", claims)
             if reserved:
                 break
             if standings[0].used + claims[0].hold > limit:  # no matter what is given back
@@ -198,6 +198,21 @@ async def test_many_callers_over_two_clients_never_exceed_and_leave_nothing(redi
     assert refused and spent >= 0.95 * limit
     for client in clients:
         await client.close()
+
+
+async def test_an_entry_is_added_with_what_is_reserved_or_not_at_all(redis_url: str) -> None:
+    client = RedisClient(redis_url)
+    store, claims, entry = LimitStore(client), [Claim(CONCURRENT, hold=1)], StreamEntry("a stream", "field", b"\0value")
+    assert (await store.reserve(SCOPE, "without", [Claim(REQUESTS, count=1)])).entry_id == ""
+    while (
+        reserved := await store.reserve(SCOPE, f"r{await client.command('XLEN', 'a stream')}", claims, entry)
+    ).reserved:
+        assert await client.command("XRANGE", "a stream", reserved.entry_id, "+") == [
+            (reserved.entry_id.encode(), {b"field": b"\0value"})
+        ]
+    assert (reserved.entry_id, await client.command("XLEN", "a stream")) == ("", CONCURRENT.limit)
+    assert await client.command("PTTL", "a stream") == -1
+    await client.close()
 
 
 async def test_the_scripts_keep_to_one_slot_of_a_cluster(tmp_path: Path, redis_server: RedisServer) -> None:

@@ -86,6 +86,10 @@ async def expire_leases(redis: RedisClient, idle_ms: int = int(LEASE_S * 1500)) 
             await redis.command("EVAL", claim, 1, stream, GROUP, owner, entry_id, idle_ms)
 
 
+async def took_over(gateway: JobQueue, job: Job, entry_id: str) -> bool:
+    return not await gateway.take_over([(job, entry_id)])
+
+
 PENDING = "return redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000)"
 
 
@@ -119,7 +123,7 @@ async def test_a_job_is_handed_to_one_scheduler(gateway: JobQueue, scheduler: Jo
 async def test_acknowledged_jobs_leave_nothing(gateway: JobQueue, scheduler: JobQueue, redis: RedisClient) -> None:
     entry_id = await gateway.enqueue(job("r1"))
     await scheduler.pop(MODEL, 1)
-    assert await gateway.take_over(job("r1"), entry_id)
+    assert await took_over(gateway, job("r1"), entry_id)
     for _ in range(2):
         await gateway.acknowledge(job("r1"), entry_id)
     stream = queue_stream(MODEL, PRIORITY_NORMAL)
@@ -136,11 +140,11 @@ async def test_a_waiting_job_can_be_withdrawn(gateway: JobQueue, scheduler: JobQ
 async def test_only_one_gateway_takes_over(gateway: JobQueue, scheduler: JobQueue, make: MakeQueue) -> None:
     entry_id = await gateway.enqueue(job("r1"))
     other = make(OTHER_GATEWAY)
-    assert not await gateway.take_over(job("r1"), entry_id), "nobody offered it yet"
+    assert not await took_over(gateway, job("r1"), entry_id), "nobody offered it yet"
     await scheduler.pop(MODEL, 1)
-    assert await gateway.take_over(job("r1"), entry_id)
-    assert await gateway.take_over(job("r1"), entry_id), "taking over twice is harmless"
-    assert not await other.take_over(job("r1"), entry_id)
+    assert await took_over(gateway, job("r1"), entry_id)
+    assert await took_over(gateway, job("r1"), entry_id), "taking over twice is harmless"
+    assert not await took_over(other, job("r1"), entry_id)
     await other.acknowledge(job("r1"), entry_id)
     await scheduler.remove(job("r1"), entry_id)
     assert await gateway.renew([(job("r1"), entry_id)]) == [], "neither of them could end it"
@@ -150,7 +154,7 @@ async def test_renew_names_what_is_lost(gateway: JobQueue, scheduler: JobQueue, 
     entries = [(job(f"r{n}", p), await gateway.enqueue(job(f"r{n}", p))) for n, p in enumerate((1, 2, 2, 3))]
     await scheduler.pop(MODEL, 4)
     for entry in entries:
-        assert await gateway.take_over(*entry)
+        assert await took_over(gateway, *entry)
     await gateway.acknowledge(*entries[1])
     assert await gateway.renew(entries) == [entries[1]]
     assert sorted(await scheduler.renew(entries), key=str) == sorted(entries, key=str)
@@ -201,7 +205,7 @@ async def test_depths_count_what_no_gateway_runs(gateway: JobQueue, scheduler: J
     assert await counts() == {1: 0, 2: 2, 3: 1}
     await scheduler.pop(MODEL, 2)
     assert await counts() == {1: 0, 2: 2, 3: 1}
-    await gateway.take_over(job("r1"), entry_id)
+    await took_over(gateway, job("r1"), entry_id)
     assert await counts() == {1: 0, 2: 1, 3: 1}
 
 
@@ -221,9 +225,9 @@ async def test_the_age_of_a_queue_is_that_of_its_oldest_job_without_a_gateway(
     popped = await scheduler.pop(MODEL, 2)
     assert [queued.waited_us is not None and queued.waited_us >= 40_000_000 for queued in popped] == [True, True]
     assert 50 <= await age_s() < 52, "a scheduler's"
-    await gateway.take_over(popped[0].job, popped[0].entry_id)
+    await took_over(gateway, popped[0].job, popped[0].entry_id)
     assert 40 <= await age_s() < 42
-    await gateway.take_over(popped[1].job, popped[1].entry_id)
+    await took_over(gateway, popped[1].job, popped[1].entry_id)
     assert 30 <= await age_s() < 32
 
 
@@ -238,7 +242,7 @@ async def test_a_dead_schedulers_jobs_are_reclaimed(
     [reclaimed], _, closed = await other.reclaim(MODEL)
     assert (reclaimed.job.request_id, closed) == ("r1", [])
     assert await scheduler.renew([(reclaimed.job, reclaimed.entry_id)]) == [(reclaimed.job, reclaimed.entry_id)]
-    assert await gateway.take_over(reclaimed.job, reclaimed.entry_id)
+    assert await took_over(gateway, reclaimed.job, reclaimed.entry_id)
 
 
 async def test_reclaim_goes_through_more_than_a_page(
@@ -257,7 +261,7 @@ async def test_a_lost_gateways_jobs_are_closed_once_redis_has_answered_for_a_lea
     entry_id = await gateway.enqueue(job("running"))
     await gateway.enqueue(job("offered"))
     await scheduler.pop(MODEL, 2)
-    await gateway.take_over(job("running"), entry_id)
+    await took_over(gateway, job("running"), entry_id)
     await expire_leases(redis)
     await redis.command("DEL", "headrace:gateway:gw:1")
     clock.now = LEASE_S - 0.1
@@ -276,7 +280,7 @@ async def test_a_lost_gateways_job_whose_answer_is_recorded_is_an_orphan(
     recorded.answer_id = "x"
     entry_id = await gateway.enqueue(recorded)
     await scheduler.pop(MODEL, 1)
-    await gateway.take_over(recorded, entry_id)
+    await took_over(gateway, recorded, entry_id)
     await expire_leases(redis)
     await gateway.retire()
     clock.now = LEASE_S + 0.1
@@ -284,7 +288,7 @@ async def test_a_lost_gateways_job_whose_answer_is_recorded_is_an_orphan(
     assert (jobs, orphan.entry_id, closed) == ([], entry_id, [])
     assert await scheduler.reclaim(MODEL) == ([], [], []), "whoever is offered it has a lease to take it over"
     heir = make(OTHER_GATEWAY)
-    assert await heir.take_over(orphan.job, entry_id)
+    assert await took_over(heir, orphan.job, entry_id)
     await expire_leases(redis)
     await heir.renew([])
     assert await scheduler.reclaim(MODEL) == ([], [], []), "its owner lives, whoever it came from"
@@ -295,7 +299,7 @@ async def test_a_gateway_gives_a_job_up(gateway: JobQueue, scheduler: JobQueue, 
     recorded.answer_id = "x"
     entry_id = await gateway.enqueue(recorded)
     [queued] = await scheduler.pop(MODEL, 1)
-    await gateway.take_over(recorded, entry_id)
+    await took_over(gateway, recorded, entry_id)
     await gateway.release([queued])
     await gateway.retire()
     clock.now = LEASE_S + 0.1
@@ -308,7 +312,7 @@ async def test_a_live_gateways_job_is_left_alone_until_it_is_clearly_forgotten(
 ) -> None:
     entry_id = await gateway.enqueue(job("r1"))
     await scheduler.pop(MODEL, 1)
-    await gateway.take_over(job("r1"), entry_id)
+    await took_over(gateway, job("r1"), entry_id)
     await expire_leases(redis, idle_ms=int(LEASE_S * 2000))
     await gateway.renew([])
     assert await scheduler.reclaim(MODEL) == ([], [], [])
@@ -329,7 +333,7 @@ async def test_released_jobs_are_reclaimed_at_once(gateway: JobQueue, scheduler:
 async def test_release_spares_what_a_gateway_took_over(gateway: JobQueue, scheduler: JobQueue, make: MakeQueue) -> None:
     entry_id = await gateway.enqueue(job("r1"))
     popped = await scheduler.pop(MODEL, 1)
-    await gateway.take_over(job("r1"), entry_id)
+    await took_over(gateway, job("r1"), entry_id)
     await scheduler.release(popped)
     assert await make(OTHER_SCHEDULER).reclaim(MODEL) == ([], [], [])
 
@@ -398,7 +402,7 @@ async def test_jobs_and_owners_outlive_a_crash_of_redis(tmp_path: Path, redis_se
     gateway, scheduler = JobQueue(server.url, GATEWAY), JobQueue(server.url, SCHEDULER)
     running = await gateway.enqueue(job("running"))
     await scheduler.pop(MODEL, 1)
-    await gateway.take_over(job("running"), running)
+    await took_over(gateway, job("running"), running)
     await gateway.enqueue(job("waiting"))
     server.kill()
     with pytest.raises(Unavailable):
@@ -430,7 +434,7 @@ async def test_every_script_keeps_to_one_slot_of_a_cluster(tmp_path: Path, redis
     popped = await scheduler.pop(MODEL, 3)
     await scheduler.release(popped)
     assert len((await scheduler.reclaim(MODEL))[0]) == 3
-    assert await gateway.take_over(*entries[0])
+    assert await took_over(gateway, *entries[0])
     assert await gateway.renew(entries) == []
     for entry in entries:
         await gateway.acknowledge(*entry)
