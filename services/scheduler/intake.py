@@ -1,17 +1,20 @@
 """Brings one model's jobs from Redis to its dispatcher, and carries out in Redis what the dispatcher decides.
 
-Jobs are popped only while workers have room, so that they wait in Redis and not here. Once in a while the queue is
+Jobs are taken only while workers have room, so that they wait in Redis and not here: by rank while there are many, and
+when the queue is empty each in the moment it comes. Once in a while the queue is
 looked after: leases of held jobs are renewed, and entries that dead owners left behind are picked up or closed. While
 Redis is away both wait, and what was decided meanwhile is carried out when it is back; the dispatcher goes on without
 it.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
 from services.common.channel import cancel_and_wait
 from services.common.errors import Unavailable
+from services.common.redis.client import ANSWER_TIMEOUT_S
 from services.common.redis.keys import PRIORITY_NAMES, known_priority
 from services.common.redis.queue import JobQueue, QueuedJob
 from services.scheduler.dispatch import Dispatcher
@@ -41,10 +44,13 @@ class Intake:
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._interval_s = interval_s
+        self._arrivals = queue.arrivals(model)
+        # More jobs may wait in Redis than the last look there showed.
+        self._more = True
         self._removals: list[QueuedJob] = []
         self._releases: list[QueuedJob] = []
         # Each held from the moment jobs are asked for until they are in the dispatcher's hands.
-        self._popping = asyncio.Lock()
+        self._taking = asyncio.Lock()
         self._reclaiming = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._away = False
@@ -52,14 +58,20 @@ class Intake:
     def start(self) -> None:
         """Begins to move jobs to the dispatcher whenever it has room, and to look after the queue once per interval."""
         self._tasks = [
-            asyncio.create_task(self._repeat(self._pop, pause_s=0), name=f"pop {self._model}"),
+            asyncio.create_task(self._repeat(self._take, pause_s=0), name=f"take {self._model}"),
             asyncio.create_task(self._repeat(self._look_after, pause_s=self._interval_s), name=f"look {self._model}"),
         ]
 
     async def stop(self) -> None:
-        """Stops both, but not while jobs are on their way."""
-        async with self._popping, self._reclaiming:
+        """Stops both, but not while jobs are on their way: those left to a Redis that does not answer come back."""
+        async with contextlib.AsyncExitStack() as held:
+            with contextlib.suppress(Unavailable, TimeoutError):
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    await self._arrivals.interrupt()
+                    await held.enter_async_context(self._taking)
+                    await held.enter_async_context(self._reclaiming)
             await cancel_and_wait(self._tasks)
+        await self._arrivals.close()
 
     async def settle(self) -> None:
         """Removes and releases what the dispatcher has decided on. What fails is kept for the next time."""
@@ -71,16 +83,20 @@ class Intake:
         await self._queue.release(self._releases)
         self._releases.clear()
 
-    async def _pop(self) -> None:
+    async def _take(self) -> None:
         while not (room := self._dispatcher.room()):
             self._dispatcher.room_changed.clear()
             await self._dispatcher.room_changed.wait()
-        count = min(room, _MOST_JOBS_A_POP)
-        async with self._popping:
-            jobs = await self._queue.pop(self._model, count)
+        async with self._taking:
+            looks_for_more, self._more = self._more, True  # also if this fails
+            if looks_for_more:
+                count = min(room, _MOST_JOBS_A_POP)
+                jobs = await self._queue.pop(self._model, count)
+                more = len(jobs) == count
+            else:
+                jobs, more = await self._arrivals.next(_LONGEST_WAIT_S)
+            self._more = more
             self._dispatcher.hold(jobs)
-        if len(jobs) < count:
-            await self._queue.wait_for_jobs(self._model, _LONGEST_WAIT_S)
 
     async def _look_after(self) -> None:
         self._dispatcher.expire()

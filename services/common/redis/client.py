@@ -65,8 +65,8 @@ class RedisClient:
     """Commands and scripts on one Redis; every method raises Unavailable when it does not answer."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._redis = _connect(url, None)  # `_exchange` keeps the time
-        self._blocking = _connect(url, LONGEST_BLOCK_S + ANSWER_TIMEOUT_S)
+        self._redis = connect(url, None)  # `_exchange` keeps the time
+        self._blocking = connect(url, LONGEST_BLOCK_S + ANSWER_TIMEOUT_S)
         self._connection: Connection | None = None
         self._pending: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = []
         self._sender: asyncio.Task[None] | None = None
@@ -105,7 +105,7 @@ class RedisClient:
         try:
             return await asyncio.shield(call)
         except Exception as error:
-            raise _translate(_known(error)) from error
+            raise translated(known_error(error)) from error
 
     async def check(self, *, allow_volatile: bool) -> None:
         """Raises UnfitRedis unless this Redis keeps what it accepted."""
@@ -150,11 +150,11 @@ class RedisClient:
         try:
             await self._exchange([command for command, _ in batch], replies)
         except Exception as error:  # noqa: BLE001 - whatever it is, all who wait get it
-            replies += [_known(error)] * (len(batch) - len(replies))
+            replies += [known_error(error)] * (len(batch) - len(replies))
         if self._clock() - sent_at > _LONGEST_ANSWER_S:
             self._away_at = self._clock()
         for (_, waiting), reply in zip(batch, replies, strict=True):
-            self._settle(waiting, _translate(reply) if isinstance(reply, Exception) else reply)
+            self._settle(waiting, translated(reply) if isinstance(reply, Exception) else reply)
 
     async def _exchange(self, commands: Sequence[tuple[Argument, ...]], replies: list[Any]) -> None:
         """Sends commands and adds the reply to each, an error among them. Raises when the connection fails.
@@ -193,7 +193,8 @@ class RedisClient:
             waiting.set_result(outcome)
 
 
-def _connect(url: str, answer_timeout_s: float | None) -> Redis:
+def connect(url: str, answer_timeout_s: float | None) -> Redis:
+    """redis-py on this URL. None: whoever reads keeps the time."""
     return Redis.from_url(
         url,
         protocol=2,
@@ -204,7 +205,7 @@ def _connect(url: str, answer_timeout_s: float | None) -> Redis:
     )
 
 
-def _known(error: Exception) -> Exception:
+def known_error(error: Exception) -> Exception:
     """An error as redis-py should have said it: uvloop raises RuntimeError when a closed connection is written to."""
     if isinstance(error, (RedisError, OSError)):
         return error
@@ -212,7 +213,7 @@ def _known(error: Exception) -> Exception:
     return ConnectionError(f"{type(error).__name__}: {error}")
 
 
-def _translate(error: Exception) -> Exception:
+def translated(error: Exception) -> Exception:
     """Unavailable for what passes; anything else is a bug of ours and stays as it is."""
     if isinstance(error, _PASSING_ERRORS):
         return Unavailable(f"Redis does not answer: {error}.")

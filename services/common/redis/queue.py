@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from google.protobuf.message import DecodeError
+from redis.exceptions import ResponseError
 
 from headrace.v1.job_pb2 import Job
 from services.common.redis import scripts
+from services.common.redis.blocking import BlockingConnection
 from services.common.redis.client import LONGEST_BLOCK_S, Argument, RedisClient
 from services.common.redis.keys import (
     GROUP,
@@ -44,6 +46,8 @@ FIRST_ATTEMPT = 1
 # A live gateway renews all it runs. An entry that it does not renew for this many leases is one it does not know of
 # (the answer to its take-over was lost): it is offered again, and the gateway says what it makes of it.
 _FORGOTTEN_LEASES = 3
+# Of each stream at once, as they come: one more than there mostly is, which shows that no more wait.
+_ARRIVALS = 2
 _RECLAIM_PAGE = 128
 _RECLAIM_LIMIT = 1024
 _RELEASED_IDLE_MS = 24 * 3600 * 1000
@@ -112,10 +116,10 @@ class JobQueue:
         lease_s: float = LEASE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._url = redis_url
         self._redis = RedisClient(redis_url, clock=clock)
         self._owner = owner
         self._lease_ms = int(lease_s * 1000)
-        self._handed_out: dict[str, str] = {}  # stream -> id of the last entry handed out when it was last popped
 
     @property
     def redis(self) -> RedisClient:
@@ -170,22 +174,12 @@ class JobQueue:
         An entry that holds no job is left to its lease, and `reclaim` ends it.
         """
         streams = queue_streams(model)
-        popped: list[QueuedJob] = []
         time, *taken = await self._redis.script(scripts.POP, streams, (GROUP, self._owner.consumer, count))
-        now_us = int(time[0]) * 1_000_000 + int(time[1])
-        for stream, (handed_out, entries) in zip(streams, taken, strict=True):
-            if handed_out:
-                self._handed_out[stream] = handed_out.decode()
-            jobs = ((entry_id.decode(), _decode(stream, fields)) for entry_id, fields in entries)
-            popped += [QueuedJob(entry_id, job, _age_us(entry_id, now_us)) for entry_id, job in jobs if job is not None]
-        return popped
+        return _popped(zip(streams, taken, strict=True), time)
 
-    async def wait_for_jobs(self, model: str, timeout_s: float) -> None:
-        """Returns as soon as there may be jobs that `pop` has not seen, or after `timeout_s` seconds."""
-        streams = queue_streams(model)
-        after = [self._handed_out.get(stream, "0") for stream in streams]
-        block_ms = int(min(timeout_s, LONGEST_BLOCK_S) * 1000)
-        await self._redis.blocking_command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", *streams, *after)
+    def arrivals(self, model: str) -> "Arrivals":
+        """For jobs that come to an empty queue. To be closed."""
+        return Arrivals(model, self._owner, BlockingConnection(self._url, self._redis))
 
     async def remove(self, job: Job, entry_id: str) -> None:
         """Ends an entry that this scheduler owns, because its gateway no longer wants it."""
@@ -291,9 +285,60 @@ class JobQueue:
         return {entry_id.decode() for entry_id in seized}
 
 
+class Arrived(NamedTuple):
+    """Jobs that came, and whether more may wait than these."""
+
+    jobs: list[QueuedJob]
+    more: bool
+
+
+class Arrivals:
+    """Hands jobs to a scheduler in the moment they come: faster than a `pop` after a sign that there are some, but
+    without regard to priority among those that wait already, of which it takes few.
+    """
+
+    def __init__(self, model: str, owner: Owner, connection: BlockingConnection) -> None:
+        self._streams = queue_streams(model)
+        self._owner = owner
+        self._connection = connection
+
+    async def next(self, timeout_s: float) -> Arrived:
+        """Takes the next jobs, none after `timeout_s` seconds or once interrupted. To be called when `pop` found too
+        few. Raises Unavailable.
+        """
+        block_s = min(timeout_s, LONGEST_BLOCK_S)
+        read = ("XREADGROUP", "GROUP", GROUP, self._owner.consumer, "COUNT", _ARRIVALS, "BLOCK", int(block_s * 1000))
+        try:
+            replies = await self._connection.command(
+                (*read, "STREAMS", *self._streams, *(">" for _ in self._streams)), ("TIME",), block_s
+            )
+        except ResponseError as error:
+            if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                raise
+            return Arrived([], more=True)  # Redis lost the group, which `pop` makes
+        if replies is None:
+            return Arrived([], more=False)
+        taken, time = [(stream.decode(), entries) for stream, entries in replies[0] or ()], replies[1]
+        return Arrived(_popped(taken, time), more=any(len(entries) == _ARRIVALS for _, entries in taken))
+
+    async def interrupt(self) -> None:
+        """Ends a wait that is under way, and all later ones. Raises Unavailable."""
+        await self._connection.interrupt()
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
 def queue_entry(job: Job) -> StreamEntry:
     """What a job is in Redis, for a script that adds it beside other things."""
     return StreamEntry(queue_stream(job.model, job.priority), JOB_FIELD, job.SerializeToString())
+
+
+def _popped(taken: Iterable[tuple[str, list[tuple[bytes, list[bytes]]]]], time: tuple[bytes, bytes]) -> list[QueuedJob]:
+    """The jobs among entries of streams, at that time of Redis."""
+    now_us = int(time[0]) * 1_000_000 + int(time[1])
+    jobs = [(entry_id.decode(), _decode(stream, fields)) for stream, entries in taken for entry_id, fields in entries]
+    return [QueuedJob(entry_id, job, _age_us(entry_id, now_us)) for entry_id, job in jobs if job is not None]
 
 
 def _age_us(entry_id: str, now_us: int) -> int:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,7 @@ from headrace.v1.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_se
 from services.common.channel import Outbox, cancel_and_wait
 from services.common.errors import Unavailable
 from services.common.redis.keys import GROUP, Owner, gateway_heartbeat, queue_stream
-from services.common.redis.queue import JobQueue
+from services.common.redis.queue import JobQueue, QueuedJob
 from services.common.serve import GrpcServer, Registration
 from services.common.tokenizer_hash import bundle_hash
 from tests.services.gateway.tokenizers_for_tests import bundle, byte_level_tokenizer
@@ -269,10 +269,13 @@ class FakeScheduler(SchedulerServicer):
         self.start_popping()
 
     def start_popping(self) -> None:
+        self.arrivals = self.queue.arrivals(MODEL)
         self._popping = asyncio.create_task(self._pop())
 
     async def stop_popping(self) -> None:
         if self._popping is not None:
+            with contextlib.suppress(Unavailable):
+                await self.arrivals.interrupt()
             await cancel_and_wait([self._popping])
 
     async def stop(self) -> None:
@@ -280,6 +283,7 @@ class FakeScheduler(SchedulerServicer):
             outbox.close()
         await self.stop_popping()
         await self._server.stop(0)
+        await self.arrivals.close()
         await self.queue.close()
 
     async def Place(self, messages: AsyncIterator[GatewayMessage], context: Context) -> AsyncIterator[SchedulerMessage]:
@@ -341,13 +345,13 @@ class FakeScheduler(SchedulerServicer):
     async def _pop(self) -> None:
         while True:
             try:
-                await self.queue.wait_for_jobs(MODEL, 1.0)
-                await self._offer_popped()
+                await self._offer_all(await self.queue.pop(MODEL, 100))
+                await self._offer_all((await self.arrivals.next(1.0)).jobs)
             except Unavailable:
                 await asyncio.sleep(0.05)
 
-    async def _offer_popped(self) -> None:
-        for queued in await self.queue.pop(MODEL, 100):
+    async def _offer_all(self, jobs: Iterable[QueuedJob]) -> None:
+        for queued in jobs:
             self.jobs.append(queued.job)
             self.entry_ids.append(queued.entry_id)
             self.popped.set()

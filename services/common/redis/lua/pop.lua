@@ -4,7 +4,7 @@
 -- ARGV[1]  group
 -- ARGV[2]  consumer that takes them
 -- ARGV[3]  the most jobs to take
--- Returns {seconds, microseconds} of the clock that makes entry ids; then for each stream {id of the last entry ever handed out, {{entry id, {field, value}}, ...}}.
+-- Returns {seconds, microseconds} of the clock that makes entry ids; then for each stream {{entry id, {field, value}}, ...}.
 local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 
 local function read(stream)
@@ -21,14 +21,6 @@ local function take(stream)
   return reply
 end
 
-local function last_handed_out(stream)
-  for _, info in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
-    local fields = {}
-    for i = 1, #info, 2 do fields[info[i]] = info[i + 1] end
-    if fields['name'] == group then return fields['last-delivered-id'] end
-  end
-end
-
 local taken = {}
 for i, stream in ipairs(KEYS) do
   local entries = {}
@@ -37,9 +29,7 @@ for i, stream in ipairs(KEYS) do
     if reply and reply.err then return reply end
     if reply then entries = reply[1][2] end
     left = left - #entries
-    taken[i] = {last_handed_out(stream), entries}
-  else
-    taken[i] = {'', entries}
   end
+  taken[i] = entries
 end
 return {redis.call('TIME'), unpack(taken)}

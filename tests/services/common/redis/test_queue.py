@@ -10,7 +10,7 @@ from headrace.v1.sampling_pb2 import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMA
 from services.common.errors import Unavailable
 from services.common.redis.client import RedisClient
 from services.common.redis.keys import GROUP, Owner, queue_stream, queue_streams
-from services.common.redis.queue import JobQueue
+from services.common.redis.queue import Arrivals, JobQueue
 from tests.redis_server import RedisServer
 
 LEASE_S = 5.0
@@ -338,29 +338,74 @@ async def test_release_spares_what_a_gateway_took_over(gateway: JobQueue, schedu
     assert await make(OTHER_SCHEDULER).reclaim(MODEL) == ([], [], [])
 
 
-async def test_waiting_ends_with_a_new_job_on_any_priority(gateway: JobQueue, scheduler: JobQueue) -> None:
-    for priority in (PRIORITY_LOW, PRIORITY_HIGH):
-        assert await scheduler.pop(MODEL, 10) == []
-        waiting = asyncio.create_task(scheduler.wait_for_jobs(MODEL, 10))
-        await gateway.enqueue(job("r", priority))
-        await waiting
-        assert len(await scheduler.pop(MODEL, 10)) == 1
+@pytest.fixture
+async def arrivals(scheduler: JobQueue) -> AsyncIterator[Arrivals]:
+    assert await scheduler.pop(MODEL, 10) == []
+    arrivals = scheduler.arrivals(MODEL)
+    yield arrivals
+    await arrivals.close()
 
 
-async def test_waiting_sees_a_job_that_came_before_it(gateway: JobQueue, scheduler: JobQueue) -> None:
-    await scheduler.pop(MODEL, 10)
-    await gateway.enqueue(job("r1"))
-    await scheduler.wait_for_jobs(MODEL, 10)
-
-
-async def test_waiting_ends_after_its_time_and_ignores_jobs_already_handed_out(
-    gateway: JobQueue, scheduler: JobQueue
+@pytest.mark.parametrize("priority", [PRIORITY_LOW, PRIORITY_HIGH])
+async def test_a_job_is_handed_over_as_it_comes(
+    gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals, priority: int
 ) -> None:
+    waiting = asyncio.create_task(arrivals.next(10))
+    await asyncio.sleep(0.01)
+    sent = job("r", priority)
+    entry_id = await gateway.enqueue(sent)
+    [arrived], more = await waiting
+    assert (arrived.entry_id, arrived.job, more) == (entry_id, sent, False)
+    assert arrived.waited_us is not None and arrived.waited_us < 5_000_000
+    assert await scheduler.renew([(sent, entry_id)]) == [], "it is the scheduler's"
+
+
+async def test_few_of_many_that_wait_are_taken(gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals) -> None:
+    for number in range(30):
+        await gateway.enqueue(job(f"r{number}", (PRIORITY_HIGH, PRIORITY_NORMAL, PRIORITY_LOW)[number % 3]))
+    arrived, more = await arrivals.next(10)
+    assert more and len(arrived) < 10
+    rest = await scheduler.pop(MODEL, 100)
+    assert len({queued.job.request_id for queued in [*arrived, *rest]}) == len(arrived) + len(rest) == 30
+
+
+async def test_nothing_arrives_in_the_time(gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals) -> None:
     await gateway.enqueue(job("r1"))
     await scheduler.pop(MODEL, 10)
     started = time.monotonic()
-    await scheduler.wait_for_jobs(MODEL, 0.05)
+    assert await arrivals.next(0.05) == ([], False)
     assert time.monotonic() - started >= 0.05
+
+
+async def test_a_wait_can_be_interrupted_at_any_moment_and_loses_nothing(
+    gateway: JobQueue, scheduler: JobQueue
+) -> None:
+    await scheduler.pop(MODEL, 10)
+    for number in range(50):
+        arrivals = scheduler.arrivals(MODEL)
+        waiting = asyncio.create_task(arrivals.next(10))
+        for _ in range(number):
+            await asyncio.sleep(0)
+        entry_id, _ = await asyncio.gather(gateway.enqueue(job(f"r{number}")), arrivals.interrupt())
+        arrived, _ = await waiting
+        taken = [*arrived, *await scheduler.pop(MODEL, 10)]
+        assert [queued.entry_id for queued in taken] == [entry_id]
+        assert await arrivals.next(10) == ([], False)
+        await arrivals.close()
+
+
+async def test_a_group_that_redis_lost_is_looked_for_again(
+    redis_server: RedisServer, gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals
+) -> None:
+    redis_server.flush()
+    assert await arrivals.next(10) == ([], True)
+    await scheduler.pop(MODEL, 1)
+    waiting = asyncio.create_task(arrivals.next(10))
+    await asyncio.sleep(0.01)
+    redis_server.flush()
+    await gateway.enqueue(job("r1"))  # which an old Redis needs to notice
+    assert await waiting == ([], True)
+    assert len(await scheduler.pop(MODEL, 10)) == 1
 
 
 async def test_a_lost_consumer_group_is_made_again(gateway: JobQueue, scheduler: JobQueue, redis: RedisClient) -> None:
@@ -430,31 +475,32 @@ async def test_every_script_keeps_to_one_slot_of_a_cluster(tmp_path: Path, redis
     scheduler = JobQueue(server.url, SCHEDULER, lease_s=LEASE_S)
     await gateway.renew([])
     entries = [(job(f"r{n}", n), await gateway.enqueue(job(f"r{n}", n))) for n in (1, 2, 3)]
-    await scheduler.wait_for_jobs(MODEL, 1)
-    popped = await scheduler.pop(MODEL, 3)
+    popped = await scheduler.pop(MODEL, 4)
+    entries.append((job("r4", 3), await gateway.enqueue(job("r4", 3))))
+    arrivals = scheduler.arrivals(MODEL)
+    popped += (await arrivals.next(1)).jobs
     await scheduler.release(popped)
-    assert len((await scheduler.reclaim(MODEL))[0]) == 3
+    assert len((await scheduler.reclaim(MODEL))[0]) == 4
     assert await took_over(gateway, *entries[0])
     assert await gateway.renew(entries) == []
     for entry in entries:
         await gateway.acknowledge(*entry)
     assert sum(depth.jobs for depth in (await scheduler.depths(MODEL)).values()) == 0
-    for closing in (gateway, scheduler, redis):
+    for closing in (gateway, scheduler, arrivals, redis):
         await closing.close()
     server.kill()
 
 
-async def test_cost_of_a_queue_hop(gateway: JobQueue, scheduler: JobQueue) -> None:
-    """Prints how long a job takes from enqueue to pop on an idle queue, the wake-up included."""
+async def test_cost_of_a_queue_hop(gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals) -> None:
+    """Prints how long a job takes from enqueue to the scheduler on an idle queue, the wake-up included."""
     hops = []
+    await scheduler.pop(MODEL, 1)
     for _ in range(50):
-        await scheduler.pop(MODEL, 1)
-        waiting = asyncio.create_task(scheduler.wait_for_jobs(MODEL, 5))
+        waiting = asyncio.create_task(arrivals.next(5))
         await asyncio.sleep(0.005)  # the wait is to be blocked in Redis before the job comes
         started = time.perf_counter()
         entry_id = await gateway.enqueue(job("r"))
-        await waiting
-        assert await scheduler.pop(MODEL, 1)
+        assert (await waiting).jobs
         hops.append(time.perf_counter() - started)
         await gateway.acknowledge(job("r"), entry_id)
-    print(f"\nenqueue -> wake -> pop: median {sorted(hops)[25] * 1000:.2f} ms, worst {max(hops) * 1000:.2f} ms")
+    print(f"\nenqueue -> scheduler: median {sorted(hops)[25] * 1000:.2f} ms, worst {max(hops) * 1000:.2f} ms")
