@@ -41,8 +41,12 @@ def show_cost(rows: Sequence[CostRow], console: Console) -> None:
         )
     _print(table, console)
     ours = rows[0]
-    own_ms = median(ours.worker_ttft_ms)
-    console.print(f"The worker's own TTFT is {own_ms:.2f} ms p50: ours adds {median(ours.ttft_ms) - own_ms:.2f} ms.")
+    whole_ms, own_ms = median(ours.prompt_ttft_ms), median(ours.worker_ttft_ms)
+    console.print(
+        f"Where the engine answers at once, TTFT is {whole_ms:.2f} ms p50, the worker's own {own_ms:.2f} ms: "
+        f"ours adds {whole_ms - own_ms:.2f} ms.",
+        soft_wrap=True,
+    )
     _show_services(ours, console)
 
 

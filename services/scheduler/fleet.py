@@ -15,7 +15,8 @@ from services.common.errors import InvalidRequest, NotFound
 from services.scheduler.attempt_reports import tell
 from services.scheduler.breaker import Breaker, BreakerPolicy
 from services.scheduler.kv_plans import Candidate, Credits
-from services.scheduler.worker import Condition, Patience, PlacementKey, Worker
+from services.scheduler.outstanding import PlacementKey
+from services.scheduler.worker import Condition, Patience, Worker
 
 log = logging.getLogger(__name__)
 

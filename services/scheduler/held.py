@@ -18,7 +18,7 @@ from services.common.block_hash import split_hashes
 from services.common.redis.queue import FIRST_ATTEMPT, QueuedJob
 from services.scheduler.gateways import GatewayKey
 from services.scheduler.kv_plans import JobShape
-from services.scheduler.worker import PlacementKey
+from services.scheduler.outstanding import PlacementKey
 
 
 class Where(Enum):

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from services.common.channel import cancel_and_wait
 from services.common.errors import Unavailable
 from services.common.redis.client import ANSWER_TIMEOUT_S
-from services.common.redis.keys import PRIORITY_NAMES, known_priority
+from services.common.redis.keys import PRIORITIES, PRIORITY_NAMES, known_priority
 from services.common.redis.queue import JobQueue, QueuedJob
 from services.scheduler.dispatch import Dispatcher
 from services.scheduler.metrics import SchedulerMetrics
@@ -87,14 +87,14 @@ class Intake:
         while not (room := self._dispatcher.room()):
             self._dispatcher.room_changed.clear()
             await self._dispatcher.room_changed.wait()
+        count = min(room, _MOST_JOBS_A_POP)
         async with self._taking:
             looks_for_more, self._more = self._more, True  # also if this fails
             if looks_for_more:
-                count = min(room, _MOST_JOBS_A_POP)
                 jobs = await self._queue.pop(self._model, count)
                 more = len(jobs) == count
             else:
-                jobs, more = await self._arrivals.next(_LONGEST_WAIT_S)
+                jobs, more = await self._arrivals.next(max(1, count // len(PRIORITIES)), _LONGEST_WAIT_S)
             self._more = more
             self._dispatcher.hold(jobs)
 

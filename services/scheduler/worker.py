@@ -12,9 +12,8 @@ from headrace.v1 import scheduler_pb2
 from services.common.channel import Outbox
 from services.scheduler.breaker import Breaker, State
 from services.scheduler.kv_plans import Candidate, Credits, Role
+from services.scheduler.outstanding import Outstanding, PlacementKey
 
-PlacementKey = tuple[str, int]
-"""Request id and attempt."""
 Condition = Literal["healthy", "draining", "drained", "silent", "breaker_open", "breaker_half_open"]
 """As `FleetWorker.Condition` has it."""
 
@@ -40,12 +39,6 @@ class Patience:
     placement_s: float
 
 
-@dataclass(slots=True)
-class _Outstanding:
-    cost: Credits
-    placed_at: float
-
-
 @dataclass(slots=True, eq=False)
 class Worker:
     """Whoever opened its stream holds it and gives it back to the fleet. `now` is by the breaker's clock."""
@@ -58,10 +51,13 @@ class Worker:
     reports: int = 0
     """Counts its states, so that "has reported since" can be asked."""
     outbox: Outbox[scheduler_pb2.WorkerDirective] = field(default_factory=Outbox)
-    _outstanding: dict[PlacementKey, _Outstanding] = field(default_factory=dict)
+    _outstanding: Outstanding = field(init=False)
     _candidate: Candidate | None = None
     """As placement sees it, until something changes: a fleet of a thousand is looked at for every job."""
     _candidate_until: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._outstanding = Outstanding(self.patience.placement_s)
 
     @property
     def id(self) -> str:
@@ -84,19 +80,19 @@ class Worker:
         self.state, self.heard_at = state, now
         self.reports += 1
         for settled in state.settled:
-            self._outstanding.pop((settled.request_id, settled.attempt), None)
+            self._outstanding.remove((settled.request_id, settled.attempt))
         self.changed()
 
     def reserve(self, key: PlacementKey, cost: Credits, now: float) -> None:
         """Counts a placement until it is reported, settled or too old. It is the probe of a half-open breaker."""
         if self.breaker.state == "half_open":
             self.breaker.begin_probe(key)
-        self._outstanding[key] = _Outstanding(cost, now)
+        self._outstanding.add(key, cost, now)
         self.changed()
 
     def settle(self, key: PlacementKey) -> None:
         """Ends a placement that will not reach the worker."""
-        self._outstanding.pop(key, None)
+        self._outstanding.remove(key)
         self.breaker.withdraw_probe(key)
         self.changed()
 
@@ -121,24 +117,15 @@ class Worker:
 
     def _changes_at(self) -> float:
         """When time alone makes it another candidate."""
-        placements = (placement.placed_at + self.patience.placement_s for placement in self._outstanding.values())
         silent = self.heard_at + self.patience.silence_s
         known_silent = self._candidate is not None and not self._candidate.healthy
-        return min([*placements, math.inf if known_silent else silent, self.breaker.changes_at])
-
-    def _spoken_for(self, now: float) -> Credits:
-        """What outstanding placements take. Those too old to be on their way any more are forgotten."""
-        total = Credits()
-        for key, placement in list(self._outstanding.items()):
-            if now - placement.placed_at > self.patience.placement_s:
-                del self._outstanding[key]
-            else:
-                total += placement.cost
-        return total
+        placements = self._outstanding.next_is_old_at()
+        return min(placements, math.inf if known_silent else silent, self.breaker.changes_at)
 
     def _to_candidate(self, state: scheduler_pb2.WorkerState, now: float) -> Candidate:
-        registration = self.registration
-        condition, spoken_for = self.condition(now), self._spoken_for(now)
+        registration, condition = self.registration, self.condition(now)
+        self._outstanding.forget_old(now)
+        spoken_for = self._outstanding.total
         sequences = state.running_sequences + state.waiting_sequences
         granted = Credits(state.credits.sequences, state.credits.blocks, state.credits.prefill_tokens)
         return Candidate(

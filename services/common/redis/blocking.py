@@ -22,8 +22,9 @@ class BlockingConnection:
         self._client = client
         self._connection: Connection | None = None
         self._call: asyncio.Future[list[Any]] | None = None
-        # As Redis calls the connection, while a command is under way.
+        # What Redis calls the connection, while it stands.
         self._id: int | None = None
+        self._busy = False
         self._interrupted = False
 
     async def command(self, waiting: Command, then: Command, block_s: float) -> tuple[Any, Any] | None:
@@ -54,7 +55,7 @@ class BlockingConnection:
             await asyncio.gather(self._call, return_exceptions=True)
 
     async def _unblock(self) -> None:
-        if self._id is not None:
+        if self._busy and self._id is not None:
             await self._client.command("CLIENT", "UNBLOCK", self._id)
 
     async def _exchange(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
@@ -63,21 +64,25 @@ class BlockingConnection:
             self._connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         connection = self._connection
         assert connection is not None, "a pool gives one or raises"
-        packed = [hiredis.pack_command(command) for command in (("CLIENT", "ID"), *commands)]  # type: ignore[arg-type]
+        packed = b"".join([hiredis.pack_command(command) for command in commands])  # type: ignore[arg-type]
         try:
             async with asyncio.timeout(timeout_s):
-                await connection.send_packed_command(b"".join(packed))
-                self._id = await _reply(connection)
-                if self._interrupted:
+                if self._id is None:
+                    await connection.send_packed_command(hiredis.pack_command(("CLIENT", "ID")))  # type: ignore[arg-type]
+                    self._id = await _reply(connection)
+                self._busy = True
+                await connection.send_packed_command(packed)
+                if self._interrupted:  # meanwhile
                     await self._unblock()
                 return [await _reply(connection) for _ in commands]
         except BaseException as error:
+            self._id = None
             await connection.disconnect(nowait=True)
             if isinstance(error, builtins.TimeoutError):
                 raise TimeoutError(f"no answer within {timeout_s:g} s") from None
             raise
         finally:
-            self._id = None
+            self._busy = False
 
 
 async def _reply(connection: Connection) -> Any:

@@ -46,8 +46,6 @@ FIRST_ATTEMPT = 1
 # A live gateway renews all it runs. An entry that it does not renew for this many leases is one it does not know of
 # (the answer to its take-over was lost): it is offered again, and the gateway says what it makes of it.
 _FORGOTTEN_LEASES = 3
-# Of each stream at once, as they come: one more than there mostly is, which shows that no more wait.
-_ARRIVALS = 2
 _RECLAIM_PAGE = 128
 _RECLAIM_LIMIT = 1024
 _RELEASED_IDLE_MS = 24 * 3600 * 1000
@@ -294,7 +292,7 @@ class Arrived(NamedTuple):
 
 class Arrivals:
     """Hands jobs to a scheduler in the moment they come: faster than a `pop` after a sign that there are some, but
-    without regard to priority among those that wait already, of which it takes few.
+    without regard to priority among those that wait already.
     """
 
     def __init__(self, model: str, owner: Owner, connection: BlockingConnection) -> None:
@@ -302,12 +300,12 @@ class Arrivals:
         self._owner = owner
         self._connection = connection
 
-    async def next(self, timeout_s: float) -> Arrived:
-        """Takes the next jobs, none after `timeout_s` seconds or once interrupted. To be called when `pop` found too
-        few. Raises Unavailable.
+    async def next(self, count: int, timeout_s: float) -> Arrived:
+        """Takes the next jobs, up to `count` of each priority; none after `timeout_s` seconds or once interrupted. To
+        be called when `pop` found too few. Raises Unavailable.
         """
         block_s = min(timeout_s, LONGEST_BLOCK_S)
-        read = ("XREADGROUP", "GROUP", GROUP, self._owner.consumer, "COUNT", _ARRIVALS, "BLOCK", int(block_s * 1000))
+        read = ("XREADGROUP", "GROUP", GROUP, self._owner.consumer, "COUNT", count, "BLOCK", int(block_s * 1000))
         try:
             replies = await self._connection.command(
                 (*read, "STREAMS", *self._streams, *(">" for _ in self._streams)), ("TIME",), block_s
@@ -319,7 +317,7 @@ class Arrivals:
         if replies is None:
             return Arrived([], more=False)
         taken, time = [(stream.decode(), entries) for stream, entries in replies[0] or ()], replies[1]
-        return Arrived(_popped(taken, time), more=any(len(entries) == _ARRIVALS for _, entries in taken))
+        return Arrived(_popped(taken, time), more=any(len(entries) == count for _, entries in taken))
 
     async def interrupt(self) -> None:
         """Ends a wait that is under way, and all later ones. Raises Unavailable."""

@@ -31,6 +31,7 @@ class HttpServer:
             log_config=None,
             log_level="warning",
             server_header=False,
+            proxy_headers=False,  # nothing here depends on a caller's address
             timeout_graceful_shutdown=_SHUTDOWN_S,
             ssl_context_factory=(lambda _config, _default: tls) if tls else None,
         )

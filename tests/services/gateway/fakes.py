@@ -346,7 +346,7 @@ class FakeScheduler(SchedulerServicer):
         while True:
             try:
                 await self._offer_all(await self.queue.pop(MODEL, 100))
-                await self._offer_all((await self.arrivals.next(1.0)).jobs)
+                await self._offer_all((await self.arrivals.next(100, 1.0)).jobs)
             except Unavailable:
                 await asyncio.sleep(0.05)
 

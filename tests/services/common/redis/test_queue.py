@@ -350,7 +350,7 @@ async def arrivals(scheduler: JobQueue) -> AsyncIterator[Arrivals]:
 async def test_a_job_is_handed_over_as_it_comes(
     gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals, priority: int
 ) -> None:
-    waiting = asyncio.create_task(arrivals.next(10))
+    waiting = asyncio.create_task(arrivals.next(2, 10))
     await asyncio.sleep(0.01)
     sent = job("r", priority)
     entry_id = await gateway.enqueue(sent)
@@ -363,7 +363,7 @@ async def test_a_job_is_handed_over_as_it_comes(
 async def test_few_of_many_that_wait_are_taken(gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals) -> None:
     for number in range(30):
         await gateway.enqueue(job(f"r{number}", (PRIORITY_HIGH, PRIORITY_NORMAL, PRIORITY_LOW)[number % 3]))
-    arrived, more = await arrivals.next(10)
+    arrived, more = await arrivals.next(2, 10)
     assert more and len(arrived) < 10
     rest = await scheduler.pop(MODEL, 100)
     assert len({queued.job.request_id for queued in [*arrived, *rest]}) == len(arrived) + len(rest) == 30
@@ -373,7 +373,7 @@ async def test_nothing_arrives_in_the_time(gateway: JobQueue, scheduler: JobQueu
     await gateway.enqueue(job("r1"))
     await scheduler.pop(MODEL, 10)
     started = time.monotonic()
-    assert await arrivals.next(0.05) == ([], False)
+    assert await arrivals.next(2, 0.05) == ([], False)
     assert time.monotonic() - started >= 0.05
 
 
@@ -383,14 +383,14 @@ async def test_a_wait_can_be_interrupted_at_any_moment_and_loses_nothing(
     await scheduler.pop(MODEL, 10)
     for number in range(50):
         arrivals = scheduler.arrivals(MODEL)
-        waiting = asyncio.create_task(arrivals.next(10))
+        waiting = asyncio.create_task(arrivals.next(2, 10))
         for _ in range(number):
             await asyncio.sleep(0)
         entry_id, _ = await asyncio.gather(gateway.enqueue(job(f"r{number}")), arrivals.interrupt())
         arrived, _ = await waiting
         taken = [*arrived, *await scheduler.pop(MODEL, 10)]
         assert [queued.entry_id for queued in taken] == [entry_id]
-        assert await arrivals.next(10) == ([], False)
+        assert await arrivals.next(2, 10) == ([], False)
         await arrivals.close()
 
 
@@ -398,9 +398,9 @@ async def test_a_group_that_redis_lost_is_looked_for_again(
     redis_server: RedisServer, gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals
 ) -> None:
     redis_server.flush()
-    assert await arrivals.next(10) == ([], True)
+    assert await arrivals.next(2, 10) == ([], True)
     await scheduler.pop(MODEL, 1)
-    waiting = asyncio.create_task(arrivals.next(10))
+    waiting = asyncio.create_task(arrivals.next(2, 10))
     await asyncio.sleep(0.01)
     redis_server.flush()
     await gateway.enqueue(job("r1"))  # which an old Redis needs to notice
@@ -478,7 +478,7 @@ async def test_every_script_keeps_to_one_slot_of_a_cluster(tmp_path: Path, redis
     popped = await scheduler.pop(MODEL, 4)
     entries.append((job("r4", 3), await gateway.enqueue(job("r4", 3))))
     arrivals = scheduler.arrivals(MODEL)
-    popped += (await arrivals.next(1)).jobs
+    popped += (await arrivals.next(2, 1)).jobs
     await scheduler.release(popped)
     assert len((await scheduler.reclaim(MODEL))[0]) == 4
     assert await took_over(gateway, *entries[0])
@@ -496,7 +496,7 @@ async def test_cost_of_a_queue_hop(gateway: JobQueue, scheduler: JobQueue, arriv
     hops = []
     await scheduler.pop(MODEL, 1)
     for _ in range(50):
-        waiting = asyncio.create_task(arrivals.next(5))
+        waiting = asyncio.create_task(arrivals.next(2, 5))
         await asyncio.sleep(0.005)  # the wait is to be blocked in Redis before the job comes
         started = time.perf_counter()
         entry_id = await gateway.enqueue(job("r"))
