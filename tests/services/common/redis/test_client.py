@@ -116,8 +116,8 @@ async def test_it_knows_for_how_long_redis_has_answered(redis_url: str, monkeypa
         await client.command("NONSENSE")
     assert client.answering_s == 7
     slow = asyncio.create_task(client.command("PING"))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)  # it is sent
+    for _ in range(3):
+        await asyncio.sleep(0)  # it is sent
     now = 110.0
     await slow
     assert client.answering_s == 0
