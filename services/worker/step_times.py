@@ -2,15 +2,17 @@
 
     HEADRACE_WORKER_DTYPE=bfloat16 HEADRACE_WORKER_QUANTIZE=int8 python -m services.worker.step_times
 
-Settings are the worker's. A line for each kind of step: its median time, and the rows that it computes per second.
-Before and after them, how fast this machine's memory is read, which bounds a decode of few sequences; on a shared
-machine it changes by the minute, and tells which times can be compared.
+Settings are the worker's. A line for each kind of step: its median time, the rows that it computes per second, and how
+fast as many threads read memory in between, which bounds a decode of few sequences; on a shared machine that changes
+by the minute, and tells which times can be compared.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from services.common import config
@@ -21,8 +23,8 @@ from services.worker.engine.batcher import Batch, Slice
 from services.worker.engine.model_runner import ModelRunner
 from services.worker.engine.sequence import SamplingParams, Sequence, StopParams
 
-_REPEAT_S = 2.0
-_READ_BYTES = 1 << 29
+_REPEAT_S = 3.0
+_READ_BYTES = 1 << 28
 _DECODES = ((1, 160), (4, 200), (8, 200), (16, 200), (32, 200), (8, 1056))  # (sequences, their context in tokens)
 _PREFILLS = ((1, 0, 512), (1, 1024, 512), (4, 0, 128))  # (sequences, tokens computed before, tokens)
 
@@ -41,12 +43,12 @@ def main() -> None:
         if part not in ("", "none")
     )
     print(f"{kind}, {runner.weight_bytes / 1e6:.0f} MB of weights, {torch.get_num_threads()} threads")
-    _report_memory()
+    clock = _Clock(torch.get_num_threads())
     for sequences, context in _DECODES:
-        _report(f"decode of {sequences} at {context}", runner, _batch(runner, sequences, context - 1, 1))
+        clock.report(f"decode of {sequences} at {context}", runner, _batch(runner, sequences, context - 1, 1))
     for sequences, before, tokens in _PREFILLS:
-        _report(f"prefill of {sequences} x {tokens} at {before}", runner, _batch(runner, sequences, before, tokens))
-    _report_memory()
+        name = f"prefill of {sequences} x {tokens} at {before}"
+        clock.report(name, runner, _batch(runner, sequences, before, tokens))
 
 
 def _batch(runner: ModelRunner, sequences: int, before: int, tokens: int) -> Batch:
@@ -61,25 +63,35 @@ def _batch(runner: ModelRunner, sequences: int, before: int, tokens: int) -> Bat
     return Batch(tuple(slices))
 
 
-def _report(name: str, runner: ModelRunner, batch: Batch) -> None:
-    rows = sum(part.length for part in batch.slices)
-    median = _median_s(lambda: runner.forward(batch))
-    print(f"{name:<28} {median * 1e3:8.2f} ms  {rows / median:8.0f} rows/s", flush=True)
+class _Clock:
+    """Times steps, and memory's reading beside them."""
+
+    def __init__(self, threads: int) -> None:
+        # The processor is settled by the runner, before anything of the kernels may be imported.
+        from services.worker.engine.kernels.compiled.reading import read_memory
+
+        pool, memory = ThreadPoolExecutor(threads), np.ones(_READ_BYTES, np.uint8)
+        self._read = lambda: read_memory(memory, pool, threads)
+
+    def report(self, name: str, runner: ModelRunner, batch: Batch) -> None:
+        rows = sum(part.length for part in batch.slices)
+        step_s, read_s = _medians_s(lambda: runner.forward(batch), self._read)
+        rate = _READ_BYTES / read_s / 1e9
+        print(f"{name:<28} {step_s * 1e3:8.2f} ms  {rows / step_s:8.0f} rows/s  memory at {rate:.1f} GB/s", flush=True)
 
 
-def _report_memory() -> None:
-    memory = torch.ones(_READ_BYTES // 4)
-    print(f"memory is read at {_READ_BYTES / _median_s(memory.sum) / 1e9:.1f} GB/s", flush=True)
-
-
-def _median_s(work: Callable[[], object]) -> float:
-    work()
-    times: list[float] = []
-    while sum(times) < _REPEAT_S:
-        started = time.perf_counter()
+def _medians_s(*works: Callable[[], object]) -> list[float]:
+    """The median time of each, all done in turn."""
+    for work in works:
         work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    times: list[list[float]] = [[] for _ in works]
+    ends = time.perf_counter() + _REPEAT_S
+    while time.perf_counter() < ends or not times[0]:
+        for work, taken in zip(works, times, strict=True):
+            started = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - started)
+    return [statistics.median(taken) for taken in times]
 
 
 if __name__ == "__main__":

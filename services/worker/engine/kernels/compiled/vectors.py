@@ -125,10 +125,13 @@ def sum_of_lanes(builder: Builder, x: Value) -> Value:
 
 
 def fetch_lines(builder: Builder, first: Value, size: int) -> None:
-    """Has the cache fetch the lines of `size` bytes. It is a hint: no memory need be there."""
+    """Has the second-level cache fetch the lines of `size` bytes. It is a hint: no memory need be there.
+
+    Into the first level they would come through the few buffers that loads need, too, and push out what is in use.
+    """
     for offset in range(0, size, _LINE_BYTES):
         where = at(builder, first, I64(offset))
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(3), I32(1)])  # to read, often, data
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(2), I32(1)])  # to read, level 2, data
 
 
 def absolute(builder: Builder, x: Value) -> Value:
