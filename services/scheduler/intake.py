@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from services.common.channel import cancel_and_wait
-from services.common.errors import Unavailable
+from services.common.errors import Unavailable, failures_logged
 from services.common.redis.client import ANSWER_TIMEOUT_S
 from services.common.redis.keys import PRIORITIES, PRIORITY_NAMES, known_priority
 from services.common.redis.queue import JobQueue, QueuedJob
@@ -60,6 +60,7 @@ class Intake:
         self._tasks = [
             asyncio.create_task(self._repeat(self._take, pause_s=0), name=f"take {self._model}"),
             asyncio.create_task(self._repeat(self._look_after, pause_s=self._interval_s), name=f"look {self._model}"),
+            asyncio.create_task(self._watch_room(), name=f"watch {self._model}"),
         ]
 
     async def stop(self) -> None:
@@ -97,6 +98,15 @@ class Intake:
                 jobs, more = await self._arrivals.next(max(1, count // len(PRIORITIES)), _LONGEST_WAIT_S)
             self._more = more
             self._dispatcher.hold(jobs)
+
+    async def _watch_room(self) -> None:
+        """Ends the wait for a job while there is no room for one: another scheduler may have some."""
+        while True:
+            await self._dispatcher.room_changed.wait()
+            self._dispatcher.room_changed.clear()
+            if not self._dispatcher.room():
+                with failures_logged(log, "the wait for a job could not be ended"), contextlib.suppress(Unavailable):
+                    await self._arrivals.end_wait()
 
     async def _look_after(self) -> None:
         self._dispatcher.expire()

@@ -1,6 +1,7 @@
 """A Redis that demands TLS and lets Headrace's user do what docs/security.md says, and nothing else."""
 
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def test_everything_works_within_those_rules(restricted: str, tmp_path: Path, de
         assert answers[0].text == answers[1].text
         up.run("keys", "revoke", "ci", *options)
         assert "No request was given up" in up.run("queue", "dead", "list", *options)
-        assert "NOPERM" not in "".join(path.read_text() for path in Path(up.state.directory).glob("*.log"))
+        folder = Path(up.state.directory)
+        up.process.send_signal(signal.SIGTERM)
+        assert up.wait_ended() == 0
+        logs = "".join(path.read_text() for path in folder.glob("*.log"))
+        assert "scheduler: stopped" in logs
+        assert not [word for word in ("NOPERM", "permission", "Traceback", "not be ended") if word in logs]
     finally:
         up.kill()

@@ -24,7 +24,9 @@ class BlockingConnection:
         self._call: asyncio.Future[list[Any]] | None = None
         # What Redis calls the connection, while it stands.
         self._id: int | None = None
-        self._busy = False
+        self._waiting = False
+        # The wait under way is to end, and there is to be no other.
+        self._unwanted = False
         self._interrupted = False
 
     async def command(self, waiting: Command, then: Command, block_s: float) -> tuple[Any, Any] | None:
@@ -34,6 +36,7 @@ class BlockingConnection:
         """
         if self._interrupted:
             return None
+        self._unwanted = False
         # A task of its own that is never cancelled: what has been handed out must not be dropped.
         self._call = asyncio.ensure_future(self._exchange((waiting, then), block_s + ANSWER_TIMEOUT_S))
         try:
@@ -44,10 +47,15 @@ class BlockingConnection:
             raise translated(first)
         return None if first is None and self._interrupted else (first, second)
 
+    async def end_wait(self) -> None:
+        """Ends the wait that is under way, if there is one, as its time would. Raises Unavailable."""
+        self._unwanted = True
+        await self._unblock()
+
     async def interrupt(self) -> None:
         """Ends the wait that is under way, and all later ones at once. Raises Unavailable."""
         self._interrupted = True
-        await self._unblock()
+        await self.end_wait()
 
     async def close(self) -> None:
         await self._redis.aclose()  # ends what waits, too
@@ -55,34 +63,41 @@ class BlockingConnection:
             await asyncio.gather(self._call, return_exceptions=True)
 
     async def _unblock(self) -> None:
-        if self._busy and self._id is not None:
+        if self._waiting and self._id is not None:
             await self._client.command("CLIENT", "UNBLOCK", self._id)
 
     async def _exchange(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
         """The reply to each, an error among them. Raises when the connection fails."""
-        if self._connection is None:
-            self._connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
-        connection = self._connection
-        assert connection is not None, "a pool gives one or raises"
         packed = b"".join([hiredis.pack_command(command) for command in commands])  # type: ignore[arg-type]
         try:
             async with asyncio.timeout(timeout_s):
-                if self._id is None:
-                    await connection.send_packed_command(hiredis.pack_command(("CLIENT", "ID")))  # type: ignore[arg-type]
-                    self._id = await _reply(connection)
-                self._busy = True
+                connection = await self._connected()
+                self._waiting = True
                 await connection.send_packed_command(packed)
-                if self._interrupted:  # meanwhile
+                if self._unwanted:  # meanwhile
                     await self._unblock()
                 return [await _reply(connection) for _ in commands]
         except BaseException as error:
-            self._id = None
-            await connection.disconnect(nowait=True)
+            if self._connection is not None:
+                await self._connection.disconnect(nowait=True)
             if isinstance(error, builtins.TimeoutError):
                 raise TimeoutError(f"no answer within {timeout_s:g} s") from None
             raise
         finally:
-            self._busy = False
+            self._waiting = False
+
+    async def _connected(self) -> Connection:
+        """The connection, whose id is known then. Raises ResponseError if that may not be asked for."""
+        if self._connection is None:
+            self._connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        connection = self._connection
+        assert connection is not None, "a pool gives one or raises"
+        if connection.is_connected and await connection.can_read():
+            await connection.disconnect(nowait=True)  # what was to be read is its end
+        if self._id is None or not connection.is_connected:
+            await connection.send_packed_command(hiredis.pack_command(("CLIENT", "ID")))  # type: ignore[arg-type]
+            self._id = await connection.read_response()
+        return connection
 
 
 async def _reply(connection: Connection) -> Any:

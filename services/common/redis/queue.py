@@ -319,6 +319,10 @@ class Arrivals:
         taken, time = [(stream.decode(), entries) for stream, entries in replies[0] or ()], replies[1]
         return Arrived(_popped(taken, time), more=any(len(entries) == count for _, entries in taken))
 
+    async def end_wait(self) -> None:
+        """Ends a wait that is under way, with what it has. Raises Unavailable."""
+        await self._connection.end_wait()
+
     async def interrupt(self) -> None:
         """Ends a wait that is under way, and all later ones. Raises Unavailable."""
         await self._connection.interrupt()

@@ -35,8 +35,8 @@ class Leases:
         self._active = active
         self._allow_volatile = allow_volatile
         self._ending: set[asyncio.Task[None]] = set()
-        # Requests whose entries are to be taken over, and who does it while there are any.
-        self._offered: list[ActiveRequest] = []
+        # Requests with the entries of theirs that are to be taken over, and who does it while there are any.
+        self._offered: list[tuple[ActiveRequest, str]] = []
         self._taking_over: asyncio.Task[None] | None = None
         self._problem: str | None = "Redis has not answered yet."
 
@@ -59,7 +59,7 @@ class Leases:
     def take_over(self, active: ActiveRequest) -> None:
         """Makes the request's entry this gateway's, together with others. While Redis is away, the renewals do that."""
         active.owns_entry = True
-        self._offered.append(active)
+        self._offered.append((active, active.entry_id))
         if self._taking_over is None:
             self._taking_over = asyncio.create_task(self._take_over_offered(), name="take over")
 
@@ -114,17 +114,16 @@ class Leases:
             self._set_problem(None)
 
     async def _take_over_offered(self) -> None:
-        try:
-            while self._offered:
-                offered, self._offered = self._offered, []
-                running = [active for active in offered if active in self._active]  # an end needs no take-over
-                lost = await self._queue.take_over([(active.job, active.entry_id) for active in running])
-                await self._add_lost_again(running, lost)
-        except Unavailable as error:
-            log.warning("requests run without their entries for now: %s", error.message)
-            self._offered.clear()
-        finally:
-            self._taking_over = None
+        while self._offered:
+            offered, self._offered = self._offered, []
+            running = [active for active, entry_id in offered if self._is_current(active, entry_id)]
+            with failures_logged(log, "offered entries could not be taken over"):
+                try:
+                    lost = await self._queue.take_over([(active.job, active.entry_id) for active in running])
+                    await self._add_lost_again(running, lost)
+                except Unavailable as error:
+                    log.warning("%d requests run without their entries for now: %s", len(running), error.message)
+        self._taking_over = None
 
     async def _add_lost_again(self, requests: Iterable[ActiveRequest], lost: Iterable[tuple[Job, str]]) -> None:
         by_id = {active.id: active for active in requests}

@@ -92,7 +92,7 @@ class CostBook:
                 await self._all_known.wait()
         except TimeoutError:
             log.warning("%d ended requests have costs that their workers did not tell", self._open)
-        with contextlib.suppress(Unavailable):
+        with failures_logged(log, "costs could not be written"), contextlib.suppress(Unavailable):
             await self.write()
 
     def _enter(self, active: ActiveRequest) -> None:

@@ -29,18 +29,22 @@ def prompt_encoder(tokenizer: Tokenizer) -> Encode:
     """The fastest way that gives this tokenizer's own ids."""
     try:
         fast = fastokens.Tokenizer.from_json_str(tokenizer.to_str())
+        differing = _first_difference(fast, tokenizer)
     except ValueError as error:
         log.info("fastokens does not take this tokenizer: %s", error)
         return _with_tokenizers(tokenizer)
-    if (text := _first_difference(fast, tokenizer)) is not None:
-        log.warning("fastokens would read %r in another way: this tokenizer does without", text)
+    if differing is not None:
+        log.warning("fastokens would read %r in another way: this tokenizer does without", differing)
         return _with_tokenizers(tokenizer)
-    return _with_fastokens(fast)
+    return _with_fastokens(fast, _with_tokenizers(tokenizer))
 
 
-def _with_fastokens(tokenizer: fastokens.Tokenizer) -> Encode:
+def _with_fastokens(tokenizer: fastokens.Tokenizer, otherwise: Encode) -> Encode:
     def encode(text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens).ids
+        try:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens).ids
+        except ValueError:  # its regular expressions have a stack that a million spaces, for one, do not fit in
+            return otherwise(text, add_special_tokens)
         return ids
 
     return encode

@@ -72,6 +72,8 @@ def test_the_ids_of_the_default_model_are_those_of_tokenizers(default_model: Pat
         assert encode(text, False) == tokenizer.encode(text, add_special_tokens=False).ids
 
     check()
+    for text in (" " * 1_000_000, "a" * 100_000):
+        assert encode(text, False) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize(
