@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 _MOST_JOBS_A_POP = 64
 _LONGEST_WAIT_S = 5.0
 _LONGEST_BACKOFF_S = 2.0
+# What comes so soon after a job is taken together, for less of the CPU than one by one.
+_PAUSE_S = 0.002
 
 
 class Intake:
@@ -98,6 +100,8 @@ class Intake:
                 jobs, more = await self._arrivals.next(max(1, count // len(PRIORITIES)), _LONGEST_WAIT_S)
             self._more = more
             self._dispatcher.hold(jobs)
+        if jobs:
+            await asyncio.sleep(_PAUSE_S)
 
     async def _watch_room(self) -> None:
         """Ends the wait for a job while there is no room for one: another scheduler may have some."""

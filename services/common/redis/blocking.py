@@ -11,6 +11,9 @@ from redis.exceptions import ResponseError, TimeoutError
 
 from services.common.redis.client import ANSWER_TIMEOUT_S, Argument, RedisClient, connect, known_error, translated
 
+# A connection that has not been used for so long is looked at first: it may have been closed, and looking takes time.
+_LOOK_AFTER_S = 1.0
+
 Command = tuple[Argument, ...]
 
 
@@ -25,6 +28,7 @@ class BlockingConnection:
         # What Redis calls the connection, while it stands.
         self._id: int | None = None
         self._waiting = False
+        self._used_at = 0.0  # loop time
         # The wait under way is to end, and there is to be no other.
         self._unwanted = False
         self._interrupted = False
@@ -85,6 +89,7 @@ class BlockingConnection:
             raise
         finally:
             self._waiting = False
+            self._used_at = asyncio.get_running_loop().time()
 
     async def _connected(self) -> Connection:
         """The connection, whose id is known then. Raises ResponseError if that may not be asked for."""
@@ -92,7 +97,8 @@ class BlockingConnection:
             self._connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         connection = self._connection
         assert connection is not None, "a pool gives one or raises"
-        if connection.is_connected and await connection.can_read():
+        idle_s = asyncio.get_running_loop().time() - self._used_at
+        if idle_s > _LOOK_AFTER_S and connection.is_connected and await connection.can_read():
             await connection.disconnect(nowait=True)  # what was to be read is its end
         if self._id is None or not connection.is_connected:
             await connection.send_packed_command(hiredis.pack_command(("CLIENT", "ID")))  # type: ignore[arg-type]
