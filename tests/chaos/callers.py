@@ -1,12 +1,14 @@
 """Callers that stream deterministic completions one after the other, and know every answer beforehand.
 
-Those that ask for resumable ones come back when they are cut off, each time to the next gateway.
+Those that ask for resumable ones come back when they are cut off, each time to the next gateway: with the id of the
+newest event, or before the first one with the same idempotency key.
 """
 
 import asyncio
 import itertools
 import json
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -62,8 +64,14 @@ class Answer:
     last: float = 0.0
     texts: list[str] = field(default_factory=list)
     event_id: str = ""
-    """Of the newest event: whoever has one can come back."""
+    """Of the newest event."""
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
     finished: bool = False
+
+    @property
+    def newest(self) -> float:
+        """When something was last heard of it."""
+        return self.last or self.began
 
     async def read(self, reply: aiohttp.ClientResponse) -> tuple[End, str]:
         """Reads a stream to its end."""
@@ -143,7 +151,8 @@ class Callers:
         """Asks one question, and notes how that went; the answer's text."""
         answer, urls = Answer(seen), itertools.cycle(self._urls)
         end, what = await self._connect(session, number, answer, urls)
-        while end in ("broken", "refused") and answer.event_id and time.monotonic() < answer.last + _SILENCE_S:
+        comes_back = self._resumable and end == "broken"
+        while comes_back and end in ("broken", "refused") and time.monotonic() < answer.newest + _SILENCE_S:
             await asyncio.sleep(_RETRY_S)
             end, what = await self._connect(session, number, answer, urls)
         text = "".join(answer.texts)
@@ -167,7 +176,9 @@ class Callers:
             "deterministic": True,
             "resumable": self._resumable,
         }
-        headers = {"Last-Event-ID": answer.event_id} if answer.event_id else {}
+        headers = {"Idempotency-Key": answer.key} if self._resumable else {}
+        if answer.event_id:
+            headers["Last-Event-ID"] = answer.event_id
         try:
             async with session.post(f"{next(urls)}/v1/completions", json=body, headers=headers) as reply:
                 if reply.status == 200:
