@@ -1,5 +1,6 @@
 """Where a request's time went, as its caller and the metrics hear of it: whatever happens, the parts are the whole."""
 
+import asyncio
 import json
 
 import httpx
@@ -8,7 +9,7 @@ import pytest
 from headrace.v1.inference_pb2 import GenerateRequest
 from services.gateway.time_budget import PHASES
 from tests.services.gateway.fakes import MODEL, FakeWorker, says
-from tests.services.gateway.stack import TEXT, Stack, running_stack
+from tests.services.gateway.stack import TEXT, Stack, eventually, running_stack
 
 ASKED = {"x-headrace-timings": "1"}
 BODY = {"model": MODEL, "prompt": "hello", "max_tokens": 100}
@@ -80,10 +81,17 @@ async def test_the_parts_add_up_whatever_happens(
 ) -> None:
     workers = [FakeWorker("w0", says(TEXT), **first_worker), FakeWorker("w1", says(TEXT))]  # type: ignore[arg-type]
     async with running_stack(redis_url, workers) as stack:
-        answer = await stack.http.post("/v1/completions", json=BODY | fields, headers=ASKED)
-        timings = header_timings(answer)
+        stack.scheduler.go.clear()
+        asking = asyncio.create_task(stack.http.post("/v1/completions", json=BODY | fields, headers=ASKED))
+
+        async def accepted() -> bool:
+            return stack.sample("headrace_leases", state="waiting") == 1
+
+        await eventually(accepted)
+        stack.scheduler.go.set()
+        timings = header_timings(await asking)
         check(timings)
-        assert timings["queue_ms"] > 0, "the scheduler did not say how long that was"
+        assert timings["queue_ms"] > 0, "it waited after it was accepted"
         total, *parts = observed(stack, "sum")
         assert total == pytest.approx(timings["total_ms"] / 1000) and sum(parts) == pytest.approx(total)
         assert observed(stack, "count") == [1] * (1 + len(PHASES))
