@@ -22,10 +22,10 @@ def load(requests: int, tokens: int, **cpu_s: float) -> CpuOfLoad:
 def test_medians_over_rounds_and_what_is_added() -> None:
     paced = [load(10, 1000, gateway=gateway, redis=0.01) for gateway in (0.03, 0.05, 0.9)]
     short = [load(100, 100, gateway=0.08, redis=0.02)]
-    row = CostRow("ours", paced, short, [12.0, 13.0, 99.0], [10.5], {"gateway": 90.0, "redis": 14.0})
+    row = CostRow("ours", paced, short, [12.0, 13.0, 99.0], [4.0, 3.5, 9.0], [1.5], {"gateway": 90.0, "redis": 14.0})
     lines = shown([row])
     assert "ours 0.0600 0.50 500 1.000 50 13.00 90 + 14" in lines
-    assert "The worker's own TTFT is 10.50 ms p50: ours adds 2.50 ms." in lines
+    assert any("TTFT is 4.00 ms p50, the worker's own 1.50 ms: ours adds 2.50 ms." in line for line in lines)
     assert "gateway 0.0500 0.800" in lines
     assert "redis 0.0100 0.200" in lines
 
