@@ -106,16 +106,12 @@ def up(
     chosen |= {"implementation": "echo" if engine is up_options.EngineKind.ECHO else None}
     chosen |= {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "threads": threads}
     chosen |= {"price_per_hour": price_per_hour}
-    if workers is None:
-        workers = 0 if prefill_workers or decode_workers else 1
-    if not workers + prefill_workers + decode_workers:
-        raise typer.BadParameter("0 leaves nobody to run the model.", param_hint="--workers")
     wanted = StackOptions(
         host=host,
         http_ports=_counted(http_port, gateways),
         grpc_ports=_counted(grpc_port, gateways),
         schedulers=schedulers,
-        workers=workers,
+        workers=_without_role(workers, prefill_workers + decode_workers),
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
         cache_disk=str(cache_disk.absolute()) if cache_disk else None,
@@ -126,6 +122,15 @@ def up(
         worker_settings={setting: value for setting, value in chosen.items() if value is not None},
     )
     _run_stack(wanted, mtls=mtls)
+
+
+def _without_role(workers: int | None, with_role: int) -> int:
+    """How many workers to start that do everything, if so many were asked for, or if that was left open."""
+    if workers is None:
+        return 0 if with_role else 1
+    if not workers + with_role:
+        raise typer.BadParameter("0 leaves nobody to run the model.", param_hint="--workers")
+    return workers
 
 
 def _front_cert(cert: Path | None, key: Path | None, host: str) -> FrontCert | None:

@@ -137,8 +137,8 @@ class RedisClient:
 
     async def _send_pending(self) -> None:
         """Sends what waits, one pipeline after the other; what arrives meanwhile makes up the next."""
-        await asyncio.sleep(0)  # what is on its way here now, such as the rest of a request's end, travels with it
         try:
+            await asyncio.sleep(0)  # what is on its way here now, such as the rest of a request's end, travels with it
             while self._pending:
                 batch, self._pending = self._pending[:_PIPELINE_LENGTH], self._pending[_PIPELINE_LENGTH:]
                 await self._send(batch)
