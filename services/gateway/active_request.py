@@ -61,6 +61,8 @@ class ActiveRequest:
         self.spending = Spending()
         # Set when there is an offer, tokens, an end or an error to look at.
         self.news = asyncio.Event()
+        # Its task waits for news, so all deltas so far are with the caller.
+        self.waiting = False
         self.error: HeadraceError | None = None
         # Its caller has gone.
         self.cancelled = False
@@ -181,7 +183,9 @@ class ActiveRequest:
 
     async def look_at_news(self) -> None:
         """Waits until something has come. Raises the request's error."""
+        self.waiting = True
         await self.news.wait()
+        self.waiting = False
         self.news.clear()
         if self.error is not None:
             raise self.error

@@ -9,6 +9,7 @@ from headrace.v1.sampling_pb2 import Stopping
 from headrace.v1.scheduler_pb2 import Placement, PlacementRequest
 from headrace.v1.worker_pb2 import Start
 from services.gateway.active_request import ActiveRequest
+from services.gateway.direct import DirectDelivery, Outlet
 from services.gateway.links.witness import Witness
 from services.gateway.links.worker_links import Outcome, SequenceFeed, WorkerLink
 from services.gateway.metrics import ModelMetrics
@@ -69,9 +70,9 @@ class Attempt:
             witness.withdrawn()
 
     async def deltas(
-        self, active: ActiveRequest, metrics: ModelMetrics, span: RequestSpan
+        self, active: ActiveRequest, metrics: ModelMetrics, span: RequestSpan, outlet: Outlet | None
     ) -> AsyncGenerator[Delta, None]:
-        """Its deltas, until every choice is finished or the attempt breaks off."""
+        """Its deltas, until every choice is finished or the attempt breaks off; but for those that the outlet takes."""
         while not active.finished and self.broken_off is None:
             await active.look_at_news()
             now = time.monotonic()
@@ -81,7 +82,9 @@ class Attempt:
                 if not active.begun:
                     _first_token(active, feed, now, metrics, span)
                 elif choice.token_ids and feed.token_ids:
-                    metrics.inter_token_latency.observe((now - choice.last_token_at) / len(feed.token_ids))
+                    metrics.inter_token_latency.observe(
+                        (now - choice.last_token_at) / len(feed.token_ids), len(feed.token_ids)
+                    )
                 choice.last_token_at = now
                 logprobs = None if feed.logprobs is None else feed.take_logprobs()
                 delta = choice.advance(feed.take_tokens(), feed.finish_reason, logprobs)
@@ -98,6 +101,8 @@ class Attempt:
                     delta.timings = _close_budget(active.budget, feed, looked_at=int(now * 1e6))
                     metrics.spent(delta.timings, span.exemplar)
                 yield delta
+                if outlet is not None and feed.direct is None and active.journal is None and choice.plain:
+                    feed.direct = DirectDelivery(active, choice, outlet, metrics)
 
 
 def _start_command(active: ActiveRequest, placement: Placement) -> Start:

@@ -17,6 +17,7 @@ from services.gateway.answers.journal import Journal
 from services.gateway.answers.leases import Leases
 from services.gateway.attempt import FAILURES, REASONS, Attempt
 from services.gateway.costs.cost_book import CostBook
+from services.gateway.direct import Outlet
 from services.gateway.keys.limits import KeyLimits
 from services.gateway.links.placement_links import PlacementLinks
 from services.gateway.links.witness import Witness
@@ -73,13 +74,17 @@ class Generator:
         self._resume_patience_s = resume_patience_s
 
     async def generate(
-        self, request: GenerationRequest, journal: Journal | None = None, adoption: Adoption | None = None
+        self,
+        request: GenerationRequest,
+        journal: Journal | None = None,
+        adoption: Adoption | None = None,
+        outlet: Outlet | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Yields the deltas of all choices; the last one carries the usage. Raises HeadraceError.
 
         A caller that stops iterating cancels the request. However it ends, it ends once: in `_end`. With a journal each
         delta is recorded before it is yielded; with an adoption it holds what another gateway recorded before, which
-        comes first.
+        comes first. With an outlet, deltas may go there instead, while whoever iterates waits for the next one.
         """
         metrics = self._metrics.for_model(request.model.name)
         span = self._tracing.begin(request)
@@ -100,7 +105,7 @@ class Generator:
                 witness.placed(placement, active.attempt)
                 attempt = Attempt.begin(active, placement, self._workers.get(placement.worker_address))
                 try:
-                    async for delta in attempt.deltas(active, metrics, span):
+                    async for delta in attempt.deltas(active, metrics, span, outlet):
                         witness.began()
                         yield delta
                 finally:

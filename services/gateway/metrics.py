@@ -7,7 +7,8 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.common.errors import DeadlineExceeded, Overloaded, Unavailable
-from services.gateway.stats import Counted, Exemplar, InferenceStats, Observed, Recorders
+from services.common.weighted_histogram import WeightedHistogram
+from services.gateway.stats import Counted, Exemplar, InferenceStats, Observed, ObservedOften, Recorders
 from services.gateway.time_budget import PHASES, TimeBudget
 
 _PHASE_SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005)
@@ -68,10 +69,11 @@ class Metrics:
             ("model",),
             buckets=_SECONDS,
         )
-        self.inter_token_latency = histogram(
+        self.inter_token_latency = WeightedHistogram(
             "headrace_inter_token_latency_seconds",
             "Seconds between two tokens of one choice.",
             ("model",),
+            registry=self.registry,
             buckets=_TOKEN_GAP_SECONDS,
         )
         self.queue_time = histogram(
@@ -113,7 +115,7 @@ class ModelMetrics:
         self.cached_prompt_tokens = metrics.cached_prompt_tokens.labels(model)
         self.active = metrics.active.labels(model)
         self.time_to_first_token = Observed(metrics.time_to_first_token.labels(model).observe)
-        self.inter_token_latency = Observed(metrics.inter_token_latency.labels(model).observe)
+        self.inter_token_latency = ObservedOften(metrics.inter_token_latency.labels(model).observe)
         self.queue_time = metrics.queue_time.labels(model)
         self.resumes = {
             reason: metrics.resumes.labels(model, reason)

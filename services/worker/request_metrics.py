@@ -5,9 +5,9 @@ from typing import Literal
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
+from services.common.weighted_histogram import WeightedHistogram
 from services.worker.engine.sequence import Sequence
 from services.worker.run_times import RunTimes
-from services.worker.weighted_histogram import WeightedHistogram
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
 
@@ -42,10 +42,13 @@ class RequestMetrics:
             "vllm:time_to_first_token_seconds", "From a sequence's arrival here to its first token, s.", _FIRST_TOKEN_S
         )
         gaps = WeightedHistogram(
-            "vllm:inter_token_latency_seconds", "Between two steps with tokens of a sequence, s.", labels,
-            _TOKEN_GAP_S, registry,
-        )  # fmt: skip
-        self.gap = gaps.observe
+            "vllm:inter_token_latency_seconds",
+            "Between two steps with tokens of a sequence, s.",
+            list(labels),
+            registry=registry,
+            buckets=_TOKEN_GAP_S,
+        )
+        self.gap = gaps.labels(*labels.values()).observe
         """(Seconds, sequences): from the step with their last tokens to the one with their next."""
         self._per_token = histogram(
             "vllm:request_time_per_output_token_seconds", "Mean time between the tokens of a sequence, s.", _TOKEN_GAP_S

@@ -23,6 +23,7 @@ from services.gateway.answers.merge import merge
 from services.gateway.answers.recorded_run import RecordedRun
 from services.gateway.answers.recording import Recording, new_choices, replay, restored_request, stored_request
 from services.gateway.catalog import Catalog
+from services.gateway.direct import Outlet
 from services.gateway.errors import AnswerElsewhere, AnswerNotFound, IdempotencyKeyReused, RequestCancelled
 from services.gateway.generate import Adoption, Generator
 from services.gateway.keys.keys import Keys
@@ -78,16 +79,21 @@ class Answers:
         self._runs: dict[str, RecordedRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def begin(self, requests: Sequence[GenerationRequest], recording: Recording | None) -> Answer:
+    async def begin(
+        self, requests: Sequence[GenerationRequest], recording: Recording | None, outlet: Outlet | None = None
+    ) -> Answer:
         """Runs the requests of one call, or attaches to the answer that its recording names already.
 
-        Raises HeadraceError.
+        Deltas of an answer that is not recorded may go to the outlet, past those who read the answer. Raises
+        HeadraceError.
         """
         if recording is not None:
             return await self._begin_recorded(self._check_recordable(requests), recording)
         self._admission.check_load(requests[0])
-        streams = [self._generator.generate(request) for request in requests]
-        deltas = streams[0] if len(streams) == 1 else merge(streams, requests[0].choices)
+        if len(requests) == 1:
+            deltas = self._generator.generate(requests[0], outlet=outlet)
+        else:
+            deltas = merge([self._generator.generate(request) for request in requests], requests[0].choices)
         first, model = requests[0], requests[0].model
         return Answer("", first.caller.request_id, model.name, model.system_fingerprint, int(time.time()), deltas)
 

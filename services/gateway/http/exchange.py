@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 from services.common.errors import HeadraceError
 from services.gateway import timings
@@ -22,9 +22,8 @@ Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
-# Where a scope may have a function that sends a part of an answer at once, if that has begun, has no length, and the
-# client reads; it returns False where ASGI's way is to be taken, which costs several times as much.
-WRITE = "headrace.write"
+# Where a scope may have its `Chunks`.
+CHUNKS = "headrace.chunks"
 
 CLIENT_GONE_STATUS = 499
 _SSE_HEADERS: tuple[Header, ...] = (
@@ -32,6 +31,17 @@ _SSE_HEADERS: tuple[Header, ...] = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 )
+
+
+class Chunks(Protocol):
+    """Sends parts of an answer at once; ASGI's way costs several times as much."""
+
+    @property
+    def open(self) -> bool:
+        """The answer has begun, has no length, and the client reads."""
+
+    def write(self, part: bytes) -> None:
+        """Sends a part, while it is open."""
 
 
 class ClientGone(Exception):
@@ -46,7 +56,7 @@ class HttpExchange:
     ) -> None:
         self._receive = receive
         self._asgi_send = send
-        self._write: Callable[[bytes], bool] | None = scope.get(WRITE)
+        self._chunks: Chunks | None = scope.get(CHUNKS)
         self._comment_every_s = comment_every_s
         self._write_timeout_s = write_timeout_s
         self._arrived = asyncio.get_running_loop().time()
@@ -131,12 +141,16 @@ class HttpExchange:
         await self._begin(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self._send_body(body, last=True)
 
-    def write_event(self, event: bytes) -> bool:
-        """Sends an event at once. False: it has to be sent with `send_event`."""
-        if not self._streaming or self._write is None or not self._write(event):
-            return False
+    @property
+    def open(self) -> bool:
+        """`write_event` can be used: the stream has begun, and nothing before it is still on its way."""
+        return self._streaming and not self._sending and self._chunks is not None and self._chunks.open
+
+    def write_event(self, event: bytes) -> None:
+        """Sends an event at once, while that is possible; else `send_event` does."""
+        assert self._chunks is not None, "it is open"
+        self._chunks.write(event)
         self._sent_at = asyncio.get_running_loop().time()
-        return True
 
     async def send_event(self, event: bytes) -> None:
         """Sends one server-sent event; the first one begins the answer."""

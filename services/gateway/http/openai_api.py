@@ -12,6 +12,7 @@ from services.common.errors import InvalidRequest
 from services.gateway.answers.answers import Answer, Answers
 from services.gateway.answers.recording import recording
 from services.gateway.caller import Caller
+from services.gateway.direct import Outlet
 from services.gateway.http.exchange import HttpExchange
 from services.gateway.http.json_bodies import parse
 from services.gateway.http.openai_events import DONE, FINISH_REASONS, ChatEvents, CompletionEvents, usage_object
@@ -26,6 +27,7 @@ from services.gateway.http.openai_types import (
     CompletionChoice,
     CompletionResponse,
 )
+from services.gateway.http.outlets import Collected, EventStream
 from services.gateway.http.post_route import JSON, PostRoute
 from services.gateway.request import Delta, GenerationRequest, Usage
 from services.gateway.time_budget import TimeBudget
@@ -65,12 +67,15 @@ class CompletionRoute(PostRoute, Generic[B]):
             body = parse(content, self._kind.decoder)
             if body.resumable and not body.stream:
                 raise InvalidRequest("resumable needs stream to be true.", field="resumable")
-            answer = await self._answer(exchange, body, caller, content)
+            outlet = EventStream(exchange) if body.stream else Collected()
+            answer = await self._answer(exchange, body, caller, content, outlet)
         await exchange.while_connected(
-            self._stream(exchange, body, answer) if body.stream else self._respond(exchange, answer)
+            self._stream(exchange, body, answer, outlet)
+            if isinstance(outlet, EventStream)
+            else self._respond(exchange, answer, outlet)
         )
 
-    async def _answer(self, exchange: HttpExchange, body: B, caller: Caller, content: bytes) -> Answer:
+    async def _answer(self, exchange: HttpExchange, body: B, caller: Caller, content: bytes, outlet: Outlet) -> Answer:
         """A new answer; or one that the caller comes back for, then whatever else the body says."""
         if (last_event := exchange.header(b"last-event-id")) is not None:
             if not body.stream:
@@ -81,10 +86,10 @@ class CompletionRoute(PostRoute, Generic[B]):
         named = self.path.encode() + b"\0" + content
         key = exchange.header(b"idempotency-key")
         return await self._answers.begin(
-            requests, recording(caller, named, resumable=bool(body.resumable), idempotency_key=key)
+            requests, recording(caller, named, resumable=bool(body.resumable), idempotency_key=key), outlet
         )
 
-    async def _stream(self, exchange: HttpExchange, body: B, answer: Answer) -> None:
+    async def _stream(self, exchange: HttpExchange, body: B, answer: Answer, stream: EventStream) -> None:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         response_id = self._kind.id_prefix + answer.request_id
         events = self._kind.events(
@@ -95,22 +100,18 @@ class CompletionRoute(PostRoute, Generic[B]):
             answer_id=answer.id,
             system_fingerprint=answer.system_fingerprint,
         )
+        stream.begin(events)
         usage, timings = Usage(0, 0, 0), None
         async with contextlib.aclosing(answer.deltas) as deltas:
             async for delta in deltas:
-                # A delta whose text is held back is no event unless it has log-probabilities, but the first one of a
-                # choice opens it.
-                if delta.text or delta.finish_reason or not delta.seq or delta.logprobs is not None:
-                    event = events.event(delta)
-                    if not exchange.write_event(event):
-                        await exchange.send_event(event)
+                await stream.send(delta)
                 if delta.usage is not None:
                     usage += delta.usage
                     timings = delta.timings if exchange.wants_timings else None
         await exchange.end_stream(events.summary(usage if with_usage else None, timings) + DONE)
 
-    async def _respond(self, exchange: HttpExchange, answer: Answer) -> None:
-        whole = await whole_response(self._kind, answer)
+    async def _respond(self, exchange: HttpExchange, answer: Answer, collected: Collected) -> None:
+        whole = await whole_response(self._kind, answer, collected)
         headers = list(JSON)
         if whole.timings is not None and exchange.wants_timings:
             headers.append((HEADER.encode(), timings_header(whole.timings).encode()))
@@ -124,19 +125,13 @@ class WholeResponse(NamedTuple):
     timings: TimeBudget | None
 
 
-async def whole_response(kind: Kind[B], answer: Answer) -> WholeResponse:
-    """The JSON of an answer in one piece, when it has ended. Raises what it ends in."""
-    collected: dict[int, Delta] = {}
-    with_logprobs: dict[int, list[Delta]] = {}
+async def whole_response(kind: Kind[B], answer: Answer, collected: Collected | None = None) -> WholeResponse:
+    """The JSON of an answer in one piece, when it has ended. `collected`: its outlet. Raises what it ends in."""
+    collected = collected or Collected()
     usage, timings = Usage(0, 0, 0), None
     async with contextlib.aclosing(answer.deltas) as deltas:
         async for delta in deltas:
-            whole = collected.setdefault(delta.choice, delta)
-            if whole is not delta:
-                whole.text += delta.text
-                whole.finish_reason = delta.finish_reason
-            if delta.logprobs is not None:
-                with_logprobs.setdefault(delta.choice, []).append(delta)
+            collected.write(delta)
             if delta.usage is not None:
                 usage += delta.usage
                 timings = delta.timings
@@ -145,7 +140,7 @@ async def whole_response(kind: Kind[B], answer: Answer) -> WholeResponse:
         object=kind.object_name,
         created=answer.accepted_unix_s,
         model=answer.model,
-        choices=[kind.choice(collected[index], with_logprobs.get(index, [])) for index in sorted(collected)],
+        choices=[kind.choice(whole, deltas_with_logprobs) for whole, deltas_with_logprobs in collected.choices()],
         usage=usage_object(usage),
         system_fingerprint=answer.system_fingerprint,
     )

@@ -6,14 +6,13 @@ uvicorn bounds neither the head of a request, in bytes or in time, nor a connect
 import asyncio
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from services.gateway.errors import HeadTooLarge
-from services.gateway.http.exchange import WRITE, Header, Receive, Scope, Send
+from services.gateway.http.exchange import CHUNKS, Header, Receive, Scope, Send
 from services.gateway.http.openai_errors import error_body, error_headers
 
 
@@ -89,7 +88,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.headers) > self._limits.headers or size > self._limits.head_bytes:
             self.app = self._answer_refusal
         super().on_headers_complete()
-        self.scope[WRITE] = partial(_write_chunk, self.cycle)  # type: ignore[literal-required]
+        self.scope[CHUNKS] = _Chunks(self.cycle)  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         self._counted_bytes -= len(body)
@@ -138,8 +137,22 @@ class LimitedProtocol(HttpToolsProtocol):
         return error.http_status, headers, body
 
 
-def _write_chunk(cycle: RequestResponseCycle, body: bytes) -> bool:
-    if cycle.flow.write_paused or cycle.disconnected or not (cycle.chunked_encoding and cycle.response_started):
-        return False
-    cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-    return True
+class _Chunks:
+    """Writes parts of one answer's body past ASGI."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def open(self) -> bool:
+        cycle = self._cycle
+        return bool(
+            cycle.chunked_encoding
+            and cycle.response_started
+            and not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+        )
+
+    def write(self, part: bytes) -> None:
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))

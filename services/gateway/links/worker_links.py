@@ -6,8 +6,10 @@ as lost or stalled. Knows nothing of text or of placements.
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable
 from enum import StrEnum
+from itertools import islice
 
 import grpc.aio
 
@@ -25,6 +27,7 @@ from headrace.v1.worker_pb2 import (
 from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.channel import Outbox, cancel_and_wait, dial
 from services.gateway.costs.spending import Spending
+from services.gateway.direct import DirectDelivery, StepTally
 from services.gateway.time_budget import RunTimes, now_us
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ class SequenceFeed:
 
     __slots__ = (
         "cached_prompt_tokens",
+        "direct",
         "error",
         "finish_reason",
         "handle",
@@ -77,6 +81,8 @@ class SequenceFeed:
         # Set whenever something has come.
         self.news = news
         self.token_ids: list[int] = []
+        # Where its tokens go at once, if they can.
+        self.direct: DirectDelivery | None = None
         # Of `token_ids`, if they were asked for.
         self.logprobs: Logprobs | None = None
         self.cached_prompt_tokens: int | None = None
@@ -86,6 +92,13 @@ class SequenceFeed:
         self.error = ""
         self.invalid_request = False
         self.times = RunTimes()
+
+    def receive(self, token_ids: list[int], tally: StepTally, *, ending: bool) -> None:
+        """Takes tokens; `ending`: they are the last ones."""
+        direct = self.direct
+        if direct is None or ending or self.token_ids or not direct.deliver(token_ids, tally):
+            self.token_ids += token_ids
+            self.news.set()
 
     def take_tokens(self) -> list[int]:
         token_ids, self.token_ids = self.token_ids, []
@@ -171,13 +184,8 @@ class WorkerLink:
         for started in output.started:
             if feed := feeds.get(started.handle):
                 feed.begin(started)
-        if output.token_counts:
-            self._receive_runs(output)
-        else:
-            for handle, token_id in zip(output.handles, output.token_ids, strict=True):
-                if feed := feeds.get(handle):
-                    feed.token_ids.append(token_id)
-                    feed.news.set()
+        if output.handles:
+            self._receive_tokens(output)
         for reported in output.logprobs:
             if feed := feeds.get(reported.handle):
                 feed.add_logprobs(reported.values)
@@ -219,14 +227,13 @@ class WorkerLink:
         for spending in self._untold.values():
             spending.priced = spending.priced or price_per_hour > 0
 
-    def _receive_runs(self, output: StepOutput) -> None:
-        begin = 0
-        token_ids: Sequence[int] = list(output.token_ids)
-        for handle, count in zip(output.handles, output.token_counts, strict=True):
+    def _receive_tokens(self, output: StepOutput) -> None:
+        tally = StepTally(time.monotonic())
+        ending = {ended.handle for ended in output.ended}
+        for handle, token_ids in _runs(output):
             if feed := self._feeds.get(handle):
-                feed.token_ids += token_ids[begin : begin + count]
-                feed.news.set()
-            begin += count
+                feed.receive(token_ids, tally, ending=handle in ending)
+        tally.close()
 
 
 class WorkerLinks:
@@ -300,6 +307,17 @@ class WorkerLinks:
             log.info("worker %s: disconnected: %s", link.address, reason)
             del self._links[link.address]
             link.lose(reason)
+
+
+def _runs(output: StepOutput) -> Iterable[tuple[int, list[int]]]:
+    """The tokens of each handle."""
+    if not output.token_counts:
+        return zip(output.handles, ([token_id] for token_id in output.token_ids), strict=True)
+    token_ids = iter(output.token_ids)
+    return [
+        (handle, list(islice(token_ids, count)))
+        for handle, count in zip(output.handles, output.token_counts, strict=True)
+    ]
 
 
 def _merge(command: ExecuteCommand, following: ExecuteCommand) -> bool:

@@ -57,6 +57,11 @@ class Choice:
         return self.finish_reason != _UNFINISHED
 
     @property
+    def plain(self) -> bool:
+        """Its tokens alone never end it, and come without log-probabilities."""
+        return self._matcher is None and not self._stop_token_ids and self._logprobs is None
+
+    @property
     def _matched(self) -> bool:
         return self._matcher is not None and self._matcher.matched
 

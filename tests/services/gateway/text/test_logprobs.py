@@ -145,9 +145,9 @@ async def test_a_recorded_answer_keeps_them(stack: Stack, redis_url: str) -> Non
     whole = [line for line in (await stack.complete(**fields)).text.split("\n") if line.startswith(("id: ", "data: {"))]
     await stack.settled()
     async with running_gateway(redis_url, stack.scheduler, stack.workers, id="other") as other:
-        headers = {"last-event-id": whole[20].removeprefix("id: ")}
+        headers = {"last-event-id": whole[0].removeprefix("id: ")}
         rest = (await other.http.post("/v1/completions", json=body, headers=headers)).text
-    expected = [json.loads(line.removeprefix("data: "))["choices"] for line in whole[23::2]]
+    expected = [json.loads(line.removeprefix("data: "))["choices"] for line in whole[3::2]]
     lines = [line for line in rest.split("\n") if line.startswith("data: {")]
     assert [json.loads(line.removeprefix("data: "))["choices"] for line in lines] == expected
 
