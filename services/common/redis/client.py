@@ -40,6 +40,8 @@ ANSWER_TIMEOUT_S = 3.0
 LONGEST_BLOCK_S = 10.0
 _LONGEST_ANSWER_S = 1.0  # a Redis that takes longer stood still
 _PIPELINE_LENGTH = 256
+# What nobody is in a hurry for waits so long for a command to travel with: a busy gateway has one sooner.
+_COMPANY_WITHIN_S = 0.005
 _OLDEST_VERSION = (6, 2)
 # What says "not now". redis-py has classes for some replies; others, and those within a script's error, are text.
 _PASSING_ERRORS = (
@@ -69,7 +71,11 @@ class RedisClient:
         self._blocking = connect(url, LONGEST_BLOCK_S + ANSWER_TIMEOUT_S)
         self._connection: Connection | None = None
         self._pending: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = []
+        # Something of it is not to wait for company.
+        self._hurry = False
         self._sender: asyncio.Task[None] | None = None
+        # Runs out when what waits for company has waited long enough.
+        self._timer: asyncio.TimerHandle | None = None
         self._blocked: set[asyncio.Future[Any]] = set()
         self._clock = clock
         self._away_at = clock()
@@ -79,21 +85,30 @@ class RedisClient:
         """For how many seconds Redis has been answering all commands, and soon; at most since this client was made."""
         return self._clock() - self._away_at
 
-    async def command(self, *command: Argument) -> Any:
-        """Sends one command and returns its reply, as redis-py's RESP2 parser leaves it."""
+    async def command(self, *command: Argument, hurry: bool = True) -> Any:
+        """Sends one command and returns its reply, as redis-py's RESP2 parser leaves it.
+
+        Commands reach Redis in the order of the calls. One without hurry waits some milliseconds for another to come.
+        """
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         self._pending.append((command, reply))
+        self._hurry = self._hurry or hurry
         if self._sender is None:
-            self._sender = loop.create_task(self._send_pending(), name="redis pipeline")
+            if self._hurry:
+                self._start_sending()
+            elif self._timer is None:
+                self._timer = loop.call_later(_COMPANY_WITHIN_S, self._end_wait)
         return await reply
 
-    async def script(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+    async def script(
+        self, script: Script, keys: Sequence[str], arguments: Sequence[Argument], *, hurry: bool = True
+    ) -> Any:
         """Runs a script by its hash; sends its text when Redis does not know it (first use, or a restart)."""
         try:
-            return await self.command("EVALSHA", script.sha, len(keys), *keys, *arguments)
+            return await self.command("EVALSHA", script.sha, len(keys), *keys, *arguments, hurry=hurry)
         except NoScriptError:
-            return await self.command("EVAL", script.text, len(keys), *keys, *arguments)
+            return await self.command("EVAL", script.text, len(keys), *keys, *arguments, hurry=hurry)
 
     async def blocking_command(self, *command: Argument) -> Any:
         """Sends a command that Redis answers after LONGEST_BLOCK_S at the latest, beside the pipeline."""
@@ -123,8 +138,14 @@ class RedisClient:
 
     async def close(self) -> None:
         """Sends what waits and hangs up."""
-        if self._sender is not None:
-            await self._sender
+        while self._pending or self._sender is not None:
+            self._hurry = bool(self._pending)
+            if self._sender is None:
+                self._start_sending()
+            else:
+                await self._sender
+        if self._timer is not None:
+            self._timer.cancel()
         await self._redis.aclose()
         await self._blocking.aclose()  # ends what is blocked, too
         if self._blocked:
@@ -135,15 +156,27 @@ class RedisClient:
         if not call.cancelled():
             call.exception()  # its caller may be gone: an error that nobody looks at is no news
 
+    def _start_sending(self) -> None:
+        self._sender = asyncio.get_running_loop().create_task(self._send_pending(), name="redis pipeline")
+
+    def _end_wait(self) -> None:
+        self._timer = None
+        self._hurry = bool(self._pending)
+        if self._hurry and self._sender is None:
+            self._start_sending()
+
     async def _send_pending(self) -> None:
         """Sends what waits, one pipeline after the other; what arrives meanwhile makes up the next."""
         try:
             await asyncio.sleep(0)  # what is on its way here now, such as the rest of a request's end, travels with it
-            while self._pending:
+            while self._hurry:
                 batch, self._pending = self._pending[:_PIPELINE_LENGTH], self._pending[_PIPELINE_LENGTH:]
+                self._hurry = bool(self._pending)
                 await self._send(batch)
         finally:
             self._sender = None
+            if self._pending and self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(_COMPANY_WITHIN_S, self._end_wait)
 
     async def _send(self, batch: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]]) -> None:
         sent_at = self._clock()

@@ -111,7 +111,7 @@ class LimitStore:
             arguments += (charge.id, int(charge.ended), len(holding))
             for claim, used in zip(holding, charge.used, strict=True):
                 arguments += (claim.meter.name, claim.meter.window_ms, claim.hold, used)
-        await self._redis.script(scripts.CHARGE, limit_keys(scope), arguments)
+        await self._redis.script(scripts.CHARGE, limit_keys(scope), arguments, hurry=False)
 
     def _may_expire(self) -> int:
         """1 once Redis has answered for a full lease: every gateway that lives has renewed its reservations since."""

@@ -158,7 +158,8 @@ class JobQueue:
     async def acknowledge(self, job: Job, entry_id: str) -> None:
         """Ends an entry: after the job's last event, or to withdraw it while it waits. Does nothing the second time."""
         arguments = (GROUP, self._owner.consumer, entry_id)
-        await self._redis.script(scripts.ACKNOWLEDGE, [queue_stream(job.model, job.priority)], arguments)
+        stream = queue_stream(job.model, job.priority)
+        await self._redis.script(scripts.ACKNOWLEDGE, [stream], arguments, hurry=False)
 
     async def retire(self) -> None:
         """Says that this gateway is gone, so that others need not wait for its heartbeat to run out."""
@@ -229,7 +230,7 @@ class JobQueue:
     async def _claim(self, stream: str, entry_ids: list[str]) -> set[str]:
         """Returns the ids that could not be claimed."""
         arguments: list[Argument] = [GROUP, self._owner.consumer, *entry_ids]
-        lost: list[bytes] = await self._redis.script(scripts.CLAIM, [stream], arguments)
+        lost: list[bytes] = await self._redis.script(scripts.CLAIM, [stream], arguments, hurry=False)
         return {entry_id.decode() for entry_id in lost}
 
     async def _not_held(self, stream: str, entry_ids: list[str]) -> set[str]:

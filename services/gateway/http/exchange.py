@@ -22,8 +22,8 @@ Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
-# Where a scope may have its `Chunks`.
-CHUNKS = "headrace.chunks"
+# Where a scope has its `Connection`.
+CONNECTION = "headrace.connection"
 
 CLIENT_GONE_STATUS = 499
 _SSE_HEADERS: tuple[Header, ...] = (
@@ -33,15 +33,22 @@ _SSE_HEADERS: tuple[Header, ...] = (
 )
 
 
-class Chunks(Protocol):
-    """Sends parts of an answer at once; ASGI's way costs several times as much."""
+class Connection(Protocol):
+    """What the server knows of one request's client; to ask it by way of ASGI costs several times as much."""
+
+    # Called when the client has gone. Nobody is told of a client that went before.
+    on_lost: Callable[[], None] | None
+
+    @property
+    def lost(self) -> bool:
+        """The client has gone."""
 
     @property
     def open(self) -> bool:
         """The answer has begun, has no length, and the client reads."""
 
     def write(self, part: bytes) -> None:
-        """Sends a part, while it is open."""
+        """Sends a part of the answer at once, while it is open."""
 
 
 class ClientGone(Exception):
@@ -56,7 +63,7 @@ class HttpExchange:
     ) -> None:
         self._receive = receive
         self._asgi_send = send
-        self._chunks: Chunks | None = scope.get(CHUNKS)
+        self._connection: Connection = scope[CONNECTION]
         self._comment_every_s = comment_every_s
         self._write_timeout_s = write_timeout_s
         self._arrived = asyncio.get_running_loop().time()
@@ -64,6 +71,7 @@ class HttpExchange:
         self._streaming = False
         self._complete = False
         self._gone = False
+        self._task: asyncio.Task[None] | None = None  # that works on the answer
         # Whether the newest message is still on its way into the server's buffer, and since when.
         self._sending = False
         self._sent_at = 0.0
@@ -123,9 +131,12 @@ class HttpExchange:
 
         Meanwhile an event stream with nothing to say gets a comment now and then.
         """
-        task = asyncio.current_task()
+        self._task = task = asyncio.current_task()
         assert task is not None, "an ASGI application runs in a task"
-        watcher = asyncio.create_task(self._watch(task))
+        self._connection.on_lost = self._lose
+        if self._connection.lost:
+            self._lose()
+        self._look_later()
         try:
             await work
         except asyncio.CancelledError:
@@ -134,7 +145,8 @@ class HttpExchange:
             task.uncancel()
             raise ClientGone from None
         finally:
-            watcher.cancel()
+            self._connection.on_lost = None
+            self._timer.cancel()
 
     async def respond(self, status: int, body: bytes, headers: tuple[Header, ...] | list[Header]) -> None:
         """Sends the whole answer."""
@@ -144,12 +156,11 @@ class HttpExchange:
     @property
     def open(self) -> bool:
         """`write_event` can be used: the stream has begun, and nothing before it is still on its way."""
-        return self._streaming and not self._sending and self._chunks is not None and self._chunks.open
+        return self._streaming and not self._sending and self._connection.open
 
     def write_event(self, event: bytes) -> None:
         """Sends an event at once, while that is possible; else `send_event` does."""
-        assert self._chunks is not None, "it is open"
-        self._chunks.write(event)
+        self._connection.write(event)
         self._sent_at = asyncio.get_running_loop().time()
 
     async def send_event(self, event: bytes) -> None:
@@ -189,39 +200,35 @@ class HttpExchange:
     async def _send(self, message: Message) -> None:
         """Waits while the client does not read what the server has buffered for it.
 
-        `_watch` bounds that: a timeout around every message would cost as much as the message.
+        `_look` bounds that: a timeout around every message would cost as much as the message.
         """
         self._sent_at = asyncio.get_running_loop().time()
         self._sending = True
         await self._asgi_send(message)
         self._sending = False
 
-    async def _watch(self, task: asyncio.Task[None]) -> None:
-        with contextlib.suppress(TimeoutError):
-            await self._until_disconnected()
-        if not self._complete:
+    def _lose(self) -> None:
+        """The client has gone, or reads no more."""
+        if not (self._complete or self._gone):
             self._gone = True
-            task.cancel()
+            assert self._task is not None, "it works on the answer"
+            self._task.cancel()
 
-    async def _until_disconnected(self) -> None:
-        """Raises TimeoutError when the client has not read for too long."""
-        while True:
-            try:
-                async with asyncio.timeout(min(self._comment_every_s, self._write_timeout_s)):
-                    message = await self._receive()
-            except TimeoutError:
-                await self._look_at_sending()
-                continue
-            if message["type"] == "http.disconnect":
-                return
+    def _look_later(self) -> None:
+        seconds = min(self._comment_every_s, self._write_timeout_s)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
 
-    async def _look_at_sending(self) -> None:
-        waited_s = asyncio.get_running_loop().time() - self._sent_at
-        if self._sending and waited_s >= self._write_timeout_s:
-            raise TimeoutError
-        if self._streaming and not (self._sending or self._complete) and waited_s >= self._comment_every_s:
-            async with asyncio.timeout(self._write_timeout_s):
-                await self._send_body(COMMENT)
+    def _look(self) -> None:
+        """Sends a comment if nothing was sent for long; gives a client up that reads neither that nor an event."""
+        silent_s = asyncio.get_running_loop().time() - self._sent_at
+        if self._sending and silent_s >= self._write_timeout_s:
+            self._lose()
+        elif self._streaming and not (self._sending or self._complete) and silent_s >= self._comment_every_s:
+            if self._connection.open:
+                self.write_event(COMMENT)
+            elif silent_s >= self._comment_every_s + self._write_timeout_s:
+                self._lose()
+        self._look_later()
 
     def header(self, name: bytes) -> str | None:
         value = self._headers.get(name)

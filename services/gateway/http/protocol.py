@@ -4,7 +4,8 @@ uvicorn bounds neither the head of a request, in bytes or in time, nor a connect
 """
 
 import asyncio
-from collections.abc import MutableMapping
+from collections import deque
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from services.gateway.errors import HeadTooLarge
-from services.gateway.http.exchange import CHUNKS, Header, Receive, Scope, Send
+from services.gateway.http.exchange import CONNECTION, Header, Receive, Scope, Send
 from services.gateway.http.openai_errors import error_body, error_headers
 
 
@@ -52,6 +53,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._counted_bytes = 0  # of the message so far, but for its body; what begins it may be left out
         self._head_timer: asyncio.TimerHandle | None = None
+        # Of the requests that are not answered, in order.
+        self._requests: deque[_RequestConnection] = deque()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -64,6 +67,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._idle.pop(self, None)
         self._stop_head_timer()
         super().connection_lost(exc)
+        for request in self._requests:
+            request.lose()
 
     def data_received(self, data: bytes) -> None:
         self._counted_bytes += len(data)
@@ -87,14 +92,20 @@ class LimitedProtocol(HttpToolsProtocol):
         size = len(self.url) + sum([len(name) + len(value) for name, value in self.headers])
         if len(self.headers) > self._limits.headers or size > self._limits.head_bytes:
             self.app = self._answer_refusal
+        before = self.cycle
         super().on_headers_complete()
-        self.scope[CHUNKS] = _Chunks(self.cycle)  # type: ignore[literal-required]
+        if self.cycle is before:  # a request of another protocol, which is none of this one's
+            return
+        request = _RequestConnection(self.cycle)
+        self._requests.append(request)
+        self.scope[CONNECTION] = request  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         self._counted_bytes -= len(body)
         super().on_body(body)
 
     def on_response_complete(self) -> None:
+        self._requests.popleft()
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
             self._idle[self] = None
@@ -137,13 +148,20 @@ class LimitedProtocol(HttpToolsProtocol):
         return error.http_status, headers, body
 
 
-class _Chunks:
-    """Writes parts of one answer's body past ASGI."""
+class _RequestConnection:
+    """A connection as one of its requests sees it."""
 
-    __slots__ = ("_cycle",)
+    __slots__ = ("_cycle", "lost", "on_lost")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
+        self.lost = False
+        self.on_lost: Callable[[], None] | None = None
+
+    def lose(self) -> None:
+        self.lost = True
+        if self.on_lost is not None:
+            self.on_lost()
 
     @property
     def open(self) -> bool:
@@ -151,7 +169,7 @@ class _Chunks:
         return bool(
             cycle.chunked_encoding
             and cycle.response_started
-            and not (cycle.flow.write_paused or cycle.disconnected or cycle.response_complete)
+            and not (self.lost or cycle.flow.write_paused or cycle.response_complete)
         )
 
     def write(self, part: bytes) -> None:

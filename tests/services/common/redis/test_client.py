@@ -1,14 +1,15 @@
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio.connection import AbstractConnection
 
 from services.common.errors import Unavailable
 from services.common.redis import client as client_module
-from services.common.redis.client import RedisClient, UnfitRedis
+from services.common.redis.client import Argument, RedisClient, UnfitRedis
 from services.common.redis.scripts import Script
 from tests.redis_server import RedisServer
 
@@ -43,6 +44,36 @@ async def test_a_cancelled_caller_disturbs_nobody(client: RedisClient) -> None:
     await asyncio.sleep(0)
     cancelled.cancel()
     assert await kept == b"b"
+
+
+async def test_what_is_in_no_hurry_travels_before_what_is(client: RedisClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange, sizes = client._exchange, []
+
+    async def counted(commands: Sequence[tuple[Argument, ...]], replies: list[Any]) -> None:
+        sizes.append(len(commands))
+        await exchange(commands, replies)
+
+    monkeypatch.setattr(client, "_exchange", counted)
+    patient = asyncio.create_task(client.command("RPUSH", "list", "a", hurry=False))
+    await asyncio.sleep(0)
+    assert await client.command("RPUSH", "list", "b") == 2
+    assert await patient == 1
+    assert sizes == [2]
+
+
+async def test_what_is_in_no_hurry_goes_alone_when_nothing_comes(client: RedisClient) -> None:
+    assert await client.command("ECHO", "a", hurry=False) == b"a"
+    hurried, patient = await asyncio.gather(client.command("ECHO", "b"), client.command("ECHO", "c", hurry=False))
+    assert (hurried, patient) == (b"b", b"c")
+    assert await client.script(ECHO, [], ["d"], hurry=False) == b"d"
+
+
+async def test_closing_sends_what_is_in_no_hurry(redis_url: str) -> None:
+    client = RedisClient(redis_url)
+    patient = asyncio.create_task(client.command("ECHO", "a", hurry=False))
+    await asyncio.sleep(0)
+    await client.close()
+    assert await patient == b"a"
 
 
 async def test_a_script_is_sent_again_when_redis_forgot_it(client: RedisClient) -> None:
