@@ -7,6 +7,7 @@ are told.
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import get_args
 
@@ -16,7 +17,7 @@ from services.scheduler.attempt_reports import tell
 from services.scheduler.breaker import Breaker, BreakerPolicy
 from services.scheduler.kv_plans import Candidate, Credits
 from services.scheduler.outstanding import PlacementKey
-from services.scheduler.worker import Condition, Patience, Worker
+from services.scheduler.worker import Condition, KnownRate, Patience, Worker
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Fleet:
         self._breakers = breakers
         self._clock = clock
         self._workers: dict[str, Worker] = {}
+        self._rates: defaultdict[str, KnownRate] = defaultdict(KnownRate)  # by model
         self._on_report: Callable[[str], None] = lambda model: None
         self._on_catalog: Callable[[], None] = lambda: None
 
@@ -55,7 +57,8 @@ class Fleet:
     def register(self, registration: scheduler_pb2.Registration) -> Worker:
         """Takes in a worker, in place of what was known under its id. Raises InvalidRequest if it cannot serve."""
         self._check(registration)
-        worker = Worker(registration, Breaker(self._breakers, self._clock), self._patience, self._clock())
+        breaker, rate = Breaker(self._breakers, self._clock), self._rates[registration.model.name]
+        worker = Worker(registration, breaker, self._patience, self._clock(), rate)
         old = self._workers.get(worker.id)
         if old is not None and old.incarnation == worker.incarnation:
             worker.take_over(old)

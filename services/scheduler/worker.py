@@ -26,7 +26,6 @@ _ROLES: dict[int, Role] = {
     scheduler_pb2.WORKER_ROLE_PREFILL: "prefill",
     scheduler_pb2.WORKER_ROLE_DECODE: "decode",
 }
-_ASSUMED_TOKENS_PER_S = 500.0  # of a worker that does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,16 @@ class Patience:
     placement_s: float
 
 
+@dataclass(slots=True)
+class KnownRate:
+    """How fast workers of one model compute prompts. A worker that has computed none yet is taken for its like: a guess
+    beside what others have measured would send it prompts, or keep them away, for no reason.
+    """
+
+    tokens_per_s: float = 500.0
+    """What the last one said that knows; before that, a small model on a small CPU."""
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     """Whoever opened its stream holds it and gives it back to the fleet. `now` is by the breaker's clock."""
@@ -47,6 +56,8 @@ class Worker:
     breaker: Breaker
     patience: Patience
     heard_at: float
+    rate: KnownRate
+    """Of its model."""
     state: scheduler_pb2.WorkerState | None = None
     reports: int = 0
     """Counts its states, so that "has reported since" can be asked."""
@@ -79,6 +90,7 @@ class Worker:
         """Takes in its state."""
         self.state, self.heard_at = state, now
         self.reports += 1
+        self.rate.tokens_per_s = state.prefill_tokens_per_s or self.rate.tokens_per_s
         for settled in state.settled:
             self._outstanding.remove((settled.request_id, settled.attempt))
         self.changed()
@@ -143,6 +155,6 @@ class Worker:
             free_blocks=state.free_blocks - sequences - spoken_for.blocks,
             sequences=sequences + spoken_for.sequences,
             pending_prefill_tokens=state.pending_prefill_tokens + spoken_for.prefill_tokens,
-            prefill_tokens_per_s=state.prefill_tokens_per_s or _ASSUMED_TOKENS_PER_S,
+            prefill_tokens_per_s=state.prefill_tokens_per_s or self.rate.tokens_per_s,
             deterministic=registration.deterministic,
         )

@@ -11,13 +11,17 @@ class PrefillRate:
     """A moving average."""
 
     def __init__(self) -> None:
-        self.tokens_per_s = _FIRST_GUESS
-        self._measured = False
+        self.measured = 0.0
+        """Tokens per second; 0 until a step has told."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """What is measured, and a guess before that."""
+        return self.measured or _FIRST_GUESS
 
     def observe(self, turn: Turn) -> None:
         """Called after each turn of the engine."""
         if turn.result is None or turn.result.computed_tokens < _LEAST_TOKENS or turn.step_seconds <= 0:
             return
         rate = turn.result.computed_tokens / turn.step_seconds
-        self.tokens_per_s = rate if not self._measured else self.tokens_per_s + _WEIGHT * (rate - self.tokens_per_s)
-        self._measured = True
+        self.measured += (rate - self.measured) * (_WEIGHT if self.measured else 1)

@@ -228,7 +228,7 @@ class WorkerService:
             pending_prefill_tokens=self._capacity.pending_prefill_tokens,
             free=self._capacity.free,
             draining=self._executions.draining,
-            prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
+            prefill_tokens_per_s=self._prefill_rate.measured,
             role=_ROLES[self._role],
             prefix_queried_tokens=status.counters.prefix_queried_tokens if status else 0,
             prefix_hit_tokens=status.counters.prefix_hit_tokens if status else 0,

@@ -86,6 +86,20 @@ def test_placements_count_until_they_are_reported(fleet: Fleet) -> None:
     assert fleet.candidates("m")[0].credits == Credits(7, 95, 940)
 
 
+def test_a_worker_that_has_computed_no_prompt_is_taken_for_its_like(fleet: Fleet) -> None:
+    fresh, other = fleet.register(registration("a")), fleet.register(registration("b", name="another"))
+    fleet.report(fresh, state())
+    fleet.report(other, state(prefill_tokens_per_s=9.0))
+    assert fleet.candidates("m")[0].prefill_tokens_per_s == 500
+    old = fleet.register(registration("c"))
+    fleet.report(old, state(prefill_tokens_per_s=80.0))
+    fleet.reserve("a", ("r1", 1), Credits(1, 5, 60))
+    fleet.report(old, state())
+    assert [one.prefill_tokens_per_s for one in fleet.candidates("m")] == [80, 80]
+    fleet.report(fresh, state(prefill_tokens_per_s=90.0))
+    assert fleet.candidates("m")[0].prefill_tokens_per_s == 90
+
+
 def test_a_placement_nobody_reports_stops_counting(fleet: Fleet, clock: Clock) -> None:
     worker = fleet.register(registration())
     fleet.report(worker, state())
