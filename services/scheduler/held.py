@@ -88,6 +88,7 @@ class HeldJobs:
         self._waiting: list[tuple[tuple[int, ...], int, HeldJob]] = []  # a heap; who waits no longer is skipped
         self._arrivals = itertools.count()
         self._offered = 0
+        self._waiting_choices = 0
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -101,7 +102,7 @@ class HeldJobs:
 
     @property
     def waiting_choices(self) -> int:
-        return sum(held.shape.choices for held in self._jobs.values() if held.where is Where.WAITING)
+        return self._waiting_choices
 
     def all(self) -> list[HeldJob]:
         """A copy, so that jobs may be moved and dropped on the way."""
@@ -115,6 +116,7 @@ class HeldJobs:
         if (before := self._jobs.get(held.key)) is not None:
             self.drop(before)
         held.where, held.since = Where.WAITING, now
+        self._waiting_choices += held.shape.choices
         if held.arrived is None:
             held.arrived = now
         self._jobs[held.key] = held
@@ -130,16 +132,25 @@ class HeldJobs:
         return None
 
     def park(self, held: HeldJob, now: float) -> None:
+        """Takes a waiting job out of the order until it is added again."""
+        self._leave(held)
         held.where, held.since = Where.PARKED, now
 
     def offer(self, held: HeldJob, worker_ids: tuple[str, ...], now: float) -> None:
+        """Takes a waiting job out of the order."""
+        self._leave(held)
         held.where, held.worker_ids, held.since = Where.OFFERED, worker_ids, now
         self._offered += 1
 
     def drop(self, held: HeldJob) -> None:
         """Holds a job no longer."""
         del self._jobs[held.key]
+        self._leave(held)
+
+    def _leave(self, held: HeldJob) -> None:
         self._offered -= held.where is Where.OFFERED
+        if held.where is Where.WAITING:
+            self._waiting_choices -= held.shape.choices
 
 
 def _shape(queued: QueuedJob, *, failed: bool) -> JobShape:
