@@ -21,6 +21,8 @@ M = TypeVar("M")
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _PING_EVERY_MS = 10_000
+# What nobody is in a hurry for waits so long for a message to travel with: each costs both sides more than its content.
+_COMPANY_WITHIN_S = 0.005
 
 # A silent stream is pinged, and the server side allows that rate: a client that pings more often than the server's
 # policy allows is cut off with "too many pings".
@@ -197,15 +199,34 @@ class Outbox(Generic[M]):
         """`merge(message, next)`: adds to a message what was put after it, before it is sent; False: that cannot be."""
         self._queue: asyncio.Queue[M | None] = asyncio.Queue()
         self._merge = merge
+        # Put without hurry, and the timer that ends their wait.
+        self._patient: list[M] = []
+        self._timer: asyncio.TimerHandle | None = None
         # Taken from the queue, since the message before could not have it.
         self._next: M | None = None
 
-    def put(self, message: M) -> None:
-        self._queue.put_nowait(message)
+    def put(self, message: M, *, hurry: bool = True) -> None:
+        """Messages go out in the order of the calls. One without hurry waits some milliseconds for another one."""
+        if hurry:
+            self._end_wait()
+            self._queue.put_nowait(message)
+            return
+        self._patient.append(message)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_COMPANY_WITHIN_S, self._end_wait)
 
     def close(self) -> None:
         """Ends the iteration after what has been put."""
+        self._end_wait()
         self._queue.put_nowait(None)
+
+    def _end_wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for message in self._patient:
+            self._queue.put_nowait(message)
+        self._patient.clear()
 
     def __aiter__(self) -> "Outbox[M]":
         return self

@@ -26,7 +26,9 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode  # made once: `json.dumps`
 
 def set_up(service: str, settings: CommonSettings) -> None:
     """Configures this process's logging and, when an OTLP endpoint is set, its traces."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # which no format shows
+    # What no format shows is not looked up: threads, processes, and whose line it is.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # type: ignore[attr-defined]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(service) if settings.log_format == "json" else _TextFormatter(service))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
@@ -72,6 +74,13 @@ class _TextFormatter(logging.Formatter):
 
     def __init__(self, service: str) -> None:
         super().__init__(f"%(asctime)s {service} %(levelname)s %(message)s", datefmt="%H:%M:%S")
+        self._second, self._time = 0, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Made once a second: a busy service writes hundreds of lines in one."""
+        if (second := int(record.created)) != self._second:
+            self._second, self._time = second, super().formatTime(record, datefmt)
+        return self._time
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = getattr(record, "fields", {})

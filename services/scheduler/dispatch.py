@@ -298,7 +298,8 @@ class Dispatcher:
     def _accepted(self, held: HeldJob) -> None:
         self._metrics.offers.labels("accepted").inc()
         if not held.replaces:
-            waited_s = time.time() - held.queued.job.enqueued_unix_ms / 1000
+            offered = time.time() - (self._clock() - held.since)
+            waited_s = offered - held.queued.job.enqueued_unix_ms / 1000
             self._metrics.queue_wait.labels(self._model).observe(max(0.0, waited_s))
         self._drop(held)
 

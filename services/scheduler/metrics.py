@@ -23,7 +23,7 @@ class SchedulerMetrics:
         )
         self.queue_wait = Histogram(
             "headrace_queue_wait_seconds",
-            "Seconds from a job's entry in the queue to its acceptance by its gateway.",
+            "Seconds from a job's entry in the queue to the offer that its gateway accepted.",
             ["model"],
             buckets=_WAIT_BUCKETS_S,
             registry=registry,

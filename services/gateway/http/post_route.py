@@ -2,6 +2,8 @@
 
 import logging
 
+from prometheus_client import Counter
+
 from services.common.errors import HeadraceError, RequestFailed
 from services.gateway.admission import Admission
 from services.gateway.config import GatewaySettings
@@ -26,6 +28,7 @@ class PostRoute:
         self.keys = keys
         self.settings = settings
         self._metrics = metrics
+        self._answered: dict[int, Counter] = {}  # by status
 
     async def handle(self, exchange: HttpExchange) -> None:
         """Answers one request. Raises HeadraceError or ClientGone."""
@@ -51,4 +54,9 @@ class PostRoute:
         except Exception:
             log.exception("request %s failed", exchange.internal_id)
             await exchange.fail(RequestFailed("The server failed while it handled this request; its log says why."))
-        self._metrics.http_requests.labels(self.path, str(exchange.status)).inc()
+        self._count(exchange.status)
+
+    def _count(self, status: int) -> None:
+        if status not in self._answered:
+            self._answered[status] = self._metrics.http_requests.labels(self.path, str(status))
+        self._answered[status].inc()

@@ -116,7 +116,11 @@ class PlacementLinks:
                 self._on_adoption(message.adoption.job, message.adoption.queue_entry_id)
 
     def _offered(self, offer: Offer, outbox: Outbox[GatewayMessage]) -> None:
-        received = ReceivedOffer(offer, lambda answer: outbox.put(GatewayMessage(answers=[answer])))
+        def send(answer: OfferAnswer) -> None:
+            # Nobody waits to hear that a request goes on as was expected.
+            outbox.put(GatewayMessage(answers=[answer]), hurry=answer.status != OfferAnswer.STATUS_ACCEPTED)
+
+        received = ReceivedOffer(offer, send)
         if active := self._active.get(offer.request_id):
             active.receive(received)
         else:

@@ -96,6 +96,7 @@ class ChatTemplate:
             self._template = environment.from_string(description.chat_template or "")
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template does not compile: {error}") from error
+        self._template.globals = dict(self._template.globals)  # each rendering copies them: from a chain takes longer
         self._special = {"bos_token": description.bos_token or "", "eos_token": description.eos_token or ""}
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:

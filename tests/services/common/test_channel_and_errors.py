@@ -243,3 +243,21 @@ async def test_what_could_not_be_merged_is_sent_before_the_end() -> None:
         outbox.put(number)
     outbox.close()
     assert [message async for message in outbox] == [0, 1, 2]
+
+
+async def test_what_is_in_no_hurry_goes_with_what_comes_next_and_before_it() -> None:
+    outbox: Outbox[list[int]] = Outbox(lambda message, following: message.extend(following) is None)
+    outbox.put([0], hurry=False)
+    outbox.put([1], hurry=False)
+    assert outbox._queue.empty()
+    outbox.put([2])
+    assert await anext(outbox) == [0, 1, 2]
+
+
+async def test_what_is_in_no_hurry_goes_alone_when_nothing_comes_and_is_sent_before_the_end() -> None:
+    outbox: Outbox[int] = Outbox()
+    outbox.put(0, hurry=False)
+    assert await asyncio.wait_for(anext(outbox), 10) == 0
+    outbox.put(1, hurry=False)
+    outbox.close()
+    assert [message async for message in outbox] == [1]

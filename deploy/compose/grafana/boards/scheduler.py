@@ -21,7 +21,7 @@ SCHEDULER = Board(
                     "Waiting in the queue",
                     "s",
                     quantiles("headrace_queue_wait_seconds", MODEL),
-                    "From a job's entry to its acceptance by its gateway.",
+                    "From a job's entry to the offer that its gateway accepted.",
                 ),
             ],
         ),
