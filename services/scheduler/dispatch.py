@@ -23,7 +23,7 @@ from services.scheduler.held import HeldJob, HeldJobs, Where
 from services.scheduler.index import IndexUnion
 from services.scheduler.kv_plans import Candidate
 from services.scheduler.kv_sources import kv_sources
-from services.scheduler.metrics import SchedulerMetrics
+from services.scheduler.metrics import RequestMetrics, SchedulerMetrics
 from services.scheduler.placement import Choice, Policy, impossible, place
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Dispatcher:
         self._gateways = gateways
         self._index = index
         self._metrics = metrics
+        self._counts = RequestMetrics(metrics, model)
         self._timing = timing
         self._policy: Policy = policy
         self._placed = 0
@@ -264,7 +265,7 @@ class Dispatcher:
         if is_recorded(held.queued.job.traceparent):
             self._record(held, choice, began)
         session.offer(offer, lambda status: self._answered(held, status))
-        self._metrics.placements.labels(self._model, "replaced" if held.replaces else choice.reason).inc()
+        (self._counts.replaced if held.replaces else self._counts.placed[choice.reason]).inc()
 
     def _record(self, held: HeldJob, choice: Choice, began: float) -> None:
         """Records, as spans, how long a job has waited, and how it was placed."""
@@ -296,11 +297,11 @@ class Dispatcher:
             self._remove(held)
 
     def _accepted(self, held: HeldJob) -> None:
-        self._metrics.offers.labels("accepted").inc()
+        self._counts.accepted.inc()
         if not held.replaces:
             offered = time.time() - (self._clock() - held.since)
             waited_s = offered - held.queued.job.enqueued_unix_ms / 1000
-            self._metrics.queue_wait.labels(self._model).observe(max(0.0, waited_s))
+            self._counts.queue_wait.observe(max(0.0, waited_s))
         self._drop(held)
 
     def _unanswered(self, held: HeldJob) -> None:

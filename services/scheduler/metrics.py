@@ -1,6 +1,10 @@
 """Metrics of the scheduler."""
 
+from typing import get_args
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+
+from services.scheduler.placement import Reason
 
 _WAIT_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -64,3 +68,13 @@ class SchedulerMetrics:
             ["model"],
             registry=registry,
         )
+
+
+class RequestMetrics:
+    """Those of one model that each request counts in, their labels looked up once."""
+
+    def __init__(self, metrics: SchedulerMetrics, model: str) -> None:
+        self.queue_wait = metrics.queue_wait.labels(model)
+        self.accepted = metrics.offers.labels("accepted")
+        self.replaced = metrics.placements.labels(model, "replaced")
+        self.placed = {reason: metrics.placements.labels(model, reason) for reason in get_args(Reason)}
