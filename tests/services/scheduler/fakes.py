@@ -20,6 +20,7 @@ from headrace.v1.scheduler_pb2 import (
     AttemptReport,
     Catalog,
     Credits,
+    DescribeFleetRequest,
     GatewayHello,
     GatewayMessage,
     ModelInfo,
@@ -71,6 +72,16 @@ class RunningScheduler:
             async for response in stub.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True):
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
                     return
+
+    async def until_granted(self, worker_id: str, sequences: int) -> None:
+        """Returns when a worker's report of so many free sequences has come."""
+        async with dial(self.address) as channel, asyncio.timeout(10):
+            while True:
+                fleet = await SchedulerStub(channel).DescribeFleet(DescribeFleetRequest())
+                states = {worker.registration.worker_id: worker.state for worker in fleet.workers}
+                if states[worker_id].credits.sequences == sequences:
+                    return
+                await asyncio.sleep(0.01)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0

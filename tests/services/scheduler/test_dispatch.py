@@ -324,12 +324,13 @@ async def test_a_prefix_hit_decides_between_workers(redis_url: str) -> None:
             await asyncio.sleep(0.01)
         while scheduler.metric("headrace_index_blocks") != 4:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        for _ in range(3):
+        for sequences in (9, 10, 11):
             job, _ = await gateway.submit(prompt_tokens=80, block_hashes=b"".join(blocks))
             offer = await gateway.offers.get()
             assert (offer.placement.worker_id, offer.placement.expected_hit_tokens) == ("b", 64)
             await gateway.accept(offer, job)
-            workers[1].grant(8, job.request_id)
+            workers[1].grant(sequences, job.request_id)
+            await scheduler.until_granted("b", sequences)  # until then the job counts against it
         assert scheduler.metric("headrace_placements_total", model=MODEL, reason="prefix_hit") == 3
         for worker in workers:
             await worker.leave()
