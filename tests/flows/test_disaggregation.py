@@ -5,7 +5,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,18 +96,31 @@ def test_fifty_prompts_give_the_same_answers_as_on_one_worker(split: HeadraceUp,
     assert_nothing_is_held(split)
 
 
+def begun_prefill(stack: HeadraceUp, threads: Executor, seed: int) -> tuple[list[int], Future[str]]:
+    """A prompt that the prefill worker computes now, and its answer to come. One that was too quick has a successor."""
+    for number in range(seed, seed + 20):
+        long = prompt(number, LONG)
+        answer = threads.submit(ask, stack, long)
+
+        def seen_or_over(answer: Future[str] = answer) -> bool:
+            return prefills(stack) > 0 or answer.done()
+
+        eventually(seen_or_over, "the prefill has begun")
+        if not answer.done():
+            return long, answer
+    raise AssertionError("no prefill was seen while it ran")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_prefill_worker_that_dies_or_stands_still_is_a_pause(
     split: HeadraceUp, stack: HeadraceUp, number: signal.Signals
 ) -> None:
     wait_for_both(split)
     before = failures(split, "prefill")
-    long = prompt(1000 + int(number), LONG)
     pid = split.pid_of("prefill")
     since = split.lines_so_far
     with ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(ask, split, long)
-        eventually(lambda: prefills(split) > 0, "the prefill has begun")
+        long, answer = begun_prefill(split, threads, seed=1000 * int(number))
         os.kill(pid, number)
         assert answer.result() == ask(stack, long)
     assert failures(split, "prefill") == before + 1
