@@ -61,7 +61,7 @@ class ActiveRequest:
         self.spending = Spending()
         # Set when there is an offer, tokens, an end or an error to look at.
         self.news = asyncio.Event()
-        # Its task waits for news, so all deltas so far are with the caller.
+        # Its task waits for news, or is about to look at some: all that it has made of the news before is delivered.
         self.waiting = False
         self.error: HeadraceError | None = None
         # Its caller has gone.
@@ -184,8 +184,10 @@ class ActiveRequest:
     async def look_at_news(self) -> None:
         """Waits until something has come. Raises the request's error."""
         self.waiting = True
-        await self.news.wait()
-        self.waiting = False
+        try:
+            await self.news.wait()
+        finally:
+            self.waiting = False
         self.news.clear()
         if self.error is not None:
             raise self.error

@@ -5,13 +5,17 @@ So once a choice has begun, and while its request's task has nothing else to see
 callers one after the other as the message is read. What is anything but a token in the middle wakes the task.
 """
 
+import logging
 from typing import Protocol
 
 from headrace.v1.sampling_pb2 import FinishReason
+from services.common.errors import RequestFailed
 from services.gateway.active_request import ActiveRequest
 from services.gateway.metrics import ModelMetrics
 from services.gateway.request import Delta
 from services.gateway.text.choice import Choice
+
+log = logging.getLogger(__name__)
 
 _UNFINISHED = FinishReason.FINISH_REASON_UNSPECIFIED
 
@@ -31,7 +35,7 @@ class StepTally:
     """The tokens of one step, counted together where they are alike."""
 
     def __init__(self, now: float) -> None:
-        """`now`: when the step's message came, loop time."""
+        """`now`: when the step's message came, by `time.monotonic()`."""
         self.now = now
         self._counts: dict[tuple[ModelMetrics, float], int] = {}
 
@@ -59,12 +63,19 @@ class DirectDelivery:
         self._metrics = metrics
 
     def deliver(self, token_ids: list[int], tally: StepTally) -> bool:
-        """Tokens in the middle of the sequence. False: its task has to see to them."""
+        """Tokens in the middle of the sequence, one at least. False: its task has to see to them."""
         if not (self._active.waiting and self._outlet.open):
             return False
+        try:
+            self._deliver(token_ids, tally)
+        except Exception:  # a fault of this request, which is not to end its neighbors' on the same stream
+            log.exception("request %s: its tokens could not be delivered", self._active.id)
+            self._active.fail(RequestFailed("The server failed while it delivered this answer; its log says why."))
+        return True
+
+    def _deliver(self, token_ids: list[int], tally: StepTally) -> None:
         choice = self._choice
         delta = choice.advance(token_ids, _UNFINISHED)
         tally.add(self._metrics, (tally.now - choice.last_token_at) / len(token_ids), len(token_ids))
         choice.last_token_at = tally.now
         self._outlet.write(delta)
-        return True

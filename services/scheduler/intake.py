@@ -26,7 +26,7 @@ _MOST_JOBS_A_POP = 64
 _LONGEST_WAIT_S = 5.0
 _LONGEST_BACKOFF_S = 2.0
 # What comes so soon after a job is taken together, for less of the CPU than one by one; a little later, too, after
-# several jobs. Nobody who waits for one answer before the next request is held up.
+# several jobs. A job that comes within that time waits for its end.
 _PAUSE_S, _LONGER_PAUSE_S = 0.002, 0.004
 
 

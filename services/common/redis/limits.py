@@ -101,7 +101,7 @@ class LimitStore:
         """How meters stand."""
         return (await self.reserve(scope, "", [Claim(meter) for meter in meters])).standings
 
-    async def charge(self, scope: str, charges: Iterable[Charge]) -> None:
+    async def charge(self, scope: str, charges: Sequence[Charge]) -> None:
         """Charges what was used, renews the leases of what goes on, and gives back what ended reservations still hold.
         Doing it again changes nothing. Without charges it only sees to the leases of others that ran out.
         """
@@ -111,7 +111,9 @@ class LimitStore:
             arguments += (charge.id, int(charge.ended), len(holding))
             for claim, used in zip(holding, charge.used, strict=True):
                 arguments += (claim.meter.name, claim.meter.window_ms, claim.hold, used)
-        await self._redis.script(scripts.CHARGE, limit_keys(scope), arguments, hurry=False)
+        # What ended gives back what callers may be waiting for.
+        hurry = any(charge.ended for charge in charges)
+        await self._redis.script(scripts.CHARGE, limit_keys(scope), arguments, hurry=hurry)
 
     def _may_expire(self) -> int:
         """1 once Redis has answered for a full lease: every gateway that lives has renewed its reservations since."""

@@ -155,11 +155,11 @@ class JobQueue:
         """Those of the entries that Redis does not hold: ended by somebody, or forgotten in a restart of Redis."""
         return await _select(entries, self._not_held)
 
-    async def acknowledge(self, job: Job, entry_id: str) -> None:
+    async def acknowledge(self, job: Job, entry_id: str, *, hurry: bool = False) -> None:
         """Ends an entry: after the job's last event, or to withdraw it while it waits. Does nothing the second time."""
         arguments = (GROUP, self._owner.consumer, entry_id)
         stream = queue_stream(job.model, job.priority)
-        await self._redis.script(scripts.ACKNOWLEDGE, [stream], arguments, hurry=False)
+        await self._redis.script(scripts.ACKNOWLEDGE, [stream], arguments, hurry=hurry)
 
     async def retire(self) -> None:
         """Says that this gateway is gone, so that others need not wait for its heartbeat to run out."""
@@ -182,7 +182,7 @@ class JobQueue:
 
     async def remove(self, job: Job, entry_id: str) -> None:
         """Ends an entry that this scheduler owns, because its gateway no longer wants it."""
-        await self.acknowledge(job, entry_id)
+        await self.acknowledge(job, entry_id, hurry=True)  # one after the other
 
     async def reclaim(self, model: str) -> Reclaimed:
         """Picks up entries whose owner's lease ran out, and ends those that nobody can go on with.

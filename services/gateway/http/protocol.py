@@ -1,6 +1,7 @@
 """uvicorn's HTTP protocol with bounds on what a connection may send, and on how many there are.
 
-uvicorn bounds neither the head of a request, in bytes or in time, nor a connection that never sends one.
+uvicorn bounds neither the head of a request, in bytes or in time, nor a connection that never sends one. While a
+pipelined request waits for the one before it, nothing is read, and so the client's end is not seen.
 """
 
 import asyncio
@@ -100,6 +101,11 @@ class LimitedProtocol(HttpToolsProtocol):
         self._requests.append(request)
         self.scope[CONNECTION] = request  # type: ignore[literal-required]
 
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()  # a long body has paused it: then the client's end would not be seen
+
     def on_body(self, body: bytes) -> None:
         self._counted_bytes -= len(body)
         super().on_body(body)
@@ -159,7 +165,7 @@ class _RequestConnection:
         self.on_lost: Callable[[], None] | None = None
 
     def lose(self) -> None:
-        self.lost = True
+        self.lost = self._cycle.disconnected = True  # uvicorn says so to the newest request alone
         if self.on_lost is not None:
             self.on_lost()
 

@@ -96,7 +96,7 @@ class SequenceFeed:
     def receive(self, token_ids: list[int], tally: StepTally, *, ending: bool) -> None:
         """Takes tokens; `ending`: they are the last ones."""
         direct = self.direct
-        if direct is None or ending or self.token_ids or not direct.deliver(token_ids, tally):
+        if direct is None or ending or self.token_ids or not token_ids or not direct.deliver(token_ids, tally):
             self.token_ids += token_ids
             self.news.set()
 

@@ -41,7 +41,7 @@ class Choice:
         self.index = index
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason.ValueType = _UNFINISHED
-        # Loop time of the newest token.
+        # When the newest token came, by `time.monotonic()`.
         self.last_token_at = 0.0
         self._detokenizer = detokenizer
         self._echo = echo

@@ -4,6 +4,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
@@ -11,10 +12,12 @@ from prometheus_client import CollectorRegistry
 from headrace.v1.sampling_pb2 import FinishReason, Stopping
 from services.gateway.active_request import ActiveRequest
 from services.gateway.direct import DirectDelivery, StepTally
+from services.gateway.http.outlets import EventStream
 from services.gateway.links.worker_links import SequenceFeed
 from services.gateway.metrics import Metrics
 from services.gateway.request import Delta
 from services.gateway.text.choice import Choice
+from tests.services.gateway.stack import Stack
 
 UNFINISHED = FinishReason.FINISH_REASON_UNSPECIFIED
 
@@ -95,6 +98,51 @@ def test_equal_gaps_of_a_step_are_counted_together() -> None:
     gaps = metrics.inter_token_latency.take()
     assert gaps.count == 4
     assert abs(gaps.mean_s - 0.375) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("fields", "direct"),
+    [
+        ({}, True),
+        ({"stream": True}, True),
+        ({"stream": True, "n": 2}, True),
+        ({"stream": True, "stop": "never said"}, False),
+        ({"stream": True, "logprobs": 1}, False),
+        ({"stream": True, "resumable": True}, False),
+        ({"stream": True, "prompt": ["hello", "you"]}, False),
+    ],
+)
+async def test_the_middle_of_plain_answers_goes_the_short_way(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], direct: bool
+) -> None:
+    delivered: list[int] = []
+    deliver = DirectDelivery._deliver
+
+    def counted(self: DirectDelivery, token_ids: list[int], tally: StepTally) -> None:
+        delivered.extend(token_ids)
+        deliver(self, token_ids, tally)
+
+    monkeypatch.setattr(DirectDelivery, "_deliver", counted)
+    answer = await stack.complete(**fields)
+    assert answer.status_code == 200
+    assert bool(delivered) == direct
+
+
+async def test_a_fault_in_one_answer_is_not_its_neighbors(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails = True
+
+    def broken_once(self: EventStream, delta: Delta) -> None:
+        nonlocal fails
+        if fails:
+            fails = False
+            raise ValueError("a bug")
+        write(self, delta)
+
+    write = EventStream.write
+    monkeypatch.setattr(EventStream, "write", broken_once)
+    answers = await asyncio.gather(*(stack.complete(stream=True) for _ in range(3)))
+    assert sorted("The server failed" in answer.text for answer in answers) == [False, False, True]
+    assert len(stack.workers[0].starts) == 3  # none was started again
 
 
 events = st.one_of(

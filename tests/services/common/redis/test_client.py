@@ -54,8 +54,11 @@ async def test_what_is_in_no_hurry_travels_before_what_is(client: RedisClient, m
         await exchange(commands, replies)
 
     monkeypatch.setattr(client, "_exchange", counted)
+    monkeypatch.setattr(client_module, "_COMPANY_WITHIN_S", 60.0)
     patient = asyncio.create_task(client.command("RPUSH", "list", "a", hurry=False))
-    await asyncio.sleep(0)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert client._sender is None
     assert await client.command("RPUSH", "list", "b") == 2
     assert await patient == 1
     assert sizes == [2]

@@ -152,3 +152,28 @@ async def test_thousands_of_idle_connections_keep_nobody_out(redis_url: str) -> 
         assert await grpc_health(dial_front(front, None)) == "not serving"
     process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(process.wait(), 15) == 0
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+@pytest.mark.parametrize("size", [1_000, 100_000, 400_000])
+async def test_a_client_that_leaves_ends_its_request_however_long_its_body_was(
+    stack: Stack, size: int, pipelined: bool
+) -> None:
+    [worker] = stack.workers
+    worker.pause_after = 1
+    body = b'{"model": "%b", "prompt": "hello", "max_tokens": 100, "user": "%b"}' % (MODEL.encode(), b"u" * size)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    async with connections(http_address(stack), 1) as [(_, writer)]:
+        writer.write(head)
+        await writer.drain()
+        await asyncio.sleep(0.01)  # the body comes in a packet of its own
+        writer.write(body)
+        await writer.drain()
+        await asyncio.wait_for(worker.started.wait(), 20)
+        if pipelined:
+            writer.write(head + body[:10])
+            await writer.drain()
+    if not pipelined:
+        await asyncio.wait_for(worker.cancelled.wait(), 20)
+    worker.let_go()
+    await stack.settled()
