@@ -28,7 +28,7 @@ def set_up(service: str, settings: CommonSettings) -> None:
     """Configures this process's logging and, when an OTLP endpoint is set, its traces."""
     # What no format shows is not looked up: threads, processes, and whose line it is.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # type: ignore[attr-defined]
+    logging._srcfile = None
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(service) if settings.log_format == "json" else _TextFormatter(service))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
