@@ -2,17 +2,17 @@
 
     HEADRACE_WORKER_DTYPE=bfloat16 HEADRACE_WORKER_QUANTIZE=int8 python -m services.worker.step_times
 
-Settings are the worker's. A line for each kind of step: its median time, the rows that it computes per second, and how
-fast as many threads read memory in between, which bounds a decode of few sequences; on a shared machine that changes
-by the minute, and tells which times can be compared.
+Settings are the worker's. A line for each kind of step: its median time and the rows that it computes per second. Of
+compiled models also what bounds it: how fast as many threads read memory and multiply, measured in turn with the step,
+since on a shared machine that changes by the minute; and how much of the step's time reading the weights and the KV,
+and multiplying with them, would take at these rates. The larger share is how near the step is to the machine's limit.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import numpy as np
 import torch
 
 from services.common import config
@@ -20,13 +20,14 @@ from services.worker import model_store
 from services.worker.build import build_runner
 from services.worker.config import WorkerSettings
 from services.worker.engine.batcher import Batch, Slice
+from services.worker.engine.kernels.compiled.isa import choose_isa
 from services.worker.engine.model_runner import ModelRunner
 from services.worker.engine.sequence import SamplingParams, Sequence, StopParams
 
 _REPEAT_S = 3.0
-_READ_BYTES = 1 << 28
 _DECODES = ((1, 160), (4, 200), (8, 200), (16, 200), (32, 200), (8, 1056))  # (sequences, their context in tokens)
-_PREFILLS = ((1, 0, 512), (1, 1024, 512), (4, 0, 128))  # (sequences, tokens computed before, tokens)
+# (sequences, tokens computed before, tokens)
+_PREFILLS = ((1, 0, 32), (1, 0, 512), (1, 1024, 512), (1, 0, 1536), (4, 0, 128))
 
 
 def main() -> None:
@@ -43,12 +44,11 @@ def main() -> None:
         if part not in ("", "none")
     )
     print(f"{kind}, {runner.weight_bytes / 1e6:.0f} MB of weights, {torch.get_num_threads()} threads")
-    clock = _Clock(torch.get_num_threads())
+    report = _bounded(settings, folder, runner) if facts.implementation == "compiled" else _timed(runner)
     for sequences, context in _DECODES:
-        clock.report(f"decode of {sequences} at {context}", runner, _batch(runner, sequences, context - 1, 1))
+        report(f"decode of {sequences} at {context}", _batch(runner, sequences, context - 1, 1))
     for sequences, before, tokens in _PREFILLS:
-        name = f"prefill of {sequences} x {tokens} at {before}"
-        clock.report(name, runner, _batch(runner, sequences, before, tokens))
+        report(f"prefill of {sequences} x {tokens} at {before}", _batch(runner, sequences, before, tokens))
 
 
 def _batch(runner: ModelRunner, sequences: int, before: int, tokens: int) -> Batch:
@@ -63,21 +63,32 @@ def _batch(runner: ModelRunner, sequences: int, before: int, tokens: int) -> Bat
     return Batch(tuple(slices))
 
 
-class _Clock:
-    """Times steps, and memory's reading beside them."""
+def _timed(runner: ModelRunner) -> Callable[[str, Batch], None]:
+    def report(name: str, batch: Batch) -> None:
+        [step_s] = _medians_s(lambda: runner.forward(batch))
+        print(_line(name, batch, step_s), flush=True)
 
-    def __init__(self, threads: int) -> None:
-        # The processor is settled by the runner, before anything of the kernels may be imported.
-        from services.worker.engine.kernels.compiled.reading import read_memory
+    return report
 
-        pool, memory = ThreadPoolExecutor(threads), np.ones(_READ_BYTES, np.uint8)
-        self._read = lambda: read_memory(memory, pool, threads)
 
-    def report(self, name: str, runner: ModelRunner, batch: Batch) -> None:
-        rows = sum(part.length for part in batch.slices)
-        step_s, read_s = _medians_s(lambda: runner.forward(batch), self._read)
-        rate = _READ_BYTES / read_s / 1e9
-        print(f"{name:<28} {step_s * 1e3:8.2f} ms  {rows / step_s:8.0f} rows/s  memory at {rate:.1f} GB/s", flush=True)
+def _bounded(settings: WorkerSettings, folder: Path, runner: ModelRunner) -> Callable[[str, Batch], None]:
+    from services.worker.step_bounds import describe_bounds, make_probes, step_needs  # the model is loaded now
+
+    isa = choose_isa(settings.instruction_set)
+    needs = step_needs(folder, runner.facts, isa)
+    probes = make_probes(needs, isa, torch.get_num_threads())
+
+    def report(name: str, batch: Batch) -> None:
+        step_s, *taken_s = _medians_s(lambda: runner.forward(batch), *(probe.run for probe in probes.values()))
+        rates = {kind: probe.amount / s for (kind, probe), s in zip(probes.items(), taken_s, strict=True)}
+        print(_line(name, batch, step_s), describe_bounds(needs.of(batch), rates, step_s), flush=True)
+
+    return report
+
+
+def _line(name: str, batch: Batch, step_s: float) -> str:
+    rows = sum(part.length for part in batch.slices)
+    return f"{name:<28} {step_s * 1e3:8.2f} ms  {rows / step_s:8.0f} rows/s  "
 
 
 def _medians_s(*works: Callable[[], object]) -> list[float]:

@@ -39,6 +39,13 @@ class LlamaConfig:
     def layer_shapes(self) -> tuple[LayerShape, ...]:
         return (LayerShape(self.kv_heads, self.head_dim, self.head_dim),) * self.layers
 
+    @property
+    def layer_matrices(self) -> tuple[tuple[int, int], ...]:
+        """(columns, depth) of what a layer multiplies with: QKV, attention's output, gate and up, down."""
+        hidden, inner, queries = self.hidden_size, self.intermediate_size, self.heads * self.head_dim
+        qkv = queries + 2 * self.kv_heads * self.head_dim
+        return (qkv, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner)
+
 
 def parse_llama_config(config: ConfigJson) -> LlamaConfig:
     """Raises NotLlamaShaped for other families and for features that only the general path has.

@@ -57,6 +57,12 @@ def weight_bits(dtype: torch.dtype, quantize: Quantization) -> tuple[int, int]:
     return bits, max(bits, 8)
 
 
+def matrix_bytes(config: LlamaConfig, isa: Isa, bits: int, head_bits: int) -> int:
+    """Of all matrices once packed, which is what a step reads of weights."""
+    layers = config.layers * sum(packed_bytes(columns, depth, bits, isa) for columns, depth in config.layer_matrices)
+    return layers + packed_bytes(config.vocabulary_size, config.hidden_size, head_bits, isa)
+
+
 def read_packed_weights(
     folder: Path, config: LlamaConfig, isa: Isa, dtype: torch.dtype, quantize: Quantization
 ) -> PackedWeights:
@@ -66,7 +72,7 @@ def read_packed_weights(
     biases: list[Floats | None] = []
     norms: list[Tensor] = []
     qk_norms: list[Tensor] = []
-    arena = Arena(_arena_bytes(config, isa, bits, head_bits))
+    arena = Arena(matrix_bytes(config, isa, bits, head_bits))
     with open_llama(folder, config, torch.float32, torch.device("cpu")) as reader:
         for index in range(config.layers):
             layer = reader.layer(index)
@@ -100,11 +106,3 @@ def _bias(linear: Linear, isa: Isa) -> Floats | None:
     out = np.zeros(padded_columns(len(linear.bias), isa), np.float32)
     out[: len(linear.bias)] = linear.bias.numpy()
     return out
-
-
-def _arena_bytes(config: LlamaConfig, isa: Isa, bits: int, head_bits: int) -> int:
-    hidden, inner, queries = config.hidden_size, config.intermediate_size, config.heads * config.head_dim
-    qkv = queries + 2 * config.kv_heads * config.head_dim
-    of_layer = ((qkv, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner))
-    layers = config.layers * sum(packed_bytes(columns, depth, bits, isa) for columns, depth in of_layer)
-    return layers + packed_bytes(config.vocabulary_size, hidden, head_bits, isa)

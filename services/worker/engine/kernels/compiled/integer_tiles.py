@@ -1,5 +1,6 @@
 """The tiles of quantized products: exact integer sums within a group of k, which float32 scales then weigh."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,11 @@ def integer_panels(isa: Isa, rows: int, panels: int, bits: int) -> Any:
         return types.void(*[types.int64] * 11), generate
 
     return multiply
+
+
+def byte_products(isa: Isa) -> Callable[[Builder, Value, Value, Value], Value]:
+    """How tiles of 8-bit weights add: (builder, int32 sums, words of unsigned bytes, of signed bytes) to new sums."""
+    return _IntegerTile(isa, rows=1, vectors=1, bits=8).multiply_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +144,7 @@ class _IntegerTile:
                     x = at(builder, activations, builder.add(first_activation, I64(place)))
                     xs = load_splat(builder, x, I32, lanes)
                     products[row] = [
-                        self._multiply_bytes(builder, product, unpacked[part], xs)
+                        self.multiply_bytes(builder, product, unpacked[part], xs)
                         for product, unpacked in zip(products[row], parts, strict=True)
                     ]
         if self.bits == 4 and self.isa.byte_pairs:
@@ -153,7 +159,7 @@ class _IntegerTile:
         high = builder.lshr(words, constant(I32, self.isa.lanes, 4))
         return [builder.and_(words, mask), builder.and_(high, mask)]
 
-    def _multiply_bytes(self, builder: Builder, total: Value, unsigned: Value, signed: Value) -> Value:
+    def multiply_bytes(self, builder: Builder, total: Value, unsigned: Value, signed: Value) -> Value:
         """total + the sum of the 4 products of unsigned and signed bytes, in each 32-bit lane.
 
         With `byte_pairs` each lane of 4-bit weights is two 16-bit sums: those of a group stay below
