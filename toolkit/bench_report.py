@@ -21,17 +21,18 @@ def show(record: Record, console: Console) -> None:
     console.width = max(console.width, _LEAST_WIDTH)
     first, *others = servers_of(record.measurements)
     ratio = f"ratio: {first} as a multiple of the other"
-    tables = {
-        f"{first}: medians over the rounds, as the clients saw them": _details(
-            [m for m in record.measurements if m.server == first]
-        )
-    }
+    of_first = [m for m in record.measurements if m.server == first]
+    tables = {f"{first}: medians over the rounds, as the clients saw them": _details(of_first)}
+    if any(m.result.server_ms for m in of_first):
+        tables[f"{first}: where a request's time went by the server's own account, ms"] = _server_times(of_first)
     if others:
         units = {row.name: f"{row.rate} tok/s" for row in record.rows}
         rates = _comparison(record.measurements, rate_of(record.rows), units)
         tables[f"Rates; {ratio} (higher is better)"] = rates
         waits = _comparison(record.measurements, ttft_p50_ms, dict.fromkeys(units, "ms"))
         tables[f"Time to the first token, p50; {ratio} (lower is better)"] = waits
+        gaps = _comparison(record.measurements, inter_token_p50_ms, dict.fromkeys(units, "ms"))
+        tables[f"Time between tokens, p50; {ratio} (lower is better)"] = gaps
     if record.batching:
         tables["The same work under each batching policy, and the ratio of the two"] = _batching(record.batching)
     for title, table in tables.items():
@@ -69,6 +70,10 @@ def ttft_p50_ms(measurement: Measurement) -> float:
     return measurement.result.ttft_p50_ms
 
 
+def inter_token_p50_ms(measurement: Measurement) -> float:
+    return measurement.result.inter_token_p50_ms
+
+
 def servers_of(measurements: Sequence[Measurement]) -> list[str]:
     """In the order in which they had their first turns."""
     return list(dict.fromkeys(m.server for m in measurements))
@@ -104,7 +109,7 @@ def _details(measurements: Sequence[Measurement]) -> Table:
         "prompt\ntok/s": lambda m: m.result.prompt_tokens_per_s,
         "TTFT\np50 ms": ttft_p50_ms,
         "TTFT\np99 ms": lambda m: m.result.ttft_p99_ms,
-        "inter-token\np50 ms": lambda m: m.result.inter_token_p50_ms,
+        "inter-token\np50 ms": inter_token_p50_ms,
     }
     cpu_headings = ["worker\nCPU s", "other\nCPU s", "control\nplane", "worker\nRSS MiB"]
     table = _table(["row"], [*figures, *cpu_headings, "short\nanswers"])
@@ -113,6 +118,16 @@ def _details(measurements: Sequence[Measurement]) -> Table:
         cells = [f"{median(map(figure, rounds)):.1f}" for figure in figures.values()]
         cpu = _cpu_cells([m.cpu for m in rounds if m.cpu is not None])
         table.add_row(row, *cells, *cpu, str(sum(m.result.short_answers for m in rounds)))
+    return table
+
+
+def _server_times(measurements: Sequence[Measurement]) -> Table:
+    """A line per row of one server: medians over the rounds of what it tells itself."""
+    parts = list(dict.fromkeys(name for m in measurements for name in m.result.server_ms))
+    table = _table(["row"], parts)
+    for row in rows_of(measurements):
+        rounds = [m.result.server_ms for m in measurements if m.result.row == row]
+        table.add_row(row, *(f"{median(one.get(part, 0.0) for one in rounds):.1f}" for part in parts))
     return table
 
 
@@ -136,7 +151,7 @@ def _batching(measurements: Sequence[Measurement]) -> Table:
         ("output tok/s", "higher", lambda m: m.result.output_tokens_per_s),
         ("TTFT p50 ms", "lower", ttft_p50_ms),
         ("TTFT p99 ms", "lower", lambda m: m.result.ttft_p99_ms),
-        ("inter-token p50 ms", "lower", lambda m: m.result.inter_token_p50_ms),
+        ("inter-token p50 ms", "lower", inter_token_p50_ms),
     ]
     for name, better, figure in lines:
         by_server = {server: value for (server, _), value in medians(measurements, figure).items()}

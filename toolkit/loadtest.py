@@ -9,9 +9,9 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import aiohttp
@@ -25,6 +25,8 @@ _WARMING_PROMPT = 4
 _REQUEST_TIMEOUT_S = 900.0
 # For a list of models, which may have to wait for cores that others keep busy.
 _FIRST_ANSWER_S = 30.0
+# Has Headrace say where a request's time went; others do not know it.
+_WITH_TIMINGS = {"x-headrace-timings": "1"}
 
 
 Rate = Literal["output", "prompt"]
@@ -81,6 +83,8 @@ class Answer:
     tokens: int
     gaps_s: tuple[float, ...] = ()
     """Times between events with text, in order."""
+    server_ms: Mapping[str, float] = field(default_factory=dict)
+    """Where the time went by the server's own account, if it gives one."""
 
     @property
     def inter_token_s(self) -> float:
@@ -100,6 +104,8 @@ class RowResult:
     inter_token_p50_ms: float
     wall_s: float
     short_answers: int
+    # The medians of what the server itself told of each request's time, by its own names.
+    server_ms: Mapping[str, float] = field(default_factory=dict)
 
     def rate(self, kind: Rate) -> float:
         """Tokens per second."""
@@ -207,7 +213,8 @@ async def _stream(session: aiohttp.ClientSession, model: str, request: Request) 
     first = last = 0.0
     gaps: list[float] = []
     tokens = 0
-    async with session.post("/v1/completions", json=body) as reply:
+    server_ms: dict[str, float] = {}
+    async with session.post("/v1/completions", json=body, headers=_WITH_TIMINGS) as reply:
         if reply.status != 200:
             raise LoadFailed(f"HTTP {reply.status}: {(await reply.text())[:300]}")
         async for line in reply.content:
@@ -223,9 +230,15 @@ async def _stream(session: aiohttp.ClientSession, model: str, request: Request) 
                 first, last = first or now, now
             if event.get("usage"):
                 tokens = event["usage"]["completion_tokens"]
+            server_ms = _milliseconds(event.get("timings")) or server_ms
     if not first:
         raise LoadFailed("the stream ended without a token")
-    return Answer(ttft_s=first - sent, total_s=last - sent, tokens=tokens, gaps_s=tuple(gaps))
+    return Answer(first - sent, last - sent, tokens, gaps_s=tuple(gaps), server_ms=server_ms)
+
+
+def _milliseconds(timings: Mapping[str, float] | None) -> dict[str, float]:
+    """Of an event's `timings`, as Headrace and llama.cpp send them, those that are milliseconds."""
+    return {name.removesuffix("_ms"): value for name, value in (timings or {}).items() if name.endswith("_ms")}
 
 
 def _summarize(row: Row, seed: int, requests: Sequence[Request], answers: Sequence[Answer], wall_s: float) -> RowResult:
@@ -240,6 +253,10 @@ def _summarize(row: Row, seed: int, requests: Sequence[Request], answers: Sequen
         inter_token_p50_ms=quantile([answer.inter_token_s for answer in answers], 0.5) * 1e3,
         wall_s=wall_s,
         short_answers=sum(answer.tokens != request.output for request, answer in zip(requests, answers, strict=True)),
+        server_ms={
+            name: quantile([answer.server_ms.get(name, 0.0) for answer in answers], 0.5)
+            for name in answers[0].server_ms
+        },
     )
 
 

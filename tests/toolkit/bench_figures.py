@@ -28,6 +28,7 @@ def measurement(
         inter_token_p50_ms=20.0,
         wall_s=10.0,
         short_answers=short,
+        server_ms={"total": ttft_ms * 3, "prefill": ttft_ms - 5} if server == "ours" else {},
     )
     cpu = CpuUse(worker_s=9.0, other_s=1.0, worker_rss_mib=500.0, control_plane_share=0.1)
     return Measurement(server, number, result, cpu if server == "ours" else None)

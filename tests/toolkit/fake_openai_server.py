@@ -48,7 +48,8 @@ class Server:
         tokens = body["max_tokens"] - (self.options.mood == "short")
         for event in (
             {"choices": [{"text": "word"}]},
-            {"choices": [{"text": " word"}], "usage": {"completion_tokens": tokens}},
+            {"choices": [{"text": " word"}]},
+            {"choices": [], "usage": {"completion_tokens": tokens}, "timings": {"total_ms": 7.0, "prompt_n": 3}},
         ):
             await reply.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         await reply.write(b"data: [DONE]\n\n")

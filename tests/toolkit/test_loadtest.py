@@ -41,6 +41,7 @@ async def test_what_is_asked_is_what_is_counted() -> None:
     counted = result.output_tokens_per_s * result.wall_s, result.prompt_tokens_per_s * result.wall_s
     assert counted == pytest.approx(tokens)
     assert result.short_answers == 0
+    assert result.server_ms == {"total": 7.0}
 
 
 async def test_short_answers_are_counted() -> None:
