@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 _RENEW_EVERY_S = LEASE_S / 3
 _RETRY_EVERY_S = 1.0
+# Offered entries are taken over so much later, many together, and not at all if they have ended: far within the lease
+# that the scheduler has them on until then.
+_GATHER_S = 0.05
 
 
 class Leases:
@@ -115,6 +118,7 @@ class Leases:
 
     async def _take_over_offered(self) -> None:
         while self._offered:
+            await asyncio.sleep(_GATHER_S)
             offered, self._offered = self._offered, []
             running = [active for active, entry_id in offered if self._is_current(active, entry_id)]
             with failures_logged(log, "offered entries could not be taken over"):
