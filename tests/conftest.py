@@ -35,11 +35,3 @@ def default_model() -> Path:
     from services.worker.model_store import DEFAULT_MODEL, resolve
 
     return resolve(DEFAULT_MODEL)
-
-
-@pytest.fixture(scope="session")
-def default_kernels() -> Path:
-    """Where the default model's compiled kernels are kept: in the user's own store, as by workers that serve it."""
-    from services.worker.model_store import kernels_folder
-
-    return kernels_folder(None)

@@ -29,9 +29,9 @@ pytestmark = pytest.mark.timeout(600)  # a minute is usual; a busy machine takes
 
 
 @pytest.fixture(scope="module", params=["compiled", "native", "transformers"])
-def model(request: pytest.FixtureRequest, default_model: Path, default_kernels: Path) -> CausalModel:
+def model(request: pytest.FixtureRequest, default_model: Path) -> CausalModel:
     implementation: Implementation = request.param
-    loaded = load_model(default_model, dtype="float32", implementation=implementation, kernels=default_kernels)
+    loaded = load_model(default_model, dtype="float32", implementation=implementation)
     assert loaded.facts.implementation == implementation
     return loaded
 

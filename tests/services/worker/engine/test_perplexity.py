@@ -44,13 +44,13 @@ def tokens(default_model: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def perplexity(default_model: Path, default_kernels: Path, tokens: list[int]) -> Callable[[str], float]:
+def perplexity(default_model: Path, tokens: list[int]) -> Callable[[str], float]:
     """That of a configuration by its name; computed once."""
 
     @cache
     def compute(name: str) -> float:
         settings = {"implementation": "compiled", "block_size": BLOCK_SIZE, **CONFIGURATIONS[name]}
-        found = perplexity_of(load_model(default_model, kernels=default_kernels, **settings), tokens)
+        found = perplexity_of(load_model(default_model, **settings), tokens)
         print(f"\nperplexity of {name}: {found:.4f}")
         return found
 
