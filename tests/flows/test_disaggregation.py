@@ -197,8 +197,7 @@ def slowed(pid: int, *, runs_s: float) -> Iterator[None]:
 
 @pytest.mark.timeout(600)  # a quarter of a minute is usual; a busy machine takes many times that
 def test_a_cache_service_that_stands_still_or_is_slow_is_a_pause(split: HeadraceUp, blocks: Path) -> None:
-    # It stands still last: those who watch it then lose their connection, and for a moment what they know.
-    prompts = {runs_s: prompt(2011 + number, LONG) for number, runs_s in enumerate((0.002, 0.0))}
+    prompts = {runs_s: prompt(2011 + number, LONG) for number, runs_s in enumerate((0.0, 0.002))}
     before = len(list(blocks.rglob("*.kvblock")))
     texts = {runs_s: ask(split, long) for runs_s, long in prompts.items()}
     kept = 2 * (LONG // 16 - 1)
@@ -207,7 +206,6 @@ def test_a_cache_service_that_stands_still_or_is_slow_is_a_pause(split: Headrace
         split.kill_member(name)
     wait_for_both(split)
     for number, (runs_s, long) in enumerate(prompts.items(), 1):
-        eventually(lambda: split.metric("scheduler", "headrace_index_blocks") >= kept, "the scheduler knows the blocks")
         with slowed(split.pid_of("cache"), runs_s=runs_s):
             assert ask(split, long) == texts[runs_s]
         assert split.metric("decode", "headrace_kv_import_failures_total", source="cache", reason="slow") == number
