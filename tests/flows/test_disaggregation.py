@@ -3,10 +3,8 @@
 import os
 import random
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -169,46 +167,6 @@ def test_corrupt_bytes_cost_time_and_no_token(split: HeadraceUp, blocks: Path) -
     assert ask(split, long) == text
     assert failures(split, "cache") == 1
     assert split.metric("cache", "headrace_cache_dropped_total", reason="digest") >= 1
-    assert_nothing_is_held(split)
-
-
-@contextmanager
-def slowed(pid: int, *, runs_s: float) -> Iterator[None]:
-    """The process stands still but for `runs_s` of every half second; 0: all the time."""
-    over = threading.Event()
-
-    def pulse() -> None:
-        while not over.is_set():
-            os.kill(pid, signal.SIGSTOP)
-            over.wait(0.5 - runs_s)
-            if runs_s:
-                os.kill(pid, signal.SIGCONT)
-                over.wait(runs_s)
-
-    with ThreadPoolExecutor(1) as threads:
-        pulsing = threads.submit(pulse)
-        try:
-            yield
-        finally:
-            over.set()
-            pulsing.result()
-            os.kill(pid, signal.SIGCONT)
-
-
-@pytest.mark.timeout(600)  # a quarter of a minute is usual; a busy machine takes many times that
-def test_a_cache_service_that_stands_still_or_is_slow_is_a_pause(split: HeadraceUp, blocks: Path) -> None:
-    prompts = {runs_s: prompt(2011 + number, LONG) for number, runs_s in enumerate((0.0, 0.002))}
-    before = len(list(blocks.rglob("*.kvblock")))
-    texts = {runs_s: ask(split, long) for runs_s, long in prompts.items()}
-    kept = 2 * (LONG // 16 - 1)
-    eventually(lambda: len(list(blocks.rglob("*.kvblock"))) >= before + kept, "the prompts are on disk")
-    for name in ("prefill", "decode"):
-        split.kill_member(name)
-    wait_for_both(split)
-    for number, (runs_s, long) in enumerate(prompts.items(), 1):
-        with slowed(split.pid_of("cache"), runs_s=runs_s):
-            assert ask(split, long) == texts[runs_s]
-        assert split.metric("decode", "headrace_kv_import_failures_total", source="cache", reason="slow") == number
     assert_nothing_is_held(split)
 
 
