@@ -52,6 +52,14 @@ class Stack:
 
         await eventually(empty)
 
+    async def held(self, state: str) -> None:
+        """Returns once the gateway holds an entry in that state."""
+
+        async def there() -> bool:
+            return self.sample("headrace_leases", state=state) > 0
+
+        await eventually(there)
+
     def sample(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
 

@@ -183,6 +183,7 @@ async def test_a_client_that_leaves_while_queued_withdraws_its_entry(redis_url: 
         stack.scheduler.go.clear()
         leaving = asyncio.create_task(stack.complete())
         await stack.scheduler.popped.wait()
+        await stack.held("waiting")  # before it knows the entry, the entry's offer would end it
         leaving.cancel()
         await stack.settled()
         stack.scheduler.go.set()
