@@ -81,9 +81,8 @@ class Intake:
         """Removes and releases what the dispatcher has decided on. What fails is kept for the next time."""
         self._removals += self._dispatcher.take_removals()
         self._releases += self._dispatcher.take_releases()
-        while self._removals:
-            await self._queue.remove(self._removals[-1].job, self._removals[-1].entry_id)
-            self._removals.pop()
+        await self._queue.remove(self._removals)
+        self._removals.clear()
         await self._queue.release(self._releases)
         self._releases.clear()
 

@@ -155,11 +155,16 @@ class JobQueue:
         """Those of the entries that Redis does not hold: ended by somebody, or forgotten in a restart of Redis."""
         return await _select(entries, self._not_held)
 
-    async def acknowledge(self, job: Job, entry_id: str, *, hurry: bool = False) -> None:
-        """Ends an entry: after the job's last event, or to withdraw it while it waits. Does nothing the second time."""
-        arguments = (GROUP, self._owner.consumer, entry_id)
-        stream = queue_stream(job.model, job.priority)
-        await self._redis.script(scripts.ACKNOWLEDGE, [stream], arguments, hurry=hurry)
+    async def acknowledge(self, entries: Iterable[tuple[Job, str]], *, hurry: bool = False) -> None:
+        """Ends entries: after the job's last event, or to withdraw it while it waits. Does nothing the second time."""
+        await asyncio.gather(
+            *(
+                self._redis.script(
+                    scripts.ACKNOWLEDGE, [stream], (GROUP, self._owner.consumer, *entry_ids), hurry=hurry
+                )
+                for stream, entry_ids in _by_stream(entries).items()
+            )
+        )
 
     async def retire(self) -> None:
         """Says that this gateway is gone, so that others need not wait for its heartbeat to run out."""
@@ -180,9 +185,9 @@ class JobQueue:
         """For jobs that come to an empty queue. To be closed."""
         return Arrivals(model, self._owner, BlockingConnection(self._url, self._redis))
 
-    async def remove(self, job: Job, entry_id: str) -> None:
-        """Ends an entry that this scheduler owns, because its gateway no longer wants it."""
-        await self.acknowledge(job, entry_id, hurry=True)  # one after the other
+    async def remove(self, jobs: Iterable[QueuedJob]) -> None:
+        """Ends entries that this scheduler owns, because their gateways no longer want them."""
+        await self.acknowledge(((queued.job, queued.entry_id) for queued in jobs), hurry=True)
 
     async def reclaim(self, model: str) -> Reclaimed:
         """Picks up entries whose owner's lease ran out, and ends those that nobody can go on with.
@@ -220,10 +225,7 @@ class JobQueue:
 
     async def release(self, jobs: Iterable[QueuedJob]) -> None:
         """Gives up this owner's leases, so that any scheduler can reclaim the jobs at once."""
-        by_stream: dict[str, list[str]] = defaultdict(list)
-        for queued in jobs:
-            by_stream[queue_stream(queued.job.model, queued.job.priority)].append(queued.entry_id)
-        for stream, entry_ids in by_stream.items():
+        for stream, entry_ids in _by_stream((queued.job, queued.entry_id) for queued in jobs).items():
             arguments: list[Argument] = [GROUP, self._owner.consumer, _RELEASED_IDLE_MS, *entry_ids]
             await self._redis.script(scripts.RELEASE, [stream], arguments)
 
@@ -355,6 +357,13 @@ def _decode(stream: str, fields: list[bytes]) -> Job | None:
     except (KeyError, DecodeError):
         return None
     return job if queue_stream(job.model, job.priority) == stream else None
+
+
+def _by_stream(entries: Iterable[tuple[Job, str]]) -> dict[str, list[str]]:
+    by_stream: dict[str, list[str]] = defaultdict(list)
+    for job, entry_id in entries:
+        by_stream[queue_stream(job.model, job.priority)].append(entry_id)
+    return by_stream
 
 
 async def _select(

@@ -187,7 +187,7 @@ class Answers:
         """The answer, if it is this gateway's now."""
         found = await self._store.find(job.answer_id)
         if found is None or found.state is not State.OPEN:
-            await self._queue.acknowledge(job, entry_id)
+            await self._queue.acknowledge([(job, entry_id)])
             return None
         return found if await self._store.adopt(job.answer_id, found.owner) else None
 

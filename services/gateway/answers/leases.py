@@ -9,6 +9,7 @@ acknowledged after its request's last event, and again until Redis answers; nobo
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
 
 from headrace.v1.job_pb2 import Job
 from services.common.errors import HeadraceError, Unavailable, failures_logged
@@ -25,6 +26,8 @@ _RETRY_EVERY_S = 1.0
 # Offered entries are taken over so much later, many together, and not at all if they have ended: far within the lease
 # that the scheduler has them on until then.
 _GATHER_S = 0.05
+# So much later ended ones are acknowledged, many together.
+_GATHER_ENDED_S = 0.02
 
 
 class Leases:
@@ -41,6 +44,9 @@ class Leases:
         # Requests with the entries of theirs that are to be taken over, and who does it while there are any.
         self._offered: list[tuple[ActiveRequest, str]] = []
         self._taking_over: asyncio.Task[None] | None = None
+        # Entries to acknowledge, with who does it while there are any.
+        self._ended: list[tuple[Job, str]] = []
+        self._acknowledging: asyncio.Task[None] | None = None
         self._problem: str | None = "Redis has not answered yet."
 
     @property
@@ -68,7 +74,10 @@ class Leases:
 
     def acknowledge(self, active: ActiveRequest) -> None:
         """Ends the request's entry in the background; if it was given up, keeps it among the dead letters first."""
-        self._end_entry(active.job, active.entry_id, active if active.given_up else None)
+        if active.given_up:
+            self._in_background(self._bury_and_end(active, active.entry_id), f"bury {active.id}")
+        else:
+            self._end_entry(active.job, active.entry_id)
 
     def release(self, active: ActiveRequest) -> None:
         """Gives the request's entry up in the background, for another gateway to go on with."""
@@ -90,10 +99,12 @@ class Leases:
 
     async def wait_ended(self, timeout_s: float) -> None:
         """Waits for what is being acknowledged or released."""
-        if self._ending:
-            _done, pending = await asyncio.wait(self._ending, timeout=timeout_s)
-            if pending:
-                log.warning("%d ended requests could not be acknowledged in Redis", len(pending))
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._ending:  # what ends one way may still have to end the other
+                    await asyncio.wait(self._ending)
+        except TimeoutError:
+            log.warning("ended requests could not be acknowledged in Redis")
 
     async def _check(self) -> bool:
         try:
@@ -136,13 +147,16 @@ class Leases:
     def _is_current(self, active: ActiveRequest, entry_id: str) -> bool:
         return active in self._active and active.entry_id == entry_id and not active.abandoned
 
-    def _end_entry(self, job: Job, entry_id: str, given_up: ActiveRequest | None = None) -> None:
-        self._in_background(self._until_done(job, entry_id, given_up), f"acknowledge {job.request_id}")
+    def _end_entry(self, job: Job, entry_id: str) -> None:
+        self._ended.append((job, entry_id))
+        if self._acknowledging is None:
+            self._acknowledging = self._in_background(self._acknowledge_ended(), "acknowledge")
 
-    def _in_background(self, work: Coroutine[None, None, None], name: str) -> None:
+    def _in_background(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
+        return task
 
     async def _release(self, job: Job, entry_id: str) -> None:
         try:
@@ -150,21 +164,17 @@ class Leases:
         except Unavailable as error:
             log.warning("request %s: its lease runs out by itself: %s", job.request_id, error.message)
 
-    async def _until_done(self, job: Job, entry_id: str, given_up: ActiveRequest | None) -> None:
-        if given_up is not None:
-            await self._until_answered(lambda: self._bury(given_up), job)
-        await self._until_answered(lambda: self._queue.acknowledge(job, entry_id), job)
+    async def _acknowledge_ended(self) -> None:
+        while self._ended:
+            await asyncio.sleep(_GATHER_ENDED_S)
+            ended, self._ended = self._ended, []
+            with failures_logged(log, "ended requests could not be acknowledged"):  # they will be offered again
+                await _until_answered(partial(self._queue.acknowledge, ended), f"{len(ended)} ended requests")
+        self._acknowledging = None
 
-    async def _until_answered(self, work: Callable[[], Awaitable[None]], job: Job) -> None:
-        failures = 0
-        while True:
-            try:
-                return await work()
-            except HeadraceError as error:
-                failures += 1
-                if failures == 1:
-                    log.warning("request %s: not acknowledged yet: %s", job.request_id, error.message)
-            await asyncio.sleep(_RETRY_EVERY_S)
+    async def _bury_and_end(self, active: ActiveRequest, entry_id: str) -> None:
+        await _until_answered(lambda: self._bury(active), f"request {active.id}")
+        self._end_entry(active.job, entry_id)
 
     async def _bury(self, active: ActiveRequest) -> None:
         request = stored_request(active.request).SerializeToString()
@@ -174,6 +184,18 @@ class Leases:
         if problem != self._problem:
             log.log(logging.INFO if problem is None else logging.WARNING, "Redis: %s", problem or "reachable")
             self._problem = problem
+
+
+async def _until_answered(work: Callable[[], Awaitable[None]], what: str) -> None:
+    failures = 0
+    while True:
+        try:
+            return await work()
+        except HeadraceError as error:
+            failures += 1
+            if failures == 1:
+                log.warning("%s: not acknowledged yet: %s", what, error.message)
+        await asyncio.sleep(_RETRY_EVERY_S)
 
 
 async def _check_record(active: ActiveRequest) -> None:

@@ -269,7 +269,7 @@ class FakeGateway:
         self._running[adoption.job.request_id] = (adoption.job, adoption.queue_entry_id)
 
     async def finish(self, job: Job) -> None:
-        await self.queue.acknowledge(*self._running.pop(job.request_id))
+        await self.queue.acknowledge([self._running.pop(job.request_id)])
 
     def request(self, request: PlacementRequest) -> None:
         self._outbox.put(GatewayMessage(placement_request=request))

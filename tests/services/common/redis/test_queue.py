@@ -10,7 +10,7 @@ from headrace.v1.sampling_pb2 import PRIORITY_HIGH, PRIORITY_LOW, PRIORITY_NORMA
 from services.common.errors import Unavailable
 from services.common.redis.client import RedisClient
 from services.common.redis.keys import GROUP, Owner, queue_stream, queue_streams
-from services.common.redis.queue import Arrivals, JobQueue
+from services.common.redis.queue import Arrivals, JobQueue, QueuedJob
 from tests.redis_server import RedisServer
 
 LEASE_S = 5.0
@@ -125,7 +125,7 @@ async def test_acknowledged_jobs_leave_nothing(gateway: JobQueue, scheduler: Job
     await scheduler.pop(MODEL, 1)
     assert await took_over(gateway, job("r1"), entry_id)
     for _ in range(2):
-        await gateway.acknowledge(job("r1"), entry_id)
+        await gateway.acknowledge([(job("r1"), entry_id)])
     stream = queue_stream(MODEL, PRIORITY_NORMAL)
     assert await redis.command("XLEN", stream) == 0
     assert await redis.command("EVAL", PENDING, 1, stream, GROUP) == []
@@ -133,7 +133,7 @@ async def test_acknowledged_jobs_leave_nothing(gateway: JobQueue, scheduler: Job
 
 async def test_a_waiting_job_can_be_withdrawn(gateway: JobQueue, scheduler: JobQueue) -> None:
     entry_id = await gateway.enqueue(job("r1"))
-    await gateway.acknowledge(job("r1"), entry_id)
+    await gateway.acknowledge([(job("r1"), entry_id)])
     assert await scheduler.pop(MODEL, 1) == []
 
 
@@ -145,8 +145,8 @@ async def test_only_one_gateway_takes_over(gateway: JobQueue, scheduler: JobQueu
     assert await took_over(gateway, job("r1"), entry_id)
     assert await took_over(gateway, job("r1"), entry_id), "taking over twice is harmless"
     assert not await took_over(other, job("r1"), entry_id)
-    await other.acknowledge(job("r1"), entry_id)
-    await scheduler.remove(job("r1"), entry_id)
+    await other.acknowledge([(job("r1"), entry_id)])
+    await scheduler.remove([QueuedJob(entry_id, job("r1"))])
     assert await gateway.renew([(job("r1"), entry_id)]) == [], "neither of them could end it"
 
 
@@ -155,7 +155,7 @@ async def test_renew_names_what_is_lost(gateway: JobQueue, scheduler: JobQueue, 
     await scheduler.pop(MODEL, 4)
     for entry in entries:
         assert await took_over(gateway, *entry)
-    await gateway.acknowledge(*entries[1])
+    await gateway.acknowledge([entries[1]])
     assert await gateway.renew(entries) == [entries[1]]
     assert sorted(await scheduler.renew(entries), key=str) == sorted(entries, key=str)
 
@@ -166,7 +166,7 @@ async def test_missing_names_what_redis_does_not_hold(
     jobs = [job("waiting"), job("low", PRIORITY_LOW), job("handed out", PRIORITY_HIGH), job("ended"), job("forgotten")]
     entries = [(sent, await gateway.enqueue(sent)) for sent in jobs]
     await scheduler.pop(MODEL, 1)
-    await gateway.acknowledge(*entries[3])
+    await gateway.acknowledge([entries[3]])
     await redis.command("XDEL", queue_stream(MODEL, PRIORITY_NORMAL), entries[4][1])
     assert await gateway.missing(entries) == entries[3:]
     assert await gateway.missing([]) == []
@@ -484,7 +484,7 @@ async def test_every_script_keeps_to_one_slot_of_a_cluster(tmp_path: Path, redis
     assert await took_over(gateway, *entries[0])
     assert await gateway.renew(entries) == []
     for entry in entries:
-        await gateway.acknowledge(*entry)
+        await gateway.acknowledge([entry])
     assert sum(depth.jobs for depth in (await scheduler.depths(MODEL)).values()) == 0
     for closing in (gateway, scheduler, arrivals, redis):
         await closing.close()
@@ -502,5 +502,5 @@ async def test_cost_of_a_queue_hop(gateway: JobQueue, scheduler: JobQueue, arriv
         entry_id = await gateway.enqueue(job("r"))
         assert (await waiting).jobs
         hops.append(time.perf_counter() - started)
-        await gateway.acknowledge(job("r"), entry_id)
+        await gateway.acknowledge([(job("r"), entry_id)])
     print(f"\nenqueue -> scheduler: median {sorted(hops)[25] * 1000:.2f} ms, worst {max(hops) * 1000:.2f} ms")
