@@ -74,8 +74,8 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._to_remove: list[QueuedJob] = []
         self._to_release: list[QueuedJob] = []
-        self.room_changed = asyncio.Event()
-        """Set after every look at the waiting jobs: there may be room for more."""
+        self.has_room, self.has_no_room = asyncio.Event(), asyncio.Event()
+        """One of them is set, as the last look at the waiting jobs found it; none before the first one."""
         self.all_answered = asyncio.Event()
         """Set while no offer waits for its answer."""
         self.all_answered.set()
@@ -90,7 +90,7 @@ class Dispatcher:
             except Exception:
                 first = self._held.first()
                 log.exception("placing failed at request %s", first.key[0] if first else "-")
-            self.room_changed.set()
+            self._look_for_room()
 
     def wake(self) -> None:
         """Something has changed: look at the waiting jobs again."""
@@ -132,10 +132,10 @@ class Dispatcher:
 
     # --- what the queue's side asks
 
-    def room(self) -> int:
-        """How many more jobs could be placed now."""
-        free = sum(worker.room for worker in self._fleet.candidates(self._model))
-        return max(0, free - self._held.waiting_choices)
+    def room(self, most: int) -> int:
+        """How many more jobs could be placed now, as far as `most`."""
+        waiting = self._held.waiting_choices
+        return max(0, self._fleet.room(self._model, waiting + most) - waiting)
 
     def entries(self) -> list[tuple[Job, str]]:
         """The queue entries that this scheduler owns."""
@@ -195,6 +195,13 @@ class Dispatcher:
         """Offers waiting jobs in the order of their rank, until one fits nowhere."""
         while (held := self._held.first()) is not None and self._settle_first(held):
             pass
+
+    def _look_for_room(self) -> None:
+        now_set, now_clear = self.has_room, self.has_no_room
+        if not self.room(1):
+            now_set, now_clear = now_clear, now_set
+        now_set.set()
+        now_clear.clear()
 
     def _settle_first(self, held: HeldJob) -> bool:
         """Moves the first job on. False: it has to wait, and all others with it."""
@@ -302,7 +309,7 @@ class Dispatcher:
             offered = time.time() - (self._clock() - held.since)
             waited_s = offered - held.queued.job.enqueued_unix_ms / 1000
             self._counts.queue_wait.observe(max(0.0, waited_s))
-        self._drop(held)
+        self._forget(held)  # what it takes is counted against its worker: no other job has more room for it
 
     def _unanswered(self, held: HeldJob) -> None:
         log.warning("request %s: gateway %s did not answer an offer", held.key[0], held.gateway[0])
@@ -339,10 +346,13 @@ class Dispatcher:
         self._drop(held)
 
     def _drop(self, held: HeldJob) -> None:
+        self._forget(held)
+        self.wake()
+
+    def _forget(self, held: HeldJob) -> None:
         self._held.drop(held)
         if not self._held.offered:
             self.all_answered.set()
-        self.wake()
 
     def _observe(self) -> None:
         self._metrics.held_jobs.labels(self._model).set(len(self._held))

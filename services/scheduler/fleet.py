@@ -121,6 +121,16 @@ class Fleet:
             if worker.model == model and (candidate := worker.candidate(now)) is not None
         ]
 
+    def room(self, model: str, most: int) -> int:
+        """How many more sequences the model's workers could take, as far as `most`."""
+        now, room = self._clock(), 0
+        for worker in self._workers.values():
+            if worker.model == model and (candidate := worker.candidate(now)) is not None:
+                room += candidate.room
+                if room >= most:
+                    return most
+        return room
+
     def reserve(self, worker_id: str, key: PlacementKey, cost: Credits) -> None:
         """Counts a placement against its worker until the worker reports it, `settle`, or a timeout."""
         self._workers[worker_id].reserve(key, cost, self._clock())

@@ -87,11 +87,11 @@ class Intake:
         self._releases.clear()
 
     async def _take(self) -> None:
-        while not (room := self._dispatcher.room()):
-            self._dispatcher.room_changed.clear()
-            await self._dispatcher.room_changed.wait()
-        count = min(room, _MOST_JOBS_A_POP)
+        await self._dispatcher.has_room.wait()
         async with self._taking:
+            if not (count := self._dispatcher.room(_MOST_JOBS_A_POP)):
+                self._dispatcher.wake()  # it last said otherwise
+                return
             looks_for_more, self._more = self._more, True  # also if this fails
             if looks_for_more:
                 jobs = await self._queue.pop(self._model, count)
@@ -104,13 +104,12 @@ class Intake:
             await asyncio.sleep(_PAUSE_S if len(jobs) == 1 else _LONGER_PAUSE_S)
 
     async def _watch_room(self) -> None:
-        """Ends the wait for a job while there is no room for one: another scheduler may have some."""
+        """Ends the wait for a job when there is no room for one any more: another scheduler may have some."""
         while True:
-            await self._dispatcher.room_changed.wait()
-            self._dispatcher.room_changed.clear()
-            if not self._dispatcher.room():
-                with failures_logged(log, "the wait for a job could not be ended"), contextlib.suppress(Unavailable):
-                    await self._arrivals.end_wait()
+            await self._dispatcher.has_no_room.wait()
+            with failures_logged(log, "the wait for a job could not be ended"), contextlib.suppress(Unavailable):
+                await self._arrivals.end_wait()
+            await self._dispatcher.has_room.wait()
 
     async def _look_after(self) -> None:
         self._dispatcher.expire()

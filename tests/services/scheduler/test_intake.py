@@ -24,21 +24,27 @@ class Room:
 
     def __init__(self, room: int) -> None:
         self.left = room
-        self.room_changed = asyncio.Event()
+        self.has_room, self.has_no_room = asyncio.Event(), asyncio.Event()
         self.held: list[QueuedJob] = []
         self.news = asyncio.Event()
+        self.wake()
 
-    def room(self) -> int:
-        return max(0, self.left - len(self.held))
+    def room(self, most: int) -> int:
+        return min(most, max(0, self.left - len(self.held)))
 
     def set(self, room: int) -> None:
         self.left = room
-        self.room_changed.set()
+        self.wake()
+
+    def wake(self) -> None:
+        now_set, now_clear = (self.has_room, self.has_no_room)[:: 1 if self.room(1) else -1]
+        now_set.set()
+        now_clear.clear()
 
     def hold(self, jobs: list[QueuedJob]) -> None:
         self.held += jobs
         self.news.set()
-        self.room_changed.set()
+        self.wake()
 
     async def until_held(self, count: int) -> list[str]:
         async with asyncio.timeout(20):
