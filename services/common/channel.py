@@ -22,7 +22,7 @@ M = TypeVar("M")
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _PING_EVERY_MS = 10_000
 # What nobody is in a hurry for waits so long for a message to travel with: each costs both sides more than its content.
-_COMPANY_WITHIN_S = 0.005
+_COMPANY_WITHIN_S = 0.05
 
 # A silent stream is pinged, and the server side allows that rate: a client that pings more often than the server's
 # policy allows is cut off with "too many pings".
@@ -206,7 +206,7 @@ class Outbox(Generic[M]):
         self._next: M | None = None
 
     def put(self, message: M, *, hurry: bool = True) -> None:
-        """Messages go out in the order of the calls. One without hurry waits some milliseconds for another one."""
+        """Messages go out in the order of the calls. One without hurry waits for one with, for a while."""
         if hurry:
             self._end_wait()
             self._queue.put_nowait(message)
