@@ -6,6 +6,7 @@ reads slowly gets only the newest state.
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,9 +19,9 @@ from services.worker.capacity import Room
 log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 1.0
-_COALESCE_S = 0.005  # a state is at most this old when it is sent; several steps of a small model share one
-# What running sequences take as they grow, and prompts as they are computed, is told this often: it changes with nearly
-# every step, and nobody waits for it.
+_COALESCE_S = 0.005  # more room than a scheduler knows of is told within this time; several steps share one message
+# All else is told this often. What takes room is known to whoever placed it, and what running sequences take as they
+# grow, and prompts as they are computed, changes with nearly every step.
 _DRIFT_S = 0.05
 
 
@@ -43,12 +44,20 @@ class WorkerLoad:
     @property
     def without_step(self) -> tuple[object, ...]:
         """What a state is worth sending for; what only grows can wait for the heartbeat."""
-        return (*self.without_drift, self.pending_prefill_tokens, self.free)
+        return (self.running, self.waiting, self.pending_prefill_tokens, self.free, self.draining, self.role)
 
-    @property
-    def without_drift(self) -> tuple[object, ...]:
-        """What is worth sending at once."""
-        return (self.running, self.waiting, self.free.sequences, self.draining, self.role)
+
+def wait_for(load: WorkerLoad, last: WorkerLoad | None, settled: int) -> float:
+    """How many seconds after the last one a state is to be told, at least; infinitely many if it is no news.
+
+    `last`: what was told, if the shares are still the same; `settled`: how many placements were since.
+    """
+    if last is None or (load.draining, load.role) != (last.draining, last.role):
+        return 0
+    if not settled and load.without_step == last.without_step:
+        return math.inf
+    counted_on = last.free.sequences - settled  # by the schedulers, at most
+    return 0 if load.free.sequences > counted_on else _DRIFT_S
 
 
 class _Link:
@@ -92,13 +101,14 @@ class SchedulerLinks:
         self._links: list[_Link] = []
         # A placement is made by one scheduler, and the others do not know it; so all may be told of it.
         self._settled: list[scheduler_pb2.PlacementKey] = []
-        self._last_sent: tuple[object, ...] = ()
-        self._last_without_drift: tuple[object, ...] = ()
+        self._last_sent: WorkerLoad | None = None  # none: the shares are others now
         self._sent_at = 0.0
         self._turn = 0
         # A timer rather than a task: it is set after each step, and what that costs is taken from the next one.
         self._timer: asyncio.TimerHandle | None = None
         self._looked_at = 0.0
+        # For what can wait, in case that no other step comes.
+        self._later: asyncio.TimerHandle | None = None
 
     def settle(self, request_id: str, attempt: int) -> None:
         """A placement was started or refused: the next state reflects it."""
@@ -125,24 +135,24 @@ class SchedulerLinks:
             await asyncio.sleep(_HEARTBEAT_S)
 
     def _broadcast(self, *, heartbeat: bool = False) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._looked_at = asyncio.get_running_loop().time()
+        for timer in (self._timer, self._later):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._later = None
+        loop = asyncio.get_running_loop()
+        self._looked_at = loop.time()
         load = self._load()
-        if not (heartbeat or self._is_news(load)) or not self._links:
+        wait_s = 0.0 if heartbeat else wait_for(load, self._last_sent, len(self._settled))
+        due = max(self._looked_at, self._sent_at + wait_s)
+        if not self._links or due == math.inf:
             return
-        self._last_sent, self._last_without_drift = load.without_step, load.without_drift
-        self._sent_at = self._looked_at
+        if due > self._looked_at:
+            self._later = loop.call_at(due, self._broadcast)
+            return
+        self._last_sent, self._sent_at = load, self._looked_at
         settled, self._settled = self._settled, []
         for link, share in zip(self._links, load.free.share(len(self._links), self._turn), strict=True):
             link.put(_to_state(load, share), settled)
-
-    def _is_news(self, load: WorkerLoad) -> bool:
-        """What has only drifted is looked at again after the next step."""
-        if self._settled or load.without_drift != self._last_without_drift:
-            return True
-        return self._looked_at - self._sent_at >= _DRIFT_S and load.without_step != self._last_sent
 
     async def _session(self, address: str, channel: grpc.aio.Channel) -> None:
         await channel.channel_ready()  # only a scheduler that is there gets a share
@@ -150,14 +160,14 @@ class SchedulerLinks:
         link = _Link()
         call = scheduler_pb2_grpc.SchedulerStub(channel).Register(link.reports(self._registration))
         self._links.append(link)
-        self._last_without_drift = ()  # the shares are others now
+        self._last_sent = None
         self.notify()
         try:
             async for directive in call:
                 self._on_directive(directive)
         finally:
             self._links.remove(link)
-            self._last_without_drift = ()
+            self._last_sent = None
             self.notify()
             call.cancel()
 
