@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc.aio
 
@@ -19,10 +19,14 @@ from services.worker.capacity import Room
 log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 1.0
-_COALESCE_S = 0.005  # more room than a scheduler knows of is told within this time; several steps share one message
+_COALESCE_S = (
+    0.005  # what schedulers wait for is told within this time; several steps of a small model share one message
+)
 # All else is told this often. What takes room is known to whoever placed it, and what running sequences take as they
 # grow, and prompts as they are computed, changes with nearly every step.
 _DRIFT_S = 0.05
+# So many sequences are room enough for a scheduler, for the moment.
+_PLENTY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +51,28 @@ class WorkerLoad:
         return (self.running, self.waiting, self.pending_prefill_tokens, self.free, self.draining, self.role)
 
 
-def wait_for(load: WorkerLoad, last: WorkerLoad | None, settled: int) -> float:
+@dataclass(slots=True)
+class Settled:
+    """Placements that were started or refused since schedulers were told of the load."""
+
+    keys: list[scheduler_pb2.PlacementKey] = field(default_factory=list)
+    prompt_tokens: int = 0
+
+
+def wait_for(load: WorkerLoad, last: WorkerLoad | None, settled: Settled, schedulers: int) -> float:
     """How many seconds after the last one a state is to be told, at least; infinitely many if it is no news.
 
-    `last`: what was told, if the shares are still the same; `settled`: how many placements were since.
+    `last`: what was told, if the shares are still the same.
     """
     if last is None or (load.draining, load.role) != (last.draining, last.role):
         return 0
-    if not settled and load.without_step == last.without_step:
+    if not settled.keys and load.without_step == last.without_step:
         return math.inf
-    counted_on = last.free.sequences - settled  # by the schedulers, at most
-    return 0 if load.free.sequences > counted_on else _DRIFT_S
+    # What schedulers count on, at most.
+    sequences = last.free.sequences - len(settled.keys)
+    prefill_tokens = last.free.prefill_tokens - settled.prompt_tokens
+    plenty = sequences >= _PLENTY * schedulers and 2 * prefill_tokens >= load.free.prefill_tokens
+    return _DRIFT_S if plenty or load.free.sequences <= sequences else 0
 
 
 class _Link:
@@ -100,7 +115,7 @@ class SchedulerLinks:
         self._on_directive = on_directive
         self._links: list[_Link] = []
         # A placement is made by one scheduler, and the others do not know it; so all may be told of it.
-        self._settled: list[scheduler_pb2.PlacementKey] = []
+        self._settled = Settled()
         self._last_sent: WorkerLoad | None = None  # none: the shares are others now
         self._sent_at = 0.0
         self._turn = 0
@@ -110,9 +125,10 @@ class SchedulerLinks:
         # For what can wait, in case that no other step comes.
         self._later: asyncio.TimerHandle | None = None
 
-    def settle(self, request_id: str, attempt: int) -> None:
+    def settle(self, request_id: str, attempt: int, prompt_tokens: int) -> None:
         """A placement was started or refused: the next state reflects it."""
-        self._settled.append(scheduler_pb2.PlacementKey(request_id=request_id, attempt=attempt))
+        self._settled.keys.append(scheduler_pb2.PlacementKey(request_id=request_id, attempt=attempt))
+        self._settled.prompt_tokens += prompt_tokens
         self.notify()
 
     def notify(self) -> None:
@@ -142,7 +158,7 @@ class SchedulerLinks:
         loop = asyncio.get_running_loop()
         self._looked_at = loop.time()
         load = self._load()
-        wait_s = 0.0 if heartbeat else wait_for(load, self._last_sent, len(self._settled))
+        wait_s = 0.0 if heartbeat else wait_for(load, self._last_sent, self._settled, len(self._links))
         due = max(self._looked_at, self._sent_at + wait_s)
         if not self._links or due == math.inf:
             return
@@ -150,9 +166,9 @@ class SchedulerLinks:
             self._later = loop.call_at(due, self._broadcast)
             return
         self._last_sent, self._sent_at = load, self._looked_at
-        settled, self._settled = self._settled, []
+        settled, self._settled = self._settled, Settled()
         for link, share in zip(self._links, load.free.share(len(self._links), self._turn), strict=True):
-            link.put(_to_state(load, share), settled)
+            link.put(_to_state(load, share), settled.keys)
 
     async def _session(self, address: str, channel: grpc.aio.Channel) -> None:
         await channel.channel_ready()  # only a scheduler that is there gets a share
