@@ -50,6 +50,7 @@ _RECLAIM_PAGE = 128
 _RECLAIM_LIMIT = 1024
 _RELEASED_IDLE_MS = 24 * 3600 * 1000
 _FORGET_CONSUMER_MS = 3600 * 1000
+_JUST_COME_US = 2000  # ids tell whole milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +321,10 @@ class Arrivals:
         if replies is None:
             return Arrived([], more=False)
         taken, time = [(stream.decode(), entries) for stream, entries in replies[0] or ()], replies[1]
-        return Arrived(_popped(taken, time), more=any(len(entries) == count for _, entries in taken))
+        jobs = _popped(taken, time)
+        # What was handed over as it came was all there was, however few were asked for.
+        had_waited = any((queued.waited_us or 0) > _JUST_COME_US for queued in jobs)
+        return Arrived(jobs, more=had_waited and any(len(entries) == count for _, entries in taken))
 
     async def end_wait(self) -> None:
         """Ends a wait that is under way, with what it has. Raises Unavailable."""

@@ -369,6 +369,18 @@ async def test_few_of_many_that_wait_are_taken(gateway: JobQueue, scheduler: Job
     assert len({queued.job.request_id for queued in [*arrived, *rest]}) == len(arrived) + len(rest) == 30
 
 
+async def test_what_comes_while_it_is_waited_for_is_all_there_is(
+    gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals
+) -> None:
+    await scheduler.pop(MODEL, 1)  # which makes the group
+    waiting = asyncio.create_task(arrivals.next(1, 10))
+    await asyncio.sleep(0.05)  # it is blocked in Redis then
+    await gateway.enqueue(job("r"))
+    [arrived], more = await waiting
+    assert arrived.job.request_id == "r"
+    assert arrived.waited_us is not None and more == (arrived.waited_us > 2000), "Redis itself may stand still"
+
+
 async def test_nothing_arrives_in_the_time(gateway: JobQueue, scheduler: JobQueue, arrivals: Arrivals) -> None:
     await gateway.enqueue(job("r1"))
     await scheduler.pop(MODEL, 10)
