@@ -85,12 +85,12 @@ class Dispatcher:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            try:
-                self.place_waiting()
-            except Exception:
-                first = self._held.first()
-                log.exception("placing failed at request %s", first.key[0] if first else "-")
-            self._look_for_room()
+            for look in (self.place_waiting, self._look_for_room):
+                try:
+                    look()
+                except Exception:
+                    first = self._held.first()
+                    log.exception("placing failed at request %s", first.key[0] if first else "-")
 
     def wake(self) -> None:
         """Something has changed: look at the waiting jobs again."""

@@ -87,11 +87,11 @@ class Intake:
         self._releases.clear()
 
     async def _take(self) -> None:
-        await self._dispatcher.has_room.wait()
+        while not (count := self._dispatcher.room(_MOST_JOBS_A_POP)):
+            self._dispatcher.wake()  # it may have said otherwise
+            await asyncio.sleep(0)
+            await self._dispatcher.has_room.wait()
         async with self._taking:
-            if not (count := self._dispatcher.room(_MOST_JOBS_A_POP)):
-                self._dispatcher.wake()  # it last said otherwise
-                return
             looks_for_more, self._more = self._more, True  # also if this fails
             if looks_for_more:
                 jobs = await self._queue.pop(self._model, count)
@@ -109,7 +109,9 @@ class Intake:
             await self._dispatcher.has_no_room.wait()
             with failures_logged(log, "the wait for a job could not be ended"), contextlib.suppress(Unavailable):
                 await self._arrivals.end_wait()
-            await self._dispatcher.has_room.wait()
+            with contextlib.suppress(TimeoutError):  # one that just began may have been missed
+                async with asyncio.timeout(self._interval_s):
+                    await self._dispatcher.has_room.wait()
 
     async def _look_after(self) -> None:
         self._dispatcher.expire()

@@ -43,7 +43,8 @@ _FINISH_REASONS = {
 class Executions:
     """All Execute streams of this worker.
 
-    `on_settled` is told of every placement that was started or refused: (request id, attempt, prompt tokens).
+    `on_settled` is told of every placement that was started or refused: (request id, attempt, sequences, prompt
+    tokens).
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Executions:
         cancellations: Cancellations,
         metrics: RequestMetrics,
         traces: RunTraces,
-        on_settled: Callable[[str, int, int], None],
+        on_settled: Callable[[str, int, int, int], None],
         price_per_hour: float | None = None,
     ) -> None:
         self._engine = engine
@@ -112,7 +113,7 @@ class Executions:
             self._turn_away(execution, handles, SequenceEnded.OUTCOME_FAILED, error.message)
         else:
             self._admit(execution, start, tickets, sequences)
-        self._on_settled(start.request_id, start.attempt, len(start.prompt_ids) // 4)
+        self._on_settled(start.request_id, start.attempt, len(handles), len(start.prompt_ids) // 4)
 
     def cancel(self, execution: Execution, handles: Iterable[int]) -> None:
         """Ends sequences that the gateway wants no more. Handles that have ended already are no mistake."""

@@ -112,7 +112,7 @@ class Prefills:
         cancellations: Cancellations,
         *,
         draining: Callable[[], bool],
-        on_settled: Callable[[str, int, int], None],
+        on_settled: Callable[[str, int, int, int], None],
         on_left: Callable[[], None],
         price_per_hour: float | None = None,
     ) -> None:
@@ -140,7 +140,7 @@ class Prefills:
             sequence = self._sequence(prefill)
             claim = self._admit(sequence)
         finally:
-            self._on_settled(request.request_id, request.attempt, len(request.prompt_ids) // 4)
+            self._on_settled(request.request_id, request.attempt, 1, len(request.prompt_ids) // 4)
         sequence.hash_blocks(self._full_blocks(sequence), self._limits.block_size)
         run = Run(sequence.hashes[request.skip_blocks :])
         self._capacity.sent(claim, self._engine.add([sequence]))  # from now on it is the engine's

@@ -19,14 +19,14 @@ from services.worker.capacity import Room
 log = logging.getLogger(__name__)
 
 _HEARTBEAT_S = 1.0
-_COALESCE_S = (
-    0.005  # what schedulers wait for is told within this time; several steps of a small model share one message
-)
+# What schedulers wait for is told within this time; several steps of a small model share one message.
+_COALESCE_S = 0.005
 # All else is told this often. What takes room is known to whoever placed it, and what running sequences take as they
 # grow, and prompts as they are computed, changes with nearly every step.
 _DRIFT_S = 0.05
 # So many sequences are room enough for a scheduler, for the moment.
 _PLENTY = 16
+_CLOCK_S = 0.001  # uvloop's clock tells whole milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,12 @@ class WorkerLoad:
 
 @dataclass(slots=True)
 class Settled:
-    """Placements that were started or refused since schedulers were told of the load."""
+    """Placements that were started or refused since schedulers were told of the load, and what they took at most."""
 
     keys: list[scheduler_pb2.PlacementKey] = field(default_factory=list)
-    prompt_tokens: int = 0
+    sequences: int = 0
+    blocks: int = 0
+    prefill_tokens: int = 0
 
 
 def wait_for(load: WorkerLoad, last: WorkerLoad | None, settled: Settled, schedulers: int) -> float:
@@ -68,11 +70,15 @@ def wait_for(load: WorkerLoad, last: WorkerLoad | None, settled: Settled, schedu
         return 0
     if not settled.keys and load.without_step == last.without_step:
         return math.inf
-    # What schedulers count on, at most.
-    sequences = last.free.sequences - len(settled.keys)
-    prefill_tokens = last.free.prefill_tokens - settled.prompt_tokens
-    plenty = sequences >= _PLENTY * schedulers and 2 * prefill_tokens >= load.free.prefill_tokens
-    return _DRIFT_S if plenty or load.free.sequences <= sequences else 0
+    if load.free.sequences <= last.free.sequences - settled.sequences:
+        return _DRIFT_S
+    # There is more room than schedulers count on; they can wait while each has plenty, whoever placed what was settled.
+    plenty = (
+        last.free.sequences // schedulers - settled.sequences >= _PLENTY
+        and 2 * (last.free.blocks - settled.blocks) >= load.free.blocks
+        and 2 * (last.free.prefill_tokens - settled.prefill_tokens) >= load.free.prefill_tokens
+    )
+    return _DRIFT_S if plenty else 0
 
 
 class _Link:
@@ -125,10 +131,13 @@ class SchedulerLinks:
         # For what can wait, in case that no other step comes.
         self._later: asyncio.TimerHandle | None = None
 
-    def settle(self, request_id: str, attempt: int, prompt_tokens: int) -> None:
+    def settle(self, request_id: str, attempt: int, sequences: int, prompt_tokens: int) -> None:
         """A placement was started or refused: the next state reflects it."""
-        self._settled.keys.append(scheduler_pb2.PlacementKey(request_id=request_id, attempt=attempt))
-        self._settled.prompt_tokens += prompt_tokens
+        settled = self._settled
+        settled.keys.append(scheduler_pb2.PlacementKey(request_id=request_id, attempt=attempt))
+        settled.sequences += sequences
+        settled.blocks += -(-prompt_tokens // self._registration.model.block_size)
+        settled.prefill_tokens += prompt_tokens
         self.notify()
 
     def notify(self) -> None:
@@ -162,7 +171,7 @@ class SchedulerLinks:
         due = max(self._looked_at, self._sent_at + wait_s)
         if not self._links or due == math.inf:
             return
-        if due > self._looked_at:
+        if due > self._looked_at + _CLOCK_S:
             self._later = loop.call_at(due, self._broadcast)
             return
         self._last_sent, self._sent_at = load, self._looked_at

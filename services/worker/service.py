@@ -195,8 +195,8 @@ class WorkerService:
         self._metrics.observe(turn)
         self._schedulers.notify()
 
-    def _on_settled(self, request_id: str, attempt: int, prompt_tokens: int) -> None:
-        self._schedulers.settle(request_id, attempt, prompt_tokens)
+    def _on_settled(self, request_id: str, attempt: int, sequences: int, prompt_tokens: int) -> None:
+        self._schedulers.settle(request_id, attempt, sequences, prompt_tokens)
 
     def _on_directive(self, directive: scheduler_pb2.WorkerDirective) -> None:
         """A scheduler wants something of this worker."""

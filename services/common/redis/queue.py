@@ -157,7 +157,7 @@ class JobQueue:
         return await _select(entries, self._not_held)
 
     async def acknowledge(self, entries: Iterable[tuple[Job, str]], *, hurry: bool = False) -> None:
-        """Ends entries: after the job's last event, or to withdraw it while it waits. Does nothing the second time."""
+        """Ends entries: after a job's last event, or to withdraw it while it waits. Does nothing the second time."""
         await asyncio.gather(
             *(
                 self._redis.script(
