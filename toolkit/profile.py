@@ -146,5 +146,7 @@ def _what_failed(process: RunningProcess, said: str) -> str:
             "Run this as root, grant CAP_SYS_PTRACE (in containers: cap_add SYS_PTRACE), or set "
             "kernel.yama.ptrace_scope to 0."
         )
-    lines = said.strip().splitlines() or ["it said nothing"]
-    return f"py-spy could not record {process.name}: {lines[-1]}"
+    if "no stack counts found" in said.lower():
+        return f"{process.name} had nothing to do all the time: record it while it has work."
+    errors = [line for line in said.splitlines() if line.startswith("Error: ")]
+    return f"py-spy could not record {process.name}: {errors[0] if errors else said.strip() or 'it said nothing'}"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,7 +34,19 @@ def test_a_worker_under_load(stack: HeadraceUp, client: openai.OpenAI, model: st
     assert "aten::" in (tmp_path / "operators.txt").read_text()
 
 
-def test_a_gateway_from_outside(stack: HeadraceUp, tmp_path: Path) -> None:
-    path = tmp_path / "gateway.svg"
-    assert stack.run("profile", "--service", "gateway", "--seconds", "1", "--out", str(tmp_path)).strip() == str(path)
+def test_a_gateway_from_outside(stack: HeadraceUp, client: openai.OpenAI, model: str, tmp_path: Path) -> None:
+    path, over = tmp_path / "gateway.svg", threading.Event()
+
+    def keep_busy() -> None:
+        while not over.is_set():
+            client.completions.create(model=model, prompt="Once upon a time", max_tokens=2)
+
+    with ThreadPoolExecutor(1) as threads:
+        busy = threads.submit(keep_busy)
+        try:
+            said = stack.run("profile", "--service", "gateway", "--seconds", "1", "--out", str(tmp_path))
+        finally:
+            over.set()
+        busy.result()
+    assert said.strip() == str(path)
     assert "<svg" in path.read_text()

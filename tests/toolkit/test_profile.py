@@ -82,14 +82,25 @@ def test_a_service_that_cannot_be_recorded(tmp_path: Path, service: str, said: s
         record_service([stack], service, 1, "flamegraph", tmp_path)
 
 
-def test_missing_rights_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What py-spy says without them, said by a program in its place: tests may run as root, who has them."""
+@pytest.mark.parametrize(
+    ("spy_says", "said"),
+    [
+        ("Error: Permission Denied (os error 13)", r"may not look into gateway .* as root, grant CAP_SYS_PTRACE"),
+        ("Error: Failed to write flamegraph: No stack counts found\n\nStack backtrace:\n 8: main", "had nothing to do"),
+        ("Error: no such process\n\nStack backtrace:\n 8: main", "could not record gateway: Error: no such process"),
+        ("", "it said nothing"),
+    ],
+)
+def test_what_went_wrong_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spy_says: str, said: str
+) -> None:
+    """What py-spy says, said by a program in its place: tests may run as root, who has every right."""
     spy = tmp_path / "py-spy"
-    spy.write_text("#!/bin/sh\necho 'Error: Permission Denied (os error 13)'; exit 1\n")
+    spy.write_text(f"#!/bin/sh\ncat <<'END'\n{spy_says}\nEND\nexit 1\n")
     spy.chmod(0o755)
     monkeypatch.setattr(profile.sys, "executable", str(tmp_path / "python"))
     stack = stack_of(process("gateway", "gateway", pid=os.getpid()))
-    with pytest.raises(NotTold, match=r"may not look into gateway .* as root, grant CAP_SYS_PTRACE"):
+    with pytest.raises(NotTold, match=said):
         record_service([stack], "gateway", 1, "flamegraph", tmp_path)
 
 

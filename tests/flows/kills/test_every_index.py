@@ -70,6 +70,7 @@ class Killing:
         if index % 2:  # else its prefix is in pools already
             request = GenerateRequest(cache_salt=f"{mode} {index}")
             request.MergeFrom(self.undisturbed(mode)[0])
+        stack.until_sequences(0)  # else the one before is taken for this one
         resumed, before = stack.resumes("lost"), stack.tokens()
         stack.hold(index)
         reading = self._read(request)

@@ -174,6 +174,11 @@ async def test_the_deadline_passes_in_the_queue(redis_url: str) -> None:
         await stack.settled()
         stack.scheduler.go.set()
         assert (await stack.complete()).status_code == 200
+
+        async def both_answered() -> bool:  # nobody waits to hear that an offer was accepted
+            return len(stack.scheduler.answers) == 2
+
+        await eventually(both_answered)
         gone = [answer.status for answer in stack.scheduler.answers]
         assert gone == [OfferAnswer.STATUS_GONE, OfferAnswer.STATUS_ACCEPTED]
 
