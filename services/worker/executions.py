@@ -25,7 +25,7 @@ from services.worker.request_metrics import RequestMetrics
 from services.worker.run_times import RunTimes
 from services.worker.run_traces import RunTraces
 from services.worker.sequence_times import SequenceTimes
-from services.worker.start_request import ModelLimits, build_sequences, demand_of
+from services.worker.start_request import ModelLimits, build_sequences, count_ids, demand_of
 from services.worker.step_output import StepOutput
 from services.worker.ticket import Execution, Gathering, Ticket
 
@@ -113,7 +113,7 @@ class Executions:
             self._turn_away(execution, handles, SequenceEnded.OUTCOME_FAILED, error.message)
         else:
             self._admit(execution, start, tickets, sequences)
-        self._on_settled(start.request_id, start.attempt, len(handles), len(start.prompt_ids) // 4)
+        self._on_settled(start.request_id, start.attempt, len(handles), count_ids(start.prompt_ids))
 
     def cancel(self, execution: Execution, handles: Iterable[int]) -> None:
         """Ends sequences that the gateway wants no more. Handles that have ended already are no mistake."""

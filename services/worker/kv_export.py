@@ -21,7 +21,7 @@ from services.worker.engine.block_exchange import BlockExchange
 from services.worker.engine.sequence import Sequence as EngineSequence
 from services.worker.engine_loop import EngineLoop, Turn
 from services.worker.kv_metrics import KvMetrics
-from services.worker.start_request import ModelLimits, build_sequences, demand_of
+from services.worker.start_request import ModelLimits, build_sequences, count_ids, demand_of
 
 _COPIED_AT_ONCE = 4
 _SIGN_OF_LIFE_S = 0.5
@@ -140,7 +140,7 @@ class Prefills:
             sequence = self._sequence(prefill)
             claim = self._admit(sequence)
         finally:
-            self._on_settled(request.request_id, request.attempt, 1, len(request.prompt_ids) // 4)
+            self._on_settled(request.request_id, request.attempt, 1, count_ids(request.prompt_ids))
         sequence.hash_blocks(self._full_blocks(sequence), self._limits.block_size)
         run = Run(sequence.hashes[request.skip_blocks :])
         self._capacity.sent(claim, self._engine.add([sequence]))  # from now on it is the engine's

@@ -76,10 +76,15 @@ def demand_of(sequences: Items[Sequence], block_size: int, coming_blocks: int = 
     )
 
 
+def count_ids(packed: bytes) -> int:
+    """How many token ids, of four bytes each, are packed."""
+    return len(packed) // 4
+
+
 def _token_ids(packed: bytes, what: str, limits: ModelLimits) -> list[int]:
     if len(packed) % 4:
         raise InvalidRequest(f"The {what}'s token ids are 4 bytes each, and {len(packed)} bytes are no whole number.")
-    ids = list(struct.unpack(f"<{len(packed) // 4}I", packed))
+    ids = list(struct.unpack(f"<{count_ids(packed)}I", packed))
     if ids and (highest := max(ids)) >= limits.vocabulary_size:
         raise InvalidRequest(f"The {what} has token id {highest}, and the vocabulary has {limits.vocabulary_size}.")
     return ids
