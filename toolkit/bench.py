@@ -68,8 +68,10 @@ class Rounds:
         seed = self.record.first_seed + number
         result = await run_row(server.url, model, row, seed, partial(self.progress.advance, task), meter)
         self.progress.remove_task(task)
-        self.progress.console.print(f"{name}: {result.rate(row.rate):.1f} {row.rate} tok/s")
-        return Measurement(server.name, number, result, None if meter is None else meter.use)
+        use = None if meter is None else meter.use
+        memory = f", worker RSS {use.worker_rss_mib:,.0f} MiB" if use is not None and use.worker_rss_mib else ""
+        self.progress.console.print(f"{name}: {result.rate(row.rate):.1f} {row.rate} tok/s{memory}")
+        return Measurement(server.name, number, result, use)
 
 
 async def run_bench(options: BenchOptions, console: Console) -> Record:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -89,13 +89,13 @@ class CostRow:
     rss_mib: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SlowRow:
-    """Time to the first token of others, alone and beside slow clients; the gateway's memory then."""
+    """Time to the first token of others, one of each per round: alone and beside slow clients; the gateway's memory."""
 
-    alone_ms: float
-    beside_ms: float
-    rss_mib: float
+    alone_ms: list[float] = field(default_factory=list)
+    beside_ms: list[float] = field(default_factory=list)
+    rss_mib: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +150,25 @@ async def run_cost_bench(options: GatewayBenchOptions, runs: Path) -> list[CostR
 
 
 async def run_slow_bench(options: GatewayBenchOptions, runs: Path) -> SlowRow:
-    """Raises StackEnded, GatewayBenchFailed.
+    """Measures two stacks in turn, of which one has the slow clients. Raises StackEnded, GatewayBenchFailed.
 
     The slow readers' answers are complete on the worker before the others are timed: what is compared is the gateway.
     """
-    async with _echo_stack(options, runs, 0, "--max-sequences", str(SLOW_READERS)) as (stack, ours):
-        alone_ms = await _ttft_ms(ours, 4, options.measured_s, OTHERS)
-        clients = SlowClients(ours.url, ours.model, ours.key, SLOW_READERS, IDLE_CONNECTIONS, SLOW_TOKENS)
-        async with _client("toolkit.slow_clients", clients) as process:
-            await _expect(process, "begun")
-            await _until_idle(stack)
-            beside_ms = await _ttft_ms(ours, 4, options.measured_s, OTHERS)
-            return SlowRow(alone_ms, beside_ms, _rss_mib(ours)["gateway"])
+    row = SlowRow()
+    async with AsyncExitStack() as running:
+        _, alone = await running.enter_async_context(_echo_stack(options, runs, 0))
+        stack, beside = await running.enter_async_context(
+            _echo_stack(options, runs, 0, "--max-sequences", str(SLOW_READERS))
+        )
+        clients = SlowClients(beside.url, beside.model, beside.key, SLOW_READERS, IDLE_CONNECTIONS, SLOW_TOKENS)
+        process = await running.enter_async_context(_client("toolkit.slow_clients", clients))
+        await _expect(process, "begun")
+        await _until_idle(stack)
+        for _ in range(options.rounds):
+            row.alone_ms.append(await _ttft_ms(alone, 4, options.measured_s, OTHERS))
+            row.beside_ms.append(await _ttft_ms(beside, 4, options.measured_s, OTHERS))
+        row.rss_mib = _rss_mib(beside)["gateway"]
+    return row
 
 
 async def run_memory_bench(options: GatewayBenchOptions, runs: Path, requests: int) -> MemoryRow:

@@ -60,11 +60,12 @@ def _show_services(ours: CostRow, console: Console) -> None:
 
 
 def show_slow(row: SlowRow, console: Console) -> None:
-    """What slow clients cost the others."""
+    """What slow clients cost the others: the median of the rounds' ratios, and all of them."""
+    ratios = [beside / alone for alone, beside in zip(row.alone_ms, row.beside_ms, strict=True)]
     console.print(
-        f"TTFT p50 of others: {row.alone_ms:.2f} ms alone, {row.beside_ms:.2f} ms beside {SLOW_READERS} slow readers "
-        f"and {IDLE_CONNECTIONS:,} idle connections ({row.beside_ms / row.alone_ms:.2f}x); the gateway's RSS is then "
-        f"{row.rss_mib:.0f} MiB.",
+        f"TTFT p50 of others: {median(row.alone_ms):.2f} ms alone, {median(row.beside_ms):.2f} ms beside "
+        f"{SLOW_READERS} slow readers and {IDLE_CONNECTIONS:,} idle connections: {median(ratios):.2f}x "
+        f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}); the gateway's RSS is then {row.rss_mib:.0f} MiB.",
         soft_wrap=True,
     )
 

@@ -1,7 +1,8 @@
 """`headrace bench-observing`: what metrics and traces add to a stack's CPU time.
 
 Two stacks of its own do the same work in turns: one with metrics, which are scraped as Prometheus does, and with traces
-of a tenth of its requests; one with neither. The one that is not measured stands still.
+of a tenth of its requests; one with neither. The one that is not measured stands still. Each pair has stacks of its
+own: of two that are alike, one spends up to 4 % more for as long as it runs.
 """
 
 import asyncio
@@ -84,24 +85,23 @@ async def run_observing_bench(
 
     Raises StackEnded, LoadFailed, NotAnswering, NotStopped, ObservingBenchFailed.
     """
+    pairs = []
     async with span_sink() as sink:
-        async with _observed(options, sink.endpoint, runs) as observed, _plain(options) as plain:
-            pairs = []
-            async for pair in _pairs(options, observed, plain):
-                pairs.append(pair)
-                on_pair(pair)
+        for number in range(options.pairs):
+            async with _observed(options, sink.endpoint, runs) as observed, _plain(options) as plain:
+                pairs.append(await _pair(number, options, observed, plain))
+                on_pair(pairs[-1])
         return pairs, await sink.end()
 
 
-async def _pairs(options: ObservingOptions, observed: _Subject, plain: _Subject) -> AsyncIterator[Pair]:
+async def _pair(number: int, options: ObservingOptions, observed: _Subject, plain: _Subject) -> Pair:
     row = replace(BATCH8, requests=options.requests)
+    order = (observed, plain) if number % 2 else (plain, observed)
     with Turns([observed.server, plain.server]) as turns:
-        for subject in (observed, plain):  # what a first time costs is no part of any pair
-            await _measure(subject, turns, row, seed=0)
-        for number in range(options.pairs):
-            order = (observed, plain) if number % 2 else (plain, observed)
-            spent = {subject: await _measure(subject, turns, row, seed=1 + number) for subject in order}
-            yield Pair(spent[observed], spent[plain])
+        for subject in order:  # what a first time costs is no part of the pair
+            await _measure(subject, turns, replace(row, requests=row.concurrency), seed=0)
+        spent = {subject: await _measure(subject, turns, row, seed=1 + number) for subject in order}
+    return Pair(spent[observed], spent[plain])
 
 
 @asynccontextmanager

@@ -6,10 +6,12 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from headrace.v1.scheduler_pb2 import DescribeFleetRequest
@@ -63,7 +65,8 @@ async def _serve(stack: Stack, directory: RunDirectory, supervisor: Supervisor, 
             await supervisor.wait_ready()
     await supervisor.wait_ready()
     model = await _first_model(stack.scheduler_address)
-    console.print(welcome(stack, model, directory.path), markup=False, soft_wrap=True)
+    took_s = time.time() - psutil.Process().create_time()
+    console.print(welcome(stack, model, took_s, directory.path), markup=False, soft_wrap=True)
     await asyncio.Event().wait()
 
 
@@ -132,14 +135,14 @@ async def _first_model(scheduler_address: str) -> str:
     return next(worker.registration.model.name for worker in reply.workers)
 
 
-def welcome(stack: Stack, model: str, directory: Path) -> str:
-    """What a person is told when the stack is ready."""
+def welcome(stack: Stack, model: str, took_s: float, directory: Path) -> str:
+    """What a person is told when the stack is ready, so many seconds after this process began."""
     question = {"role": "user", "content": "What is the capital of France?"}
     body = json.dumps({"model": model, "stream": True, "temperature": 0, "messages": [question]})
     http_url, *others = stack.http_urls
     more = f"    more gateways {' '.join(others)}" if others else ""
     return f"""
-{model} is ready. Ask it something:
+{model} is ready after {took_s:.1f} s. Ask it something:
 
   {_curl(stack)}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
 

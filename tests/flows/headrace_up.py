@@ -103,7 +103,7 @@ class HeadraceUp:
         return reply
 
     def wait_ready(self) -> None:
-        self.wait_for_line(r"is ready\. Ask it something", timeout_s=START_TIMEOUT_S)
+        self.wait_for_line(r"is ready after [0-9.]+ s\. Ask it something", timeout_s=START_TIMEOUT_S)
 
     def wait_for_line(self, pattern: str, *, since: int = 0, timeout_s: float = 60.0) -> None:
         """Returns when a line after the first `since` ones matches."""

@@ -33,9 +33,9 @@ def test_medians_over_rounds_and_what_is_added() -> None:
 def test_slow_clients_and_memory_in_a_sentence() -> None:
     out = StringIO()
     console = Console(file=out, width=200)
-    show_slow(SlowRow(alone_ms=4.0, beside_ms=5.0, rss_mib=120.4), console)
+    show_slow(SlowRow([4.0, 4.0, 2.0], [5.0, 8.0, 2.0], rss_mib=120.4), console)
     show_memory(MemoryRow(100_000, 95.2, 96.7), console)
     slow, memory = out.getvalue().splitlines()
     assert slow.startswith("TTFT p50 of others: 4.00 ms alone, 5.00 ms beside 500 slow readers")
-    assert "(1.25x); the gateway's RSS is then 120 MiB." in slow
+    assert "2,000 idle connections: 1.25x (1.25, 2.00, 1.00); the gateway's RSS is then 120 MiB." in slow
     assert memory == "The gateway's RSS: 95 MiB, and 97 MiB 100,000 requests later."

@@ -26,4 +26,4 @@ OPTIONS = StackOptions(host="127.0.0.1", http_ports=(8000,), grpc_ports=(50051,)
 )
 def test_curl_trusts_the_certificate_and_uses_a_name_of_it(cert: FrontCert | None, line: str) -> None:
     stack = plan_stack(replace(OPTIONS, front_cert=cert), count(20_000), cores=2)
-    assert line in welcome(stack, "m", Path("/logs"))
+    assert line in welcome(stack, "m", 5.61, Path("/logs"))

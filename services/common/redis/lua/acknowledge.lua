@@ -1,4 +1,5 @@
--- Ends entries: XACK, then XDEL. Says nothing against those that are gone already.
+-- Ends entries: XACK, then XDEL. Says nothing against those that are gone already,
+-- or were none.
 -- A scheduler may end what it owns; a gateway also what waits, or what a scheduler owns.
 --
 -- KEYS[1]   stream
@@ -19,8 +20,10 @@ local ended = 0
 for i = 3, #ARGV do
   local id = ARGV[i]
   if may_end(id) then
-    redis.call('XACK', stream, group, id)
-    ended = ended + redis.call('XDEL', stream, id)
+    -- pcall: what is no entry id must not keep the others.
+    redis.pcall('XACK', stream, group, id)
+    local gone = redis.pcall('XDEL', stream, id)
+    ended = ended + (type(gone) == 'number' and gone or 0)
   end
 end
 return ended

@@ -131,6 +131,12 @@ async def test_acknowledged_jobs_leave_nothing(gateway: JobQueue, scheduler: Job
     assert await redis.command("EVAL", PENDING, 1, stream, GROUP) == []
 
 
+async def test_what_is_no_entry_id_keeps_no_other_entry(gateway: JobQueue, scheduler: JobQueue) -> None:
+    entry_id = await gateway.enqueue(job("r2"))
+    await gateway.acknowledge([(job("r1"), "no id"), (job("r2"), entry_id)])
+    assert await scheduler.pop(MODEL, 1) == []
+
+
 async def test_a_waiting_job_can_be_withdrawn(gateway: JobQueue, scheduler: JobQueue) -> None:
     entry_id = await gateway.enqueue(job("r1"))
     await gateway.acknowledge([(job("r1"), entry_id)])
