@@ -64,7 +64,7 @@ class DirectDelivery:
 
     def deliver(self, token_ids: list[int], tally: StepTally) -> bool:
         """Tokens in the middle of the sequence, one at least. False: its task has to see to them."""
-        if not (self._active.waiting and self._outlet.open):
+        if not (self._active.waiting and self._outlet.open and len(token_ids) < self._choice.room):
             return False
         try:
             self._deliver(token_ids, tally)

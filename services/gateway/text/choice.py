@@ -1,5 +1,6 @@
 """One choice of a request: its tokens, and the text the client gets of them. Knows no worker and no queue."""
 
+import sys
 from collections.abc import Sequence
 
 from headrace.v1.sampling_pb2 import FinishReason, Logprobs, Stopping
@@ -19,6 +20,7 @@ class Choice:
         "_echo",
         "_logprobs",
         "_matcher",
+        "_max_tokens",
         "_min_tokens",
         "_seq",
         "_stop_token_ids",
@@ -49,6 +51,7 @@ class Choice:
         self._matcher = StopMatcher(stopping.stop) if stopping.stop else None
         self._stop_token_ids = frozenset(stopping.stop_token_ids)
         self._min_tokens = stopping.min_tokens
+        self._max_tokens = stopping.max_tokens if stopping.HasField("max_tokens") else sys.maxsize
         self._seq = 0
         self._text_length = 0
 
@@ -60,6 +63,11 @@ class Choice:
     def plain(self) -> bool:
         """Its tokens alone never end it, and come without log-probabilities."""
         return self._matcher is None and not self._stop_token_ids and self._logprobs is None
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still get; with the last of them it ends."""
+        return self._max_tokens - len(self.token_ids)
 
     @property
     def _matched(self) -> bool:
@@ -74,10 +82,15 @@ class Choice:
     ) -> Delta:
         """Takes new tokens, and the worker's finish reason if they are the last ones.
 
-        A stop string ends the choice at the token that completes it; what follows is dropped. Raises RequestFailed if
-        log-probabilities were asked for and are not those of the tokens.
+        A stop string ends the choice at the token that completes it, and `max_tokens` where a worker goes on beyond
+        it; what follows is dropped. Raises RequestFailed if log-probabilities were asked for and are not those of the
+        tokens.
         """
         text = ""
+        if len(token_ids) >= (room := self.room):
+            if len(token_ids) > room or not finish_reason:
+                finish_reason = FinishReason.FINISH_REASON_LENGTH
+            token_ids = token_ids[:room]
         if self._matcher is None and not self._stop_token_ids:
             push = self._detokenizer.push
             for token_id in token_ids:

@@ -92,6 +92,8 @@ class FakeWorker(WorkerServicer):
     time: MachineTime = field(default_factory=MachineTime)
     # Steps wait until this is set.
     go: asyncio.Event = field(default_factory=asyncio.Event)
+    # Tokens that it makes after `max_tokens` of them.
+    beyond: int = 0
     starts: list[Start] = field(default_factory=list)
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -201,7 +203,8 @@ class FakeWorker(WorkerServicer):
         counts = []
         for sequence in list(running.values()):
             stopping = sequence.start.stopping
-            limit = min(sequence.done + self.tokens_per_step, stopping.max_tokens)
+            most = stopping.max_tokens + self.beyond
+            limit = min(sequence.done + self.tokens_per_step, most)
             tokens = [*sequence.answer, eos][sequence.done : limit]
             if sequence.start.sampling.HasField("logprobs"):
                 values = logprobs_of(tokens, sequence.done, sequence.start.sampling.logprobs)
@@ -215,7 +218,7 @@ class FakeWorker(WorkerServicer):
                 output.started.append(
                     SequenceStarted(handle=sequence.handle, cached_prompt_tokens=self.cached_prompt_tokens)
                 )
-            if eos in tokens or sequence.done >= stopping.max_tokens:
+            if eos in tokens or sequence.done >= most:
                 stop, length = FinishReason.FINISH_REASON_STOP, FinishReason.FINISH_REASON_LENGTH
                 output.ended.append(
                     SequenceEnded(

@@ -45,10 +45,10 @@ class Outlet:
 class Sequence:
     """A sequence whose first token has been delivered, with its feed and a task that the test plays."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int = 1000) -> None:
         self.metrics = Metrics(CollectorRegistry()).for_model("m")
         self.outlet = Outlet()
-        self.choice = Choice(0, Numbers(), Stopping())
+        self.choice = Choice(0, Numbers(), Stopping(max_tokens=max_tokens))
         self.task = SimpleNamespace(waiting=True)
         self.feed = SequenceFeed(1, asyncio.Event())
         self.outlet.deltas.append(self.choice.advance([0], UNFINISHED))
@@ -87,6 +87,15 @@ def test_the_last_token_is_for_the_task() -> None:
     assert sequence.text == "0 "
     assert sequence.feed.news.is_set()
     assert sequence.feed.token_ids == [1]
+
+
+def test_what_fills_it_is_for_the_task_even_if_its_worker_does_not_end_it() -> None:
+    sequence = Sequence(max_tokens=3)
+    sequence.step([1])
+    sequence.step([2])
+    assert sequence.text == "0 1 "
+    assert sequence.feed.news.is_set()
+    assert sequence.feed.token_ids == [2]
 
 
 def test_equal_gaps_of_a_step_are_counted_together() -> None:

@@ -403,6 +403,25 @@ async def test_a_hidden_stop_token_is_counted_and_not_shown(redis_url: str) -> N
         assert body["usage"]["completion_tokens"] == 4
 
 
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 1}, {"stop": "never said"}])
+@pytest.mark.parametrize("tokens_per_step", [1, 3])
+async def test_a_worker_that_goes_on_beyond_max_tokens_is_cut_off(
+    redis_url: str, tokens_per_step: int, fields: dict[str, object]
+) -> None:
+    worker = FakeWorker("w0", says(TEXT), tokens_per_step=tokens_per_step, beyond=6)
+    async with running_stack(redis_url, [worker]) as stack:
+        body = (await stack.complete(max_tokens=4, **fields)).json()
+        usage = {"include_usage": True}
+        async with streaming(stack, max_tokens=4, stream_options=usage, **fields) as response:
+            lines = [line.removeprefix("data: ") async for line in response.aiter_lines() if line.startswith("data: {")]
+        *chunks, last = map(json.loads, lines)
+        assert body["choices"][0]["text"] == byte_level_tokenizer().decode(IDS[:4])
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == body["choices"][0]["text"]
+        assert body["choices"][0]["finish_reason"] == chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert body["usage"]["completion_tokens"] == last["usage"]["completion_tokens"] == 4
+        await stack.settled()
+
+
 async def test_shutting_down_ends_what_does_not_finish(redis_url: str) -> None:
     async with running_stack(redis_url, drain_grace_s=0.1) as stack:
         stack.workers[0].go.clear()

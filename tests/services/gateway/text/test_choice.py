@@ -70,6 +70,21 @@ def test_stop_strings_wait_for_min_tokens() -> None:
     assert "".join(delta.text for delta in deltas) == "aXb"
 
 
+@given(st.integers(1, 12), st.lists(st.integers(0, 5), max_size=8))
+def test_nothing_is_taken_beyond_max_tokens(max_tokens: int, cuts: list[int]) -> None:
+    token_ids = TOKENIZER.encode("abcdefgh").ids
+    deltas, choice = run(token_ids, cuts, Stopping(max_tokens=max_tokens))
+    assert choice.token_ids == token_ids[:max_tokens]
+    assert choice.finish_reason == LENGTH
+    assert "".join(delta.text for delta in deltas) == "abcdefgh"[:max_tokens]
+
+
+def test_the_last_token_may_end_it_for_another_reason() -> None:
+    choice = Choice(0, FACTORY.create(), Stopping(max_tokens=2))
+    choice.advance([1], NONE)
+    assert choice.advance([2], STOP).finish_reason == STOP
+
+
 def test_delivered_ids_are_packed_little_endian() -> None:
     choice = Choice(0, FACTORY.create(), Stopping())
     choice.advance([1, 258], NONE)
