@@ -3,8 +3,11 @@
 import os
 import random
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,6 +18,7 @@ from tests.flows.conftest import WORKER_OPTIONS
 from tests.flows.headrace_up import HeadraceUp, eventually
 
 LONG = 600
+_PAUSE_S = 0.8  # a source that gives nothing for a second stalls
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +171,51 @@ def test_corrupt_bytes_cost_time_and_no_token(split: HeadraceUp, blocks: Path) -
     assert ask(split, long) == text
     assert failures(split, "cache") == 1
     assert split.metric("cache", "headrace_cache_dropped_total", reason="digest") >= 1
+    assert_nothing_is_held(split)
+
+
+@contextmanager
+def slowed(pid: int, *, runs_s: float) -> Iterator[None]:
+    """The process stands still but for `runs_s` at a time, with pauses that are just no stall; 0: all the time."""
+    over = threading.Event()
+
+    def pulse() -> None:
+        while not over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            over.wait(_PAUSE_S)
+            if runs_s:
+                os.kill(pid, signal.SIGCONT)
+                until = time.perf_counter() + runs_s
+                while time.perf_counter() < until:
+                    pass  # who sleeps here may oversleep on a busy machine, while all is sent
+
+    with ThreadPoolExecutor(1) as threads:
+        pulsing = threads.submit(pulse)
+        try:
+            yield
+        finally:
+            over.set()
+            pulsing.result()
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.timeout(600)  # a quarter of a minute is usual; a busy machine takes many times that
+def test_a_cache_service_that_stands_still_or_is_slow_is_a_pause(split: HeadraceUp, blocks: Path) -> None:
+    # It stands still last: those who watch it then lose their connection, and for a moment what they know.
+    prompts = {runs_s: prompt(2011 + number, LONG) for number, runs_s in enumerate((0.002, 0.0))}
+    before = len(list(blocks.rglob("*.kvblock")))
+    texts = {runs_s: ask(split, long) for runs_s, long in prompts.items()}
+    kept = 2 * (LONG // 16 - 1)
+    eventually(lambda: len(list(blocks.rglob("*.kvblock"))) >= before + kept, "the prompts are on disk")
+    for name in ("prefill", "decode"):
+        split.kill_member(name)
+    wait_for_both(split)
+    for number, (runs_s, long) in enumerate(prompts.items(), 1):
+        eventually(lambda: split.metric("scheduler", "headrace_index_blocks") >= kept, "the scheduler knows the blocks")
+        with slowed(split.pid_of("cache"), runs_s=runs_s):
+            assert ask(split, long) == texts[runs_s]
+        told = split.metric("decode", "headrace_kv_import_failures_total", source="cache", reason="slow")
+        assert told == number, Path(split.member("decode").log).read_text()[-2000:]
     assert_nothing_is_held(split)
 
 
