@@ -22,10 +22,10 @@ from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.library import Library, compiled_library
 from services.worker.engine.kernels.compiled.linear import TALLEST, tile_groups, tile_rows
 from services.worker.engine.kernels.compiled.packing import aligned_zeros, padded_columns
+from services.worker.engine.kernels.compiled.places import Places
 from services.worker.engine.kernels.compiled.plan import StepPlan, plan_step
-from services.worker.engine.kernels.compiled.step import make_kernels
+from services.worker.engine.kernels.compiled.step import make_kernels, most_items
 from services.worker.engine.kernels.compiled.team import new_control, stop
-from services.worker.engine.kernels.compiled.tiles import GROUP
 from services.worker.engine.kernels.paged_kv import PagedKV
 from services.worker.engine.model.interface import ModelFacts, Quantization
 from services.worker.engine.model.llama_config import LlamaConfig
@@ -34,6 +34,8 @@ from services.worker.engine.model.rope import inverse_frequencies
 
 Floats = npt.NDArray[np.float32]
 _FEWEST_POSITIONS = 1024  # for which cosines are kept from the start
+# Steps of at most so many rows keep what each product reads and writes apart, so that threads can help each other.
+_ROWS_APART = TALLEST
 
 
 class CompiledLlama:
@@ -89,11 +91,13 @@ class _Step:
         self._shape = shape
         self._library = library
         self._frame = np.zeros(len(Frame), np.int64)
-        self._control = new_control(threads)
+        self._control = new_control(threads, most_items(isa, shape, _ROWS_APART, threads))
         self._frequencies = inverse_frequencies(config.rope, config.head_dim)
         self._kept: dict[Frame, npt.NDArray[np.generic]] = {}  # what the frame's addresses point at
         self._function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(library.addresses["RUN"])
-        self._rows = self._sampled = self._context = 0  # that there is room for
+        self._apart = Places.apart(isa, shape, _ROWS_APART)
+        self._shared = Places.shared(isa, shape, 0)
+        self._sampled = self._context = 0  # that there is room for
         self._set_constants()
         for name, address in library.addresses.items():
             if name in Frame.__members__:
@@ -121,6 +125,9 @@ class _Step:
         height = tile_rows(self._isa, rows)
         frame[Frame.ROWS], frame[Frame.TILE_ROWS] = rows, height
         frame[Frame.GROUPS] = tile_groups(-(-rows // height), self._threads)
+        apart = rows <= self._apart.rows and frame[Frame.GROUPS] == 1
+        for field, value in (self._apart if apart else self._shared).fields.items():
+            frame[field] = value
         frame[Frame.SLICES] = len(plan.first_rows) - 1
         frame[Frame.SAMPLED], frame[Frame.SAMPLED_TILE_ROWS] = sampled, tile_rows(self._isa, max(sampled, 1))
         self._keep(Frame.TOKENS, plan.tokens)
@@ -152,29 +159,16 @@ class _Step:
 
     def _reserve(self, rows: int, sampled: int, context: int) -> None:
         """Makes room for a step of this size."""
-        if rows > self._rows or sampled > self._sampled:
-            self._rows, self._sampled = _room(rows, self._rows), _room(sampled, self._sampled)
-            self._reserve_rows(self._rows + TALLEST)
-            self._logits = self._room_for(Frame.LOGITS, self._sampled + TALLEST, self._shape.vocabulary)
+        if rows > self._shared.rows:
+            self._shared = Places.shared(self._isa, self._shape, _room(rows, self._shared.rows))
+        if sampled > self._sampled:
+            self._sampled = _room(sampled, self._sampled)
+            width = padded_columns(self._shape.vocabulary, self._isa)
+            self._logits = aligned_zeros((self._sampled + TALLEST, width), np.float32)
+            self._keep(Frame.LOGITS, self._logits)
         if context > self._context:
             self._context = min(_room(context, max(self._context, _FEWEST_POSITIONS)), self._config.max_context_tokens)
             self._reserve_context(self._context)
-
-    def _reserve_rows(self, rows: int) -> None:
-        shape = self._shape
-        deepest = max(shape.hidden, shape.intermediate, shape.query_size)
-        self._keep(Frame.HIDDEN, aligned_zeros((rows, shape.hidden), np.float32))
-        self._room_for(Frame.DELTA, rows, shape.hidden)
-        self._room_for(Frame.PRODUCT, rows, max(shape.qkv_size, 2 * shape.intermediate))
-        self._keep(Frame.X, aligned_zeros((rows, deepest), np.float32))
-        for field in (Frame.X_SCALES, Frame.X_SUMS):
-            self._keep(field, aligned_zeros((rows, deepest // GROUP + 1), np.float32))
-
-    def _room_for(self, field: Frame, rows: int, columns: int) -> Floats:
-        """Memory for a product of `columns` columns."""
-        out = aligned_zeros((rows, padded_columns(columns, self._isa)), np.float32)
-        self._keep(field, out)
-        return out
 
     def _reserve_context(self, context: int) -> None:
         angles = torch.arange(context)[:, None].float() * self._frequencies

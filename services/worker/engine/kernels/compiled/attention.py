@@ -138,7 +138,7 @@ def _make_put_query(head_dim: int, pairs: bool, qk_norm: bool, eps: float) -> An
         """Stores the query of a token as tiles read it: normed, rotated and scaled."""
         temp[:] = floats(query, head_dim)
         if qk_norm:
-            norm(temp, floats(q_norm, head_dim), eps)
+            norm(temp, floats(q_norm, head_dim), eps, temp)
         rotate(temp, floats(cos + token * half * 4, half), floats(sin + token * half * 4, half))
         _scale(temp, scale)
         put(temp.ctypes.data, head_dim, 0, 0, 1, head_dim, to, 0, 0)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Any
 
+from numba import njit
+
 from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats, put_pairs
@@ -76,7 +78,10 @@ class Frame(IntEnum):
     QK_NORMS = auto()  # float32 [layers, 2, head_dim]
     WINDOWS = auto()  # int64 [layers]
     LINEARS = auto()  # int64 [4 * layers + 1, 3]: addresses of words, scales, bias
-    HIDDEN = auto()  # float32 [T, hidden]
+    # Products have numbers: 4 in each layer, QKV, attention out, gate and up, down; last the head. What number n reads
+    # and writes is n * PLACE_BYTES further than these addresses say: in one place for all, or a place of its own.
+    PLACE_BYTES = auto()  # a number; 0 where all share one place
+    HIDDEN = auto()  # float32 [T, hidden]: what the norms before QKV and before gate and up leave
     DELTA = auto()  # float32 [padded T, padded hidden]: what is still to be added to it
     PRODUCT = auto()  # float32: the product of QKV, or of gate and up
     X = auto()  # activations as tiles read them
@@ -99,13 +104,23 @@ class Frame(IntEnum):
 FRAME_FIELDS = len(Frame)
 
 
+@njit(nogil=True, error_model="numpy")
+def place(frame: Any, field: int, product: int) -> int:
+    """The address of a field of a product's own place."""
+    return frame[field] + product * frame[Frame.PLACE_BYTES]
+
+
 def tall_rows(isa: Isa) -> int:
     """Queries in a tile of attention, other than of a single token."""
     return isa.accumulators // 2
 
 
+def row_scratch_bytes(isa: Isa, shape: Shape) -> int:
+    return 4 * max(shape.hidden, shape.intermediate, shape.head_dim, isa.accumulators * isa.lanes)
+
+
 def scratch_bytes(isa: Isa, shape: Shape) -> int:
-    """What one thread needs: a row, and a tile of attention."""
-    row = 4 * max(shape.hidden, shape.intermediate, shape.head_dim)
+    """What one thread needs: a row or a tile's sums, and a tile of attention."""
+    row = row_scratch_bytes(isa, shape)
     tile_rows = max(tall_rows(isa), shape.heads // shape.kv_heads)
     return row + attention_scratch_bytes(tile_rows, shape.head_dim, shape.block_size)

@@ -8,7 +8,8 @@ from numba import njit
 from services.worker.engine.kernels.compiled.integer_tiles import integer_panels
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import floats
-from services.worker.engine.kernels.compiled.team import claim, meet
+from services.worker.engine.kernels.compiled.rows import add
+from services.worker.engine.kernels.compiled.team import done, next_item
 from services.worker.engine.kernels.compiled.tiles import (
     BFLOAT16_DOTS,
     BFLOAT16_PAIRS,
@@ -45,7 +46,7 @@ def make_linear(isa: Isa, bits: int) -> Any:
 
     Arguments: control, members, rank, groups of tiles; tiles and rows per tile; depth (k) of both; addresses of
     activations, their scales and sums; of the weights' words and scales and of the bias (0: none); panels; the address
-    of out and the bytes of its rows. out has room for whole tiles.
+    of out and the bytes of its rows; scratch memory for a tile's sums. out has room for whole tiles.
 
     Threads share out the groups, each of which takes all panels. A single group's panels are shared out instead: each
     thread begins with a run of its own, since memory is read fastest in order.
@@ -58,43 +59,50 @@ def make_linear(isa: Isa, bits: int) -> Any:
 
     def linear(
         control: int, members: int, rank: int, groups: int, tiles: int, rows: int, depth: int, x: int, x_scales: int,
-        x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int,
+        x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int, scratch: int,
     ) -> None:  # fmt: skip
         widest = max(1, width_of(rows, accumulators))
         steps = depth // GROUP if quantized else depth // per_word
         panel_bytes = depth // per_word * columns * 4
         of_scales = group_scale_bytes * (depth // GROUP)
         parts = members if groups == 1 else groups
-        for turn in range(parts):
-            part = (rank + turn) % parts
+        most = (panels + members - 1) // members if groups == 1 else panels  # of a part
+        items = (most + widest - 1) // widest * parts
+        item = next_item(control, members, rank, parts, items)
+        while item >= 0:
+            part = item % parts
             group, first, end = part, 0, panels
             if groups == 1:
                 group, first, end = 0, panels * part // parts, panels * (part + 1) // parts
-            start = first + widest * claim(control, part)
-            while start < end:
-                width = widest if start + widest <= end else 1
-                for panel in range(start, min(start + widest, end), width):
-                    w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4
-                    for tile in range(group, tiles, groups):
-                        place = x + tile * depth * rows * activation_bytes
-                        of_group = tile * (depth // GROUP) * rows * 4
-                        # The first tile has these weights from memory, the others from the cache: they have time to
-                        # fetch the next ones.
-                        done = tile // groups
-                        ahead = w
-                        if done == 0:
-                            ahead += _AHEAD_BYTES
-                        elif done <= width:
-                            ahead += (width + done - 1) * panel_bytes
-                        multiply(
-                            rows, width, place, x_scales + of_group, x_sums + of_group, w, s, panel_bytes, of_scales,
-                            steps, o + tile * rows * out_row_bytes, out_row_bytes, ahead,
-                        )  # fmt: skip
-                        if bias:
-                            for row in range(tile * rows, (tile + 1) * rows):
-                                add(floats(bias + panel * columns * 4, width * columns), o + row * out_row_bytes)
-                start = first + widest * claim(control, part)
-        meet(control, members)
+            start = first + widest * (item // parts)
+            width = widest if start + widest <= end else 1
+            for panel in range(start, min(start + widest, end), width):
+                w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4
+                for tile in range(group, tiles, groups):
+                    at = x + tile * depth * rows * activation_bytes
+                    of_group = tile * (depth // GROUP) * rows * 4
+                    # The first tile has these weights from memory, the others from the cache: they have time to
+                    # fetch the next ones.
+                    before = tile // groups
+                    ahead = w
+                    if before == 0:
+                        ahead += _AHEAD_BYTES
+                    elif before <= width:
+                        ahead += (width + before - 1) * panel_bytes
+                    to, row_bytes = o + tile * rows * out_row_bytes, out_row_bytes
+                    if bias:
+                        to, row_bytes = scratch, width * columns * 4
+                    multiply(
+                        rows, width, at, x_scales + of_group, x_sums + of_group, w, s, panel_bytes, of_scales,
+                        steps, to, row_bytes, ahead,
+                    )  # fmt: skip
+                    if bias:
+                        biases = floats(bias + panel * columns * 4, width * columns)
+                        for row in range(rows):
+                            sums = floats(scratch + row * row_bytes, width * columns)
+                            add(sums, biases, floats(o + (tile * rows + row) * out_row_bytes, width * columns))
+            done(control, members, rank, item)
+            item = next_item(control, members, rank, parts, items)
 
     return linear
 
@@ -141,13 +149,6 @@ def _make_multiply(isa: Isa, bits: int) -> Any:
             six(*arguments)
 
     return multiply
-
-
-@njit(nogil=True, error_model="numpy")
-def add(values: Any, address: int) -> None:
-    out = floats(address, len(values))
-    for i in range(len(values)):
-        out[i] += values[i]
 
 
 @cache

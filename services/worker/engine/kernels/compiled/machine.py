@@ -78,13 +78,26 @@ def float_of_bits(_: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def atomic_add(_: Any, address: Any, amount: Any) -> Any:
-    """Adds to the int64 at an address; what it was before."""
+def atomic_replace(_: Any, address: Any, old: Any, new: Any) -> Any:
+    """Writes `new` to an address if the int64 there is `old`; whether it was."""
 
     def generate(_: Any, builder: Builder, __: Any, arguments: Any) -> Value:
-        return builder.atomic_rmw("add", pointer(builder, arguments[0]), arguments[1], "seq_cst")
+        address, old, new = arguments
+        return builder.extract_value(builder.cmpxchg(pointer(builder, address), old, new, "seq_cst", "seq_cst"), 1)
 
-    return types.int64(types.int64, types.int64), generate
+    return types.boolean(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def atomic_store(_: Any, address: Any, value: Any) -> Any:
+    """Writes the int64 at an address after all that was written before."""
+
+    def generate(context: Any, builder: Builder, __: Any, arguments: Any) -> Value:
+        place = builder.inttoptr(arguments[0], I64.as_pointer())
+        builder.store_atomic(arguments[1], place, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic

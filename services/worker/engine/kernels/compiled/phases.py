@@ -6,21 +6,25 @@ Activations of a tile's rows lie side by side, in the same cache lines, so one t
 from typing import Any
 
 import numpy as np
-from numba import float32, njit, uint32
+from numba import njit, uint32
 
-from services.worker.engine.kernels.compiled.frame import FRAME_FIELDS, Frame, Kernel, Shape, tall_rows
+from services.worker.engine.kernels.compiled.frame import (
+    FRAME_FIELDS,
+    Frame,
+    Kernel,
+    Shape,
+    place,
+    row_scratch_bytes,
+    tall_rows,
+)
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import call_address, float_of_bits, floats, halves, longs
 from services.worker.engine.kernels.compiled.packing import padded_columns
-from services.worker.engine.kernels.compiled.rows import add_norm, bfloat16_bits, norm, rotate, swiglu
-from services.worker.engine.kernels.compiled.team import claim, meet
+from services.worker.engine.kernels.compiled.rows import add, bfloat16_bits, norm, rotate, swiglu
+from services.worker.engine.kernels.compiled.team import claim, done, help_out, next_item
 from services.worker.engine.kernels.compiled.tiles import GROUP
 
-
-@njit(nogil=True, error_model="numpy")
-def rows_of_item(frame: Any, item: int, group: int) -> int:
-    """The first row of a group's tile number `item`; beyond the last row if it has not so many."""
-    return (group + item * frame[Frame.GROUPS]) * frame[Frame.TILE_ROWS]
+SWIGLU_PARTS = 4  # that a tile's columns are shared out by, at most
 
 
 def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
@@ -30,23 +34,24 @@ def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
 
     def norm_rows(control: int, members: int, rank: int, at: int, which: int, scratch: int) -> None:
         frame, temp = longs(at, FRAME_FIELDS), floats(scratch, hidden)
-        count, rows = frame[Frame.ROWS], frame[Frame.TILE_ROWS]
+        count, rows, product = frame[Frame.ROWS], frame[Frame.TILE_ROWS], 2 * which
         weight = floats(frame[Frame.NORMS] + 4 * which * hidden, hidden)
-        x, scales, sums = frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS]
-        groups = frame[Frame.GROUPS]
-        for turn in range(groups):
-            group = (rank + turn) % groups
-            first = rows_of_item(frame, claim(control, group), group)
-            while first < count:
-                for row in range(first, min(first + rows, count)):
-                    h = floats(frame[Frame.HIDDEN] + 4 * row * hidden, hidden)
-                    delta = floats(frame[Frame.DELTA] + 4 * row * width, hidden)
-                    if which == 0:
-                        begin_row(frame, row, h, delta)
-                    add_norm(h, delta, weight, eps, temp)
-                    put(scratch, hidden, 0, row, rows, hidden, x, scales, sums)
-                first = rows_of_item(frame, claim(control, group), group)
-        meet(control, members)
+        before, delta = place(frame, Frame.HIDDEN, product - 2), place(frame, Frame.DELTA, product - 1)
+        after, x = place(frame, Frame.HIDDEN, product), place(frame, Frame.X, product)
+        scales, sums = place(frame, Frame.X_SCALES, product), place(frame, Frame.X_SUMS, product)
+        groups, tiles = frame[Frame.GROUPS], (count + rows - 1) // rows
+        tile = next_item(control, members, rank, groups, tiles)
+        while tile >= 0:
+            for row in range(tile * rows, min((tile + 1) * rows, count)):
+                h = floats(after + 4 * row * hidden, hidden)
+                if which == 0:
+                    begin_row(frame, row, h)
+                else:
+                    add(floats(before + 4 * row * hidden, hidden), floats(delta + 4 * row * width, hidden), h)
+                norm(h, weight, eps, temp)
+                put(scratch, hidden, 0, row, rows, hidden, x, scales, sums)
+            done(control, members, rank, tile)
+            tile = next_item(control, members, rank, groups, tiles)
 
     return norm_rows
 
@@ -54,27 +59,26 @@ def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
 def make_swiglu_rows(isa: Isa, shape: Shape) -> Kernel:
     put = shape.put
     intermediate, width = shape.intermediate, padded_columns(2 * shape.intermediate, isa)
-    parts = next(n for n in (4, 3, 2, 1) if intermediate % (n * GROUP) == 0 or n == 1)
+    parts = next(n for n in range(SWIGLU_PARTS, 0, -1) if intermediate % (n * GROUP) == 0 or n == 1)
     size = intermediate // parts
 
-    def swiglu_rows(control: int, members: int, rank: int, at: int, which: int, scratch: int) -> None:
+    def swiglu_rows(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
         frame, temp = longs(at, FRAME_FIELDS), floats(scratch, size)
-        count, rows = frame[Frame.ROWS], frame[Frame.TILE_ROWS]
-        x, scales, sums = frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS]
-        groups = frame[Frame.GROUPS]
-        for turn in range(groups):
-            group = (rank + turn) % groups
-            item = claim(control, group)
-            first = rows_of_item(frame, item // parts, group)
-            while first < count:
-                k = item % parts * size
-                for row in range(first, min(first + rows, count)):
-                    gate = frame[Frame.PRODUCT] + 4 * (row * width + k)
-                    swiglu(floats(gate, size), floats(gate + 4 * intermediate, size), temp)
-                    put(scratch, size, k, row, rows, intermediate, x, scales, sums)
-                item = claim(control, group)
-                first = rows_of_item(frame, item // parts, group)
-        meet(control, members)
+        count, rows, product = frame[Frame.ROWS], frame[Frame.TILE_ROWS], 4 * layer + 3
+        gates, x = place(frame, Frame.PRODUCT, product - 1), place(frame, Frame.X, product)
+        scales, sums = place(frame, Frame.X_SCALES, product), place(frame, Frame.X_SUMS, product)
+        groups, tiles = frame[Frame.GROUPS], (count + rows - 1) // rows
+        # All parts of a tile are in one group of items.
+        items = (tiles + groups - 1) // groups * parts * groups
+        item = next_item(control, members, rank, groups, items)
+        while item >= 0:
+            tile, k = item // groups // parts * groups + item % groups, item // groups % parts * size
+            for row in range(tile * rows, min((tile + 1) * rows, count)):
+                gate = gates + 4 * (row * width + k)
+                swiglu(floats(gate, size), floats(gate + 4 * intermediate, size), temp)
+                put(scratch, size, k, row, rows, intermediate, x, scales, sums)
+            done(control, members, rank, item)
+            item = next_item(control, members, rank, groups, items)
 
     return swiglu_rows
 
@@ -87,27 +91,29 @@ def make_norm_sampled(isa: Isa, shape: Shape) -> Kernel:
     def norm_sampled(control: int, members: int, rank: int, at: int, which: int, scratch: int) -> None:
         frame, temp = longs(at, FRAME_FIELDS), floats(scratch, hidden)
         weight = floats(frame[Frame.NORMS] + 4 * last * hidden, hidden)
-        index = claim(control, 0)
-        while index < frame[Frame.SAMPLED]:
-            row = longs(frame[Frame.SAMPLED_ROWS], frame[Frame.SAMPLED])[index]
-            h = floats(frame[Frame.HIDDEN] + 4 * row * hidden, hidden)
-            add_norm(h, floats(frame[Frame.DELTA] + 4 * row * width, hidden), weight, eps, temp)
-            rows = frame[Frame.SAMPLED_TILE_ROWS]
-            put(scratch, hidden, 0, index, rows, hidden, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS])
-            index = claim(control, 0)
-        meet(control, members)
+        product, rows, sampled = 2 * last, frame[Frame.SAMPLED_TILE_ROWS], frame[Frame.SAMPLED]
+        before, delta = place(frame, Frame.HIDDEN, product - 2), place(frame, Frame.DELTA, product - 1)
+        x = place(frame, Frame.X, product)
+        scales, sums = place(frame, Frame.X_SCALES, product), place(frame, Frame.X_SUMS, product)
+        index = next_item(control, members, rank, 1, sampled)
+        while index >= 0:
+            row = longs(frame[Frame.SAMPLED_ROWS], sampled)[index]
+            add(floats(before + 4 * row * hidden, hidden), floats(delta + 4 * row * width, hidden), temp)
+            norm(temp, weight, eps, temp)
+            put(scratch, hidden, 0, index, rows, hidden, x, scales, sums)
+            done(control, members, rank, index)
+            index = next_item(control, members, rank, 1, sampled)
 
     return norm_sampled
 
 
 def _make_begin_row(shape: Shape) -> Any:
-    """The embedding of a row's token as its hidden state, nothing to add."""
+    """The embedding of a row's token as its hidden state."""
     hidden, bits = shape.hidden, shape.embedding_bits
 
     @njit(nogil=True, error_model="numpy")
-    def begin_row(frame: Any, row: int, out: Any, delta: Any) -> None:
+    def begin_row(frame: Any, row: int, out: Any) -> None:
         token = longs(frame[Frame.TOKENS], frame[Frame.ROWS])[row]
-        delta[:] = float32(0.0)
         if bits == 32:
             out[:] = floats(frame[Frame.EMBEDDING] + 4 * token * hidden, hidden)
         else:
@@ -138,34 +144,33 @@ def make_write_kv(isa: Isa, shape: Shape) -> Kernel:
                 narrow[i * stride] = bfloat16_bits(values[i])
 
     @njit(nogil=True, error_model="numpy")
-    def write_row(frame: Any, layer: int, row: int) -> None:
+    def write_row(frame: Any, layer: int, row: int, key: Any) -> None:
         position = longs(frame[Frame.POSITIONS], frame[Frame.ROWS])[row]
         block = longs(frame[Frame.ROW_BLOCKS], frame[Frame.ROWS])[row]
         slot = position % block_size
         cos = floats(frame[Frame.COS] + 4 * position * half, half)
         sin = floats(frame[Frame.SIN] + 4 * position * half, half)
         pool = frame[Frame.KV] + block * frame[Frame.KV_BLOCK_BYTES] + layer * of_layer
-        source = frame[Frame.PRODUCT] + 4 * (row * width + heads * head_dim)
+        source = place(frame, Frame.PRODUCT, 4 * layer) + 4 * (row * width + heads * head_dim)
         for head in range(kv_heads):
-            key = floats(source + 4 * head * head_dim, head_dim)
+            key[:] = floats(source + 4 * head * head_dim, head_dim)
             if qk_norm:
-                norm(key, floats(frame[Frame.QK_NORMS] + 4 * (2 * layer + 1) * head_dim, head_dim), eps)
+                norm(key, floats(frame[Frame.QK_NORMS] + 4 * (2 * layer + 1) * head_dim, head_dim), eps, key)
             rotate(key, cos, sin)
             store(pool + (head * per_head + slot) * element, key, block_size)
             value = floats(source + 4 * (kv_heads + head) * head_dim, head_dim)
             store(pool + ((kv_heads + head) * per_head + slot * head_dim) * element, value, 1)
 
     def write_kv(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
-        frame = longs(at, FRAME_FIELDS)
+        frame, temp = longs(at, FRAME_FIELDS), floats(scratch, head_dim)
         count, rows, groups = frame[Frame.ROWS], frame[Frame.TILE_ROWS], frame[Frame.GROUPS]
-        for turn in range(groups):
-            group = (rank + turn) % groups
-            first = rows_of_item(frame, claim(control, group), group)
-            while first < count:
-                for row in range(first, min(first + rows, count)):
-                    write_row(frame, layer, row)
-                first = rows_of_item(frame, claim(control, group), group)
-        meet(control, members)
+        tiles = (count + rows - 1) // rows
+        tile = next_item(control, members, rank, groups, tiles)
+        while tile >= 0:
+            for row in range(tile * rows, min((tile + 1) * rows, count)):
+                write_row(frame, layer, row, temp)
+            done(control, members, rank, tile)
+            tile = next_item(control, members, rank, groups, tiles)
 
     return write_kv
 
@@ -175,7 +180,7 @@ def make_attention(isa: Isa, shape: Shape) -> Kernel:
     head_dim, heads, kv_heads, block_size = shape.head_dim, shape.heads, shape.kv_heads, shape.block_size
     group, half, query_size = heads // kv_heads, head_dim // 2, shape.query_size
     tall = tall_rows(isa)
-    row_bytes = 4 * max(shape.hidden, shape.intermediate, head_dim)  # at the start of scratch, for the other phases
+    row_bytes = row_scratch_bytes(isa, shape)  # at the start of scratch, for the other phases
     put = shape.put
     token_bytes = 4 * padded_columns(shape.qkv_size, isa)
     head_bytes = head_dim * block_size * shape.kv_bits // 8
@@ -186,7 +191,7 @@ def make_attention(isa: Isa, shape: Shape) -> Kernel:
         start = longs(frame[Frame.POSITIONS] + 8 * start_row, 1)[0]
         queries = (end_row - start_row) * group
         window = longs(frame[Frame.WINDOWS], layer + 1)[layer]
-        qkv = frame[Frame.PRODUCT] + start_row * token_bytes + 4 * head * group * head_dim
+        qkv = place(frame, Frame.PRODUCT, 4 * layer) + start_row * token_bytes + 4 * head * group * head_dim
         q_norm = frame[Frame.QK_NORMS] + 4 * 2 * layer * head_dim
         cos, sin = frame[Frame.COS] + 4 * start * half, frame[Frame.SIN] + 4 * start * half
         table = frame[Frame.TABLES] + 4 * longs(frame[Frame.TABLE_STARTS], slice_ + 1)[slice_]
@@ -197,30 +202,45 @@ def make_attention(isa: Isa, shape: Shape) -> Kernel:
             frame[Frame.KV_BLOCK_BYTES], scratch,
         )  # fmt: skip
         call_address(frame[Frame.ATTEND_TOKEN] if queries == group else frame[Frame.ATTEND_TILE], arguments)
-        x, scales, sums = frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS]
+        x = place(frame, Frame.X, 4 * layer + 1)
+        scales, sums = place(frame, Frame.X_SCALES, 4 * layer + 1), place(frame, Frame.X_SUMS, 4 * layer + 1)
         for query in range(first, min(first + (group if queries == group else tall), queries)):
             k, row = (head * group + query % group) * head_dim, start_row + query // group
             out = scratch + 4 * (query - first) * head_dim
             put(out, head_dim, k, row, frame[Frame.TILE_ROWS], query_size, x, scales, sums)
 
+    @njit(nogil=True, error_model="numpy")
+    def attend_items(
+        control: int, members: int, rank: int, frame: Any, layer: int, scratch: int, home: int, mine: int, total: int
+    ) -> Any:
+        """Does item number `mine` of the group `home` and what the thread gets then: by claiming or, when all `total`
+        of the phase are claimed, by helping. How many the group has, and what was got last.
+        """
+        item, rows, groups = 0, frame[Frame.TILE_ROWS], frame[Frame.GROUPS]
+        for slice_ in range(frame[Frame.SLICES]):
+            first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
+            queries = (first_rows[1] - first_rows[0]) * group
+            tiles = 1 if queries == group else (queries + tall - 1) // tall
+            for tile in range(tiles - 1, -1, -1):  # the longest work first
+                if (first_rows[0] + tile * tall // group) // rows % groups != home:
+                    continue
+                for head in range(kv_heads):
+                    if item == mine:
+                        attend_tile(frame, layer, slice_, head, tile * tall, scratch + row_bytes)
+                        done(control, members, rank, item)
+                        mine = help_out(control, members, rank, total) if total else claim(control, rank, home)
+                    item += 1
+        return item, mine
+
     def attend(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
         frame = longs(at, FRAME_FIELDS)
-        groups, rows = frame[Frame.GROUPS], frame[Frame.TILE_ROWS]
+        groups, total = frame[Frame.GROUPS], 0
         for turn in range(groups):
             home = (rank + turn) % groups
-            mine, item = claim(control, home), 0
-            for slice_ in range(frame[Frame.SLICES]):
-                first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
-                queries = (first_rows[1] - first_rows[0]) * group
-                tiles = 1 if queries == group else (queries + tall - 1) // tall
-                for tile in range(tiles - 1, -1, -1):  # the longest work first
-                    if (first_rows[0] + tile * tall // group) // rows % groups != home:
-                        continue
-                    for head in range(kv_heads):
-                        if item == mine:
-                            attend_tile(frame, layer, slice_, head, tile * tall, scratch + row_bytes)
-                            mine = claim(control, home)
-                        item += 1
-        meet(control, members)
+            mine = claim(control, rank, home)
+            total += attend_items(control, members, rank, frame, layer, scratch, home, mine, 0)[0]
+        mine = help_out(control, members, rank, total)
+        while mine >= 0:  # in steps of one group
+            mine = attend_items(control, members, rank, frame, layer, scratch, 0, mine, total)[1]
 
     return attend

@@ -68,26 +68,21 @@ def exp(x: float) -> float:
 
 
 @njit(nogil=True, error_model="numpy", fastmath=_FAST)
-def add_norm(hidden: Floats, delta: Floats, weight: Floats, eps: float, out: Floats) -> None:
-    """hidden += delta; out = hidden / rms(hidden) * weight, over len(hidden). Zhang & Sennrich 2019."""
-    squares = float32(0.0)
-    for i in range(len(hidden)):
-        hidden[i] += delta[i]
-        squares += hidden[i] * hidden[i]
-    scale = float32(1.0) / np.sqrt(squares / float32(len(hidden)) + float32(eps))
-    for i in range(len(hidden)):
-        out[i] = hidden[i] * scale * weight[i]
+def add(x: Floats, y: Floats, out: Floats) -> None:
+    """out = x + y; out may be either."""
+    for i in range(len(x)):
+        out[i] = x[i] + y[i]
 
 
 @njit(nogil=True, error_model="numpy", fastmath=_FAST)
-def norm(x: Floats, weight: Floats, eps: float) -> None:
-    """x = x / rms(x) * weight, in place."""
+def norm(x: Floats, weight: Floats, eps: float, out: Floats) -> None:
+    """out = x / rms(x) * weight, over len(x); out may be x. Zhang & Sennrich 2019."""
     squares = float32(0.0)
     for i in range(len(x)):
         squares += x[i] * x[i]
     scale = float32(1.0) / np.sqrt(squares / float32(len(x)) + float32(eps))
     for i in range(len(x)):
-        x[i] = x[i] * scale * weight[i]
+        out[i] = x[i] * scale * weight[i]
 
 
 @njit(nogil=True, error_model="numpy", fastmath=_FAST)

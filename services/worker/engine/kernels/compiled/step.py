@@ -1,7 +1,7 @@
 """A Llama's whole step as one compiled function, which every thread of a team runs.
 
-Phase after phase, a barrier between: norm, QKV, write keys and values, attention, output projection, norm, gate and up,
-SwiGLU, down; at the end norm and head for the rows that sample.
+Phase after phase: norm, QKV, write keys and values, attention, output projection, norm, gate and up, SwiGLU, down; at
+the end norm and head for the rows that sample.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from services.worker.engine.kernels.compiled.frame import (
     Frame,
     Kernel,
     Shape,
+    place,
     tall_rows,
 )
 from services.worker.engine.kernels.compiled.isa import Isa
@@ -21,13 +22,14 @@ from services.worker.engine.kernels.compiled.linear import make_linear
 from services.worker.engine.kernels.compiled.machine import call_address, longs
 from services.worker.engine.kernels.compiled.packing import padded_columns
 from services.worker.engine.kernels.compiled.phases import (
+    SWIGLU_PARTS,
     make_attention,
     make_norm_rows,
     make_norm_sampled,
     make_swiglu_rows,
     make_write_kv,
 )
-from services.worker.engine.kernels.compiled.team import await_start, start
+from services.worker.engine.kernels.compiled.team import await_start, finish, leave, start
 
 
 def make_kernels(isa: Isa, shape: Shape) -> dict[str, Kernel]:
@@ -55,6 +57,12 @@ def make_kernels(isa: Isa, shape: Shape) -> dict[str, Kernel]:
     }
 
 
+def most_items(isa: Isa, shape: Shape, rows: int, members: int) -> int:
+    """How many items a phase of a step has at most, if it has so many rows and all of them are in one group."""
+    widest = max(shape.qkv_size, shape.hidden, 2 * shape.intermediate, shape.vocabulary)
+    return max(padded_columns(widest, isa) // isa.panel_columns + members, rows * max(shape.heads, SWIGLU_PARTS))
+
+
 def _make_run(isa: Isa, shape: Shape) -> Kernel:
     layers, hidden, intermediate, query_size = shape.layers, shape.hidden, shape.intermediate, shape.query_size
     columns = isa.panel_columns
@@ -63,13 +71,16 @@ def _make_run(isa: Isa, shape: Shape) -> Kernel:
     )
 
     @njit(nogil=True, error_model="numpy")
-    def multiply(team: Any, linear: Any, frame: Any, which: int, depth: int, out: int, width: int) -> None:
+    def multiply(
+        team: Any, linear: Any, frame: Any, product: int, depth: int, out: int, width: int, scratch: int
+    ) -> None:
         """By `linear`, a kernel and its groups, tiles and rows per tile."""
         kernel, groups, tiles, rows = linear
-        weights = longs(frame[Frame.LINEARS] + 24 * which, 3)
+        weights = longs(frame[Frame.LINEARS] + 24 * product, 3)
+        x, scales = place(frame, Frame.X, product), place(frame, Frame.X_SCALES, product)
         arguments = (
-            *team, groups, tiles, rows, depth, frame[Frame.X], frame[Frame.X_SCALES], frame[Frame.X_SUMS],
-            weights[0], weights[1], weights[2], width // columns, out, 4 * width,
+            *team, groups, tiles, rows, depth, x, scales, place(frame, Frame.X_SUMS, product),
+            weights[0], weights[1], weights[2], width // columns, out, 4 * width, scratch,
         )  # fmt: skip
         call_address(kernel, arguments)
 
@@ -79,31 +90,35 @@ def _make_run(isa: Isa, shape: Shape) -> Kernel:
         scratch = frame[Frame.SCRATCH] + rank * frame[Frame.SCRATCH_BYTES]
         rows = frame[Frame.TILE_ROWS]
         linear = (frame[Frame.LINEAR], frame[Frame.GROUPS], (frame[Frame.ROWS] + rows - 1) // rows, rows)
-        delta, product = frame[Frame.DELTA], frame[Frame.PRODUCT]
-        sampled = frame[Frame.SAMPLED]  # after the last barrier, it may be the next step's already
         for layer in range(layers):
-            which = 4 * layer
+            qkv, out, gate_up, down = 4 * layer, 4 * layer + 1, 4 * layer + 2, 4 * layer + 3
+            to = place(frame, Frame.PRODUCT, qkv)
             call_address(frame[Frame.NORM_ROWS], (*team, at, 2 * layer, scratch))
-            multiply(team, linear, frame, which, hidden, product, qkv_width)
+            multiply(team, linear, frame, qkv, hidden, to, qkv_width, scratch)
             call_address(frame[Frame.WRITE_KV], (*team, at, layer, scratch))
             call_address(frame[Frame.ATTEND], (*team, at, layer, scratch))
-            multiply(team, linear, frame, which + 1, query_size, delta, hidden_width)
+            to = place(frame, Frame.DELTA, out)
+            multiply(team, linear, frame, out, query_size, to, hidden_width, scratch)
             call_address(frame[Frame.NORM_ROWS], (*team, at, 2 * layer + 1, scratch))
-            multiply(team, linear, frame, which + 2, hidden, product, gate_up_width)
+            to = place(frame, Frame.PRODUCT, gate_up)
+            multiply(team, linear, frame, gate_up, hidden, to, gate_up_width, scratch)
             call_address(frame[Frame.SWIGLU_ROWS], (*team, at, layer, scratch))
-            multiply(team, linear, frame, which + 3, intermediate, delta, hidden_width)
-        if sampled:
+            to = place(frame, Frame.DELTA, down)
+            multiply(team, linear, frame, down, intermediate, to, hidden_width, scratch)
+        if frame[Frame.SAMPLED]:
             rows = frame[Frame.SAMPLED_TILE_ROWS]
-            head = (frame[Frame.HEAD_LINEAR], 1, (sampled + rows - 1) // rows, rows)
+            head = (frame[Frame.HEAD_LINEAR], 1, (frame[Frame.SAMPLED] + rows - 1) // rows, rows)
             call_address(frame[Frame.NORM_SAMPLED], (*team, at, layers, scratch))
-            multiply(team, head, frame, 4 * layers, hidden, frame[Frame.LOGITS], vocabulary_width)
+            multiply(team, head, frame, 4 * layers, hidden, frame[Frame.LOGITS], vocabulary_width, scratch)
 
     def run(rank: int, members: int, control: int, frame: int) -> None:
         if rank == 0:
-            start(control, members)
+            start(control, members, longs(frame, FRAME_FIELDS)[Frame.PLACE_BYTES])
             step(rank, members, control, frame)
+            finish(control, members)
             return
         while await_start(control, rank):
             step(rank, members, control, frame)
+            leave(control, rank)
 
     return run

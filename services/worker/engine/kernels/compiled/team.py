@@ -1,10 +1,20 @@
 """Threads that run one compiled function together, phase after phase, without Python's lock.
 
-A phase's work is a number of items that threads claim by an atomic counter, so that a thread that the system holds up
-takes fewer; a barrier ends the phase. Items may be in several groups, each with a counter of its own: a thread takes
-those of its own group first, in order, so that what it works on is in its own cache already or lies in one run of
-memory, and then helps others. Between steps the helpers wait on a semaphore and take no processor time.
+A phase's work is a number of items that threads claim by atomic counters, so that a thread that the system holds up
+takes fewer; when all are done, the next phase begins. Items may be in several parts, each with a counter of its own: a
+thread takes those of its own part first, in order, so that what it works on is in its own cache already or lies in one
+run of memory, and then those of others.
+
+Where a step allows it, nobody waits long for an item that a thread has claimed and was held up at: whoever waits does
+it, too, and goes on ("helping", Herlihy 1991). So the team is as fast as the processors that it gets. Such an item
+writes the same numbers again, perhaps phases later, when the first thread goes on with it: all that a phase reads or
+writes must stay as it is until the step ends.
+
+Phases are numbered on from step to step. Words that belong to one carry its number: what a late thread still does to
+them is told from what the present phase does. Between steps the helpers wait on a semaphore and take no processor time.
 """
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +22,9 @@ from numba import njit
 
 from services.worker.engine.kernels.compiled.machine import (
     SEMAPHORE_BYTES,
-    atomic_add,
     atomic_load,
+    atomic_replace,
+    atomic_store,
     longs,
     pause,
     semaphore_post,
@@ -22,76 +33,189 @@ from services.worker.engine.kernels.compiled.machine import (
 )
 
 _LINE = 8  # int64s in a cache line: what threads write often lies apart
-_ARRIVED, _GENERATION, _STOPPED, _MEMBERS = 0, _LINE, 2 * _LINE, 3 * _LINE
-_MEMBER = _LINE + SEMAPHORE_BYTES // 8 + _LINE  # int64s of each member: its group's counter, its semaphore
-# A barrier is mostly met within microseconds. Then the processor is left to whoever needs it: another thread of the
-# team may be waiting for just that.
+_PHASE, _ARRIVED, _STOPPED, _STEP, _MEMBERS = (_LINE * n for n in range(5))  # _STEP: first phase, may they help
+# Of each member: the counter of its part; whether it takes part in the step; its own notes; its semaphore.
+_COUNTER, _STATE, _NOTES, _SEMAPHORE = (_LINE * n for n in range(4))
+_MEMBER = _SEMAPHORE + SEMAPHORE_BYTES // 8 + _LINE
+_AT, _TURN, _COUNT, _WAITED, _SEEN = range(5)  # notes: phase, parts left behind, items done, since when they are none
+_AWAY, _CALLED, _HERE = range(3)
+_TAG = 20  # bits of a word below the number of its phase: so many items, and phases for a century
+_BEYOND = 1 << _TAG
+# A phase mostly ends within microseconds of a thread's last item. Then it does what others were held up at, or leaves
+# the processor to whoever needs it: another thread of the team may be waiting for just that.
 _SPINS = 100
 
 
-def new_control(members: int) -> npt.NDArray[np.int64]:
-    """The shared words of a team: barrier, a counter per group, semaphores, all zero (as sem_init leaves one). There
-    are at most as many groups as members.
+def new_control(members: int, items: int = 0) -> npt.NDArray[np.int64]:
+    """The shared words of a team, all zero (as sem_init leaves a semaphore). A phase has no more parts than members
+    and, in a step whose members help each other, no more than `items` items.
 
     The functions of this module take the address of its first.
     """
-    return np.zeros(_MEMBERS + members * _MEMBER, np.int64)
+    return np.zeros(_MEMBERS + members * _MEMBER + items, np.int64)
 
 
 @njit(nogil=True, error_model="numpy")
-def claim(control: int, group: int) -> int:
-    """The number, from 0, of the item of a phase's group that is now this thread's; it may lie beyond the last item."""
-    return atomic_add(_counter(control, group), 1)
+def claim(control: int, rank: int, part: int) -> int:
+    """The number, from 0, of the item of a part that is now this thread's; it may lie beyond the last item."""
+    phase, counter = _notes(control, rank)[_AT], _member(control, part) + 8 * _COUNTER
+    count = _add_tagged(counter, phase, 1)
+    return count - 1 if count > 0 else _BEYOND
 
 
 @njit(nogil=True, error_model="numpy")
-def meet(control: int, members: int) -> None:
-    """Returns when all members have called it, which ends the phase: items of the next one are counted from 0 again."""
-    arrived, generation = control + 8 * _ARRIVED, control + 8 * _GENERATION
-    before = atomic_load(generation)
-    if atomic_add(arrived, 1) == members - 1:
-        for group in range(members):
-            longs(_counter(control, group), 1)[0] = 0
-        atomic_add(arrived, -members)
-        atomic_add(generation, 1)
-        return
-    spins = 0
-    while atomic_load(generation) == before:
-        spins += 1
-        if spins < _SPINS:
+def done(control: int, members: int, rank: int, item: int) -> None:
+    """The thread has done what it claimed, or what it helped with. `item`: its number in the phase."""
+    notes = _notes(control, rank)
+    if notes[_WAITED] == 0:
+        notes[_COUNT] += 1
+    if _helping(control):
+        atomic_store(_flags(control, members) + 8 * item, notes[_AT] + 1)
+
+
+@njit(nogil=True, error_model="numpy")
+def next_item(control: int, members: int, rank: int, parts: int, items: int) -> int:
+    """The item that the thread is to do next, and say done; -1 when the phase is over. Of `parts` parts, number n is in
+    part n % parts.
+    """
+    notes = _notes(control, rank)
+    while notes[_TURN] < parts:
+        part = (rank + notes[_TURN]) % parts
+        item = part + parts * claim(control, rank, part)
+        if item < items:
+            return item
+        notes[_TURN] += 1
+    return help_out(control, members, rank, items)
+
+
+@njit(nogil=True, error_model="numpy")
+def help_out(control: int, members: int, rank: int, items: int) -> int:
+    """When all `items` are claimed: one that is still to be done; -1 when the phase is over, and the next one begins
+    for this thread. Must be called until then.
+    """
+    notes = _notes(control, rank)
+    phase = notes[_AT]
+    if notes[_WAITED] == 0:
+        notes[_WAITED] = 1
+        if _add_tagged(control + 8 * _ARRIVED, phase, notes[_COUNT]) == items:
+            atomic_replace(control + 8 * _PHASE, phase, phase + 1)
+    while atomic_load(control + 8 * _PHASE) == phase:
+        notes[_WAITED] += 1
+        if notes[_WAITED] < _SPINS:
             pause()
+        elif _helping(control):
+            item = _undone(control, members, notes, items)
+            if item >= 0:
+                return item
+            atomic_replace(control + 8 * _PHASE, phase, phase + 1)
         else:
             yield_processor()
+    notes[:] = 0
+    notes[_AT] = phase + 1
+    return -1
 
 
 @njit(nogil=True, error_model="numpy")
-def start(control: int, members: int) -> None:
-    """Begins a step: wakes the helpers."""
+def start(control: int, members: int, helping: int) -> None:
+    """Begins a step, for the thread of rank 0: wakes the others. `helping`: whether items may be done twice."""
+    step = longs(control + 8 * _STEP, 2)
+    step[0], step[1] = atomic_load(control + 8 * _PHASE), helping
+    _begin(control, 0)
     for rank in range(1, members):
-        semaphore_post(_semaphore(control, rank))
+        atomic_store(_member(control, rank) + 8 * _STATE, _CALLED)
+        semaphore_post(_member(control, rank) + 8 * _SEMAPHORE)
+
+
+@njit(nogil=True, error_model="numpy")
+def finish(control: int, members: int) -> None:
+    """Ends a step, for the thread of rank 0, whose phases are over: returns when no other thread is in it any more.
+    One that has not woken up yet is not waited for.
+    """
+    for rank in range(1, members):
+        state, spins = _member(control, rank) + 8 * _STATE, 0
+        atomic_replace(state, _CALLED, _AWAY)
+        while atomic_load(state) != _AWAY:
+            spins += 1
+            if spins < _SPINS:
+                pause()
+            else:
+                yield_processor()
 
 
 @njit(nogil=True, error_model="numpy")
 def await_start(control: int, rank: int) -> bool:
-    """Waits for the next step; False when there will be none."""
-    while semaphore_wait(_semaphore(control, rank)) != 0:  # a signal's handler ended the wait
-        pass
-    return atomic_load(control + 8 * _STOPPED) == 0
+    """Waits for the next step, which the thread must `leave`; False when there will be none."""
+    state = _member(control, rank) + 8 * _STATE
+    while True:
+        while semaphore_wait(_member(control, rank) + 8 * _SEMAPHORE) != 0:  # a signal's handler ended the wait
+            pass
+        if atomic_load(control + 8 * _STOPPED):
+            return False
+        if atomic_replace(state, _CALLED, _HERE):  # else the step that it was woken for is over
+            _begin(control, rank)
+            return True
+
+
+@njit(nogil=True, error_model="numpy")
+def leave(control: int, rank: int) -> None:
+    """The thread touches nothing of the step any more."""
+    atomic_store(_member(control, rank) + 8 * _STATE, _AWAY)
 
 
 @njit(nogil=True, error_model="numpy")
 def stop(control: int, members: int) -> None:
     """Ends the helpers that wait for a step."""
-    atomic_add(control + 8 * _STOPPED, 1)
+    atomic_store(control + 8 * _STOPPED, 1)
     for rank in range(1, members):
-        semaphore_post(_semaphore(control, rank))
+        semaphore_post(_member(control, rank) + 8 * _SEMAPHORE)
 
 
 @njit(nogil=True, error_model="numpy")
-def _counter(control: int, group: int) -> int:
-    return control + 8 * (_MEMBERS + group * _MEMBER)
+def _begin(control: int, rank: int) -> None:
+    notes = _notes(control, rank)
+    notes[:] = 0
+    notes[_AT] = longs(control + 8 * _STEP, 2)[0]
 
 
 @njit(nogil=True, error_model="numpy")
-def _semaphore(control: int, rank: int) -> int:
-    return control + 8 * (_MEMBERS + rank * _MEMBER + _LINE)
+def _undone(control: int, members: int, notes: Any, items: int) -> int:
+    """The next item that nobody has done, of all of a phase; -1 if there is none."""
+    flags = _flags(control, members)
+    while notes[_SEEN] < items:
+        if atomic_load(flags + 8 * notes[_SEEN]) != notes[_AT] + 1:
+            return notes[_SEEN]
+        notes[_SEEN] += 1
+    return -1
+
+
+@njit(nogil=True, error_model="numpy")
+def _add_tagged(word: int, phase: int, amount: int) -> int:
+    """Adds to a phase's count, which begins anew with the first that adds. What it is then; -1 if a later phase's."""
+    while True:
+        before = atomic_load(word)
+        if before >> _TAG > phase:
+            return -1
+        after = (before if before >> _TAG == phase else phase << _TAG) + amount
+        if atomic_replace(word, before, after):
+            return after & (_BEYOND - 1)
+
+
+@njit(nogil=True, error_model="numpy")
+def _helping(control: int) -> bool:
+    return longs(control + 8 * _STEP, 2)[1] != 0
+
+
+@njit(nogil=True, error_model="numpy")
+def _notes(control: int, rank: int) -> Any:
+    return longs(_member(control, rank) + 8 * _NOTES, _SEEN + 1)
+
+
+@njit(nogil=True, error_model="numpy")
+def _member(control: int, rank: int) -> int:
+    return control + 8 * (_MEMBERS + rank * _MEMBER)
+
+
+@njit(nogil=True, error_model="numpy")
+def _flags(control: int, members: int) -> int:
+    """Of each item, one more than the last phase in which it was done."""
+    return control + 8 * (_MEMBERS + members * _MEMBER)

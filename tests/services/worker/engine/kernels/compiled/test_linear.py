@@ -98,6 +98,7 @@ def multiply(product: Product, weights: PackedLinear, *, height: int, members: i
         kernel(
             control, members, rank, groups, tiles, height, product.x.shape[1], x, scales, sums, weights.words,
             weights.scales, bias if len(bias) else 0, width // ISA.panel_columns, out, out.strides[0],
+            np.zeros(1 << 12, np.float32),
         )  # fmt: skip
 
     helpers = [threading.Thread(target=work, args=(rank,)) for rank in range(1, members)]

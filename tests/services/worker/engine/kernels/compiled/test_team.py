@@ -1,49 +1,74 @@
-"""Threads that share out phases: every item once, none before its phase, step after step."""
+"""Threads that share out phases: every item done, none before its phase, step after step, whoever is held up."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.machine import atomic_add, longs
-from services.worker.engine.kernels.compiled.team import await_start, claim, meet, new_control, start, stop
+from services.worker.engine.kernels.compiled.machine import atomic_load, atomic_store, longs, pause
+from services.worker.engine.kernels.compiled.team import (
+    await_start,
+    done,
+    finish,
+    leave,
+    new_control,
+    next_item,
+    start,
+    stop,
+)
 from tests.services.worker.engine.kernels.compiled.calling import compiled
 
 PHASES = 4
+NOBODY = -1
+Words = npt.NDArray[np.int64]
 
 
 @njit(nogil=True, error_model="numpy")
-def relay(control: int, members: int, rank: int, groups: int, items: int, sums: int) -> None:
-    """Each item of a phase adds up all of the phase before; `sums` is the address of int64 [PHASES][items]."""
+def relay(control: int, members: int, rank: int, parts: int, items: int, sums: int, held_up: int, over: int) -> None:
+    """Each item of a phase adds up all of the phase before; `sums` is the address of int64 [PHASES][items].
+
+    The thread of rank `held_up` stops within the first item that it has of each step, until the word at `over` is set.
+    """
+    first = True
     for phase in range(PHASES):
         before = longs(sums + 8 * (phase - 1) * items, items)
-        for turn in range(groups):
-            group = (rank + turn) % groups
-            item = group + groups * claim(control, group)
-            while item < items:
-                total = 1
-                if phase:
-                    total = 0
-                    for each in before:
-                        total += each
-                atomic_add(sums + 8 * (phase * items + item), total)
-                item = group + groups * claim(control, group)
-        meet(control, members)
+        item = next_item(control, members, rank, parts, items)
+        while item >= 0:
+            total = 1
+            if phase:
+                total = 0
+                for each in before:
+                    total += each
+            while first and rank == held_up and atomic_load(over) == 0:
+                pause()
+            first = False
+            atomic_store(sums + 8 * (phase * items + item), total)
+            done(control, members, rank, item)
+            item = next_item(control, members, rank, parts, items)
+    if rank != held_up:
+        atomic_store(over, 1)
 
 
 def make_step(_: Isa) -> Callable[..., None]:
-    def step(rank: int, members: int, control: int, groups: int, items: int, sums: int) -> None:
+    def step(
+        rank: int, members: int, control: int, helping: int, parts: int, items: int, sums: int, held_up: int, over: int
+    ) -> None:
         if rank == 0:
-            start(control, members)
-            relay(control, members, rank, groups, items, sums)
+            start(control, members, helping)
+            relay(control, members, rank, parts, items, sums, held_up, over)
+            finish(control, members)
             return
         while await_start(control, rank):
-            relay(control, members, rank, groups, items, sums)
+            relay(control, members, rank, parts, items, sums, held_up, over)
+            leave(control, rank)
 
     return step
 
@@ -55,23 +80,58 @@ def make_stop(_: Isa) -> Callable[..., None]:
     return end
 
 
-@pytest.mark.parametrize("members", [1, 2, 5])
-@settings(max_examples=20, deadline=None)
-@given(groups=st.integers(1, 5), items=st.integers(1, 40), steps=st.integers(1, 20))
-def test_items_are_done_once_each_after_all_of_the_phase_before(
-    members: int, groups: int, items: int, steps: int
-) -> None:
-    groups = min(groups, members)
-    step, control, sums = compiled(make_step), new_control(members), np.zeros((PHASES, items), np.int64)
+@contextmanager
+def team(members: int, *arguments: Any, present: int | None = None) -> Iterator[Callable[[], None]]:
+    """A function that does one step with helpers, of which only the first `present` members have a thread."""
+    step, control = compiled(make_step), new_control(members, 64)
     helpers = [
-        threading.Thread(target=step, args=(rank, members, control, groups, items, sums)) for rank in range(1, members)
+        threading.Thread(target=step, args=(rank, members, control, *arguments))
+        for rank in range(1, members if present is None else present)
     ]
     for helper in helpers:
         helper.start()
-    for _ in range(steps):
-        sums[:] = 0
-        step(0, members, control, groups, items, sums)
-        assert (sums == items ** np.arange(PHASES)[:, None]).all()
+    yield lambda: step(0, members, control, *arguments)
     compiled(make_stop)(members, control)
     for helper in helpers:
         helper.join()
+
+
+def assert_summed(sums: Words) -> None:
+    assert (sums == sums.shape[1] ** np.arange(PHASES)[:, None]).all()
+
+
+@pytest.mark.parametrize("members", [1, 2, 5])
+@settings(max_examples=20, deadline=None)
+@given(helping=st.booleans(), parts=st.integers(1, 5), items=st.integers(1, 40), steps=st.integers(1, 20))
+def test_items_are_done_after_all_of_the_phase_before(
+    members: int, helping: bool, parts: int, items: int, steps: int
+) -> None:
+    sums, over = np.zeros((PHASES, items), np.int64), np.zeros(1, np.int64)
+    with team(members, int(helping), min(parts, members), items, sums, NOBODY, over) as step:
+        for _ in range(steps):
+            sums[:] = 0
+            step()
+            assert_summed(sums)
+
+
+@pytest.mark.parametrize("held_up", [0, 1, 2])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_others_do_what_a_thread_was_held_up_at(held_up: int, parts: int) -> None:
+    """It goes on only when another has come to the end of the step: nobody would, if all waited for it."""
+    for items in (3, 40):
+        sums, over = np.zeros((PHASES, items), np.int64), np.zeros(1, np.int64)
+        with team(3, 1, parts, items, sums, held_up, over) as step:
+            for _ in range(50):
+                sums[:], over[0] = 0, 0
+                step()
+                assert_summed(sums)
+
+
+@pytest.mark.parametrize("helping", [0, 1])
+def test_a_thread_that_does_not_come_is_not_waited_for(helping: int) -> None:
+    sums, over = np.zeros((PHASES, 7), np.int64), np.zeros(1, np.int64)
+    with team(4, helping, 4, 7, sums, NOBODY, over, present=2) as step:
+        for _ in range(20):
+            sums[:] = 0
+            step()
+            assert_summed(sums)
