@@ -36,15 +36,19 @@ class FakeRunner:
         for piece in batch.slices:
             sequence = piece.sequence
             state = _fold(self._read(sequence, position) for position in range(piece.start))
-            for position in range(piece.start, piece.start + piece.length):
-                value = _value(state, sequence.tokens[position])
+            for position, token in enumerate(piece.tokens, start=piece.start):
+                value = _value(state, token)
                 block, offset = self._slot(sequence, position)
                 self._kv[block][offset] = value
                 state = _fold([value], state)
         if self.fail_next is not None:
             error, self.fail_next = self.fail_next, None
             raise error
-        rows = [self._logits_of(piece.sequence) for piece in batch.slices if piece.samples]
+        rows = [
+            self._logits_of(piece.sequence, piece.start + piece.length - row)
+            for piece in batch.slices
+            for row in range(piece.sampled_rows - 1, -1, -1)
+        ]
         return torch.stack(rows) if rows else torch.empty(0, self.vocabulary_size)
 
     def read_block(self, block: int) -> bytes:
@@ -88,9 +92,9 @@ class FakeRunner:
         block, offset = self._slot(sequence, position)
         return self._kv[block][offset]
 
-    def _logits_of(self, sequence: Sequence) -> Tensor:
-        """Reads the KV again, after all slices wrote theirs."""
-        return self._logits(_fold(self._read(sequence, position) for position in range(len(sequence.tokens))))
+    def _logits_of(self, sequence: Sequence, length: int) -> Tensor:
+        """After so many tokens. Reads the KV again, after all slices wrote theirs."""
+        return self._logits(_fold(self._read(sequence, position) for position in range(length)))
 
     def _logits(self, state: int) -> Tensor:
         scores = [_fold([token], state) % 1000 / 200 for token in range(self.vocabulary_size)]

@@ -162,6 +162,8 @@ def _build_engine(settings: WorkerSettings, runner: ModelRunner) -> Engine:
         max_sequences=settings.max_sequences,
         max_batch_tokens=settings.max_batch_tokens,
         policy=_batching_policy(settings),
+        # Elsewhere a row's result may depend on how many rows there are, and so a token on what was drafted.
+        speculative_rows=settings.speculative_rows if runner.facts.implementation == "compiled" else 0,
     )
     return Engine(runner, pool, batcher, max_context=runner.max_model_len)
 

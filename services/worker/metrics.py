@@ -45,6 +45,8 @@ class WorkerMetrics:
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens produced.")
         self._prefix_queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the block pool.")
         self._prefix_hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the block pool.")
+        self._draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Tokens computed in advance, as drafts.")
+        self._accepted_tokens = counter("vllm:spec_decode_num_accepted_tokens", "Drafts that were right.")
         self._preemptions = counter("vllm:num_preemptions", "Times that a sequence lost its blocks to an older one.")
         self._iteration_tokens = histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", _TOKEN_BUCKETS)
         self._step_seconds = histogram("headrace_engine_step_seconds", "Duration of a step, s.", _SECOND_BUCKETS)
@@ -59,6 +61,9 @@ class WorkerMetrics:
         if counters.prefix_queried_tokens > seen.prefix_queried_tokens:
             self._prefix_queries.inc(counters.prefix_queried_tokens - seen.prefix_queried_tokens)
             self._prefix_hits.inc(counters.prefix_hit_tokens - seen.prefix_hit_tokens)
+        if counters.draft_tokens > seen.draft_tokens:
+            self._draft_tokens.inc(counters.draft_tokens - seen.draft_tokens)
+            self._accepted_tokens.inc(counters.accepted_tokens - seen.accepted_tokens)
         if counters.preemptions > seen.preemptions:
             self._preemptions.inc(counters.preemptions - seen.preemptions)
         self._seen = counters

@@ -9,34 +9,52 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 
 from services.worker.engine.batching_policy import BatchingPolicy
 from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.counters import EngineCounters
 from services.worker.engine.sequence import Sequence
+from services.worker.engine.speculative import PromptLookup
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Tokens [start, start + length) of one sequence, computed in this step.
+    """Tokens [start, start + length) of one sequence, computed in this step; the last ones may be drafts.
 
     All blocks for positions below start + length are allocated. `samples` when the slice reaches the sequence's last
-    token, so that its logits give the next one.
+    token, so that its logits give the next one, and a draft's the one after it.
     """
 
     sequence: Sequence
     start: int
     length: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.sequence.tokens[self.start : self.start + self.length], *self.drafts]
 
     @property
     def samples(self) -> bool:
-        return self.start + self.length == len(self.sequence.tokens)
+        return self.start + self.length - len(self.drafts) == len(self.sequence.tokens)
+
+    @property
+    def sampled_rows(self) -> int:
+        """How many of its rows' logits are wanted, from its last row backwards."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+    @property
+    def right_drafts(self) -> int:
+        """How many of its drafts, from the first, are the tokens that the sequence has at their positions by now."""
+        first = self.start + self.length - len(self.drafts)
+        pairs = zip(self.drafts, self.sequence.tokens[first:], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     @property
     def is_decode(self) -> bool:
-        """It computes one output token; what is more, or of the prompt, is prefill."""
-        return self.length == 1 and self.start >= self.sequence.prompt_length
+        """It computes one output token and drafts; what is more, or of the prompt, is prefill."""
+        return self.length - len(self.drafts) == 1 and self.start >= self.sequence.prompt_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +70,19 @@ class Batcher:
     A sequence gets blocks for all its tokens when it is admitted, and one more whenever a decode needs it. When there
     is none left, the newest running sequence is preempted: it loses its blocks and waits, first in line, to have its
     tokens computed again. So the oldest running sequence always gets on, since the pool can hold any one sequence.
+
+    Steps that decode alone, of fewer rows than `speculative_rows`, get drafts for the others.
     """
 
-    def __init__(self, pool: BlockPool, *, max_sequences: int, max_batch_tokens: int, policy: BatchingPolicy) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_sequences: int,
+        max_batch_tokens: int,
+        policy: BatchingPolicy,
+        speculative_rows: int = 0,
+    ) -> None:
         if max_sequences < 1:
             raise ValueError(f"max_sequences must be at least 1, got {max_sequences}")
         if max_batch_tokens < max_sequences:
@@ -67,6 +95,7 @@ class Batcher:
         self._max_sequences = max_sequences
         self._max_batch_tokens = max_batch_tokens
         self._policy = policy
+        self._speculative_rows = min(speculative_rows, max_batch_tokens)
         self._sequences: dict[Hashable, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission, oldest first
@@ -117,15 +146,21 @@ class Batcher:
             slices.append(self._slice(sequence, length))
             budget -= length
         slices.sort(key=lambda piece: piece.length > 1)
+        if slices and len(slices) < self._speculative_rows and all(piece.is_decode for piece in slices):
+            slices = self._with_drafts(slices)
         return Batch(tuple(slices))
 
     def commit(self, batch: Batch) -> None:
-        """Records that the KV of a batch's slices is computed; blocks that became full are now shareable."""
+        """Records that the KV of a batch's slices is computed; blocks that became full are now shareable.
+
+        What was computed for drafts holds as far as the sequence has got just these tokens since.
+        """
         block_size = self._pool.block_size
         for piece in batch.slices:
             sequence = piece.sequence
-            self._count_slice(piece)
-            sequence.computed += piece.length
+            wrong = len(piece.drafts) - piece.right_drafts
+            sequence.computed += piece.length - wrong
+            self._count_slice(piece, wrong)
             full_blocks = sequence.computed // block_size
             sequence.hash_blocks(full_blocks, block_size)
             for index in range(piece.start // block_size, full_blocks):
@@ -141,7 +176,7 @@ class Batcher:
     def _grow(self, sequence: Sequence) -> bool:
         """Gives a running sequence the blocks it lacks, at the newest one's cost; False if it is itself the newest."""
         lacking = self._pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-        if lacking == 0:
+        if lacking <= 0:
             return True
         while (blocks := self._allocate(lacking)) is None:
             newest = self._running[-1]
@@ -150,6 +185,24 @@ class Batcher:
                 return False
         sequence.blocks += blocks
         return True
+
+    def _with_drafts(self, decodes: list[Slice]) -> list[Slice]:
+        """The same slices, with as many drafts as rows are left for each."""
+        share = self._speculative_rows // len(decodes) - 1
+        return [self._with_draft(piece, share) for piece in decodes] if share else decodes
+
+    def _with_draft(self, piece: Slice, most: int) -> Slice:
+        sequence = piece.sequence
+        if sequence.lookup is None:
+            sequence.lookup = PromptLookup(self._speculative_rows - 1)
+        # The last token is drawn whatever was guessed.
+        draft = sequence.lookup.draft(sequence.tokens, min(most, sequence.max_length - len(sequence.tokens) - 1))
+        lacking = self._pool.blocks_for(len(sequence.tokens) + len(draft)) - len(sequence.blocks)
+        if lacking > 0:
+            fresh = self._pool.allocate(lacking, keep_free=len(self._running))
+            sequence.blocks += fresh or ()
+            draft = draft[: len(sequence.blocks) * self._pool.block_size - len(sequence.tokens)]
+        return Slice(sequence, piece.start, 1 + len(draft), tuple(draft)) if draft else piece
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -227,9 +280,15 @@ class Batcher:
         assert self._pool.is_private(first_block), "a shared block is never written"
         return Slice(sequence, sequence.computed, length)
 
-    def _count_slice(self, piece: Slice) -> None:
+    def _count_slice(self, piece: Slice, wrong: int) -> None:
+        """`wrong`: of the drafts in it."""
         if piece.is_decode:
-            self.counters.decode_tokens += 1
+            self.counters.decode_tokens += piece.length - wrong
+            if piece.sequence.lookup is not None and piece.drafts:
+                right = len(piece.drafts) - wrong
+                piece.sequence.lookup.learn(len(piece.drafts), right)
+                self.counters.draft_tokens += len(piece.drafts)
+                self.counters.accepted_tokens += right
         else:
             self.counters.prefill_tokens += piece.length
             self.counters.prefill_chunks += 1

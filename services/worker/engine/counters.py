@@ -11,6 +11,8 @@ class EngineCounters:
     prefill_tokens: int = 0
     prefill_chunks: int = 0
     decode_tokens: int = 0
+    draft_tokens: int = 0  # computed in advance: see speculative.py
+    accepted_tokens: int = 0  # of these, tokens that were right
     preemptions: int = 0
     prefix_queried_tokens: int = 0  # prompt tokens looked up in the block pool, at first admission
     prefix_hit_tokens: int = 0  # of these, tokens whose KV was there

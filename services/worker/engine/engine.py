@@ -26,13 +26,21 @@ class Runner(BlockMemory, Protocol):
     def forward(self, batch: Batch) -> Tensor:
         """Computes the KV of all slices into their blocks.
 
-        Returns float32 logits [slices that sample, vocabulary], in the order of the slices.
+        Returns float32 logits [rows that sample, vocabulary], in the order of the slices; in a slice, those of its last
+        token and then of its drafts.
         """
 
 
-Drawn = tuple[list[int], list[tuple[Sequence, TokenLogprobs]]]
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A step's new tokens. A sequence's stand one after the other."""
+
+    tokens: list[tuple[Sequence, int]]
+    logprobs: list[tuple[Sequence, TokenLogprobs]]
+
+
 Forward = Callable[[Batch], Tensor]
-Draw = Callable[[Tensor, list[Sequence]], Drawn]
+Draw = Callable[[Tensor, Batch], Drawn]
 
 
 class StepWatcher(Protocol):
@@ -118,43 +126,71 @@ class Engine:
         self._draw: Draw = self._draw_tokens if watcher is None else watcher.draw(self._draw_tokens)
 
     def step(self) -> StepResult:
-        """One turn. If the model fails, its error comes through and no sequence has moved: cancel them or go on."""
+        """One turn. If the model fails, its error comes through and no sequence has moved: cancel them or go on.
+
+        If the drawing fails, some may have: cancel them.
+        """
         self.counters.steps += 1
         with self.exchange.lock:
             batch = self._batcher.form_batch()
         sampling = [piece.sequence for piece in batch.slices if piece.samples]
-        tokens, logprobs = self._draw(self._forward(batch), sampling) if batch.slices else ([], [])
-        return self._commit(batch, sampling, tokens, logprobs)
-
-    def _draw_tokens(self, logits: Tensor, sampling: list[Sequence]) -> Drawn:
-        tokens = sample(logits, sampling)
-        return tokens, token_logprobs(logits, sampling, tokens) if self._reporting else []
-
-    def _remove(self, key: Hashable) -> bool:
-        self._reporting.discard(key)
-        return self._batcher.remove(key)
-
-    def _commit(
-        self,
-        batch: Batch,
-        sampling: list[Sequence],
-        tokens: list[int],
-        logprobs: list[tuple[Sequence, TokenLogprobs]],
-    ) -> StepResult:
         started = [sequence for sequence in sampling if sequence.output_length == sequence.delivered]
-        for sequence, token in zip(sampling, tokens, strict=True):
-            sequence.append(token)
+        drawn = self._draw(self._forward(batch), batch) if batch.slices else Drawn([], [])
         finished = [sequence for sequence in sampling if sequence.finish is not None]
-        with self.exchange.lock:
-            self._batcher.commit(batch)
-            for sequence in finished:
-                self._remove(sequence.key)
+        self._commit(batch, finished)
         return StepResult(
-            tokens=list(zip(sampling, tokens, strict=True)),
-            logprobs=logprobs,
+            tokens=drawn.tokens,
+            logprobs=drawn.logprobs,
             started=started,
             finished=finished,
             block_events=self.exchange.publish(),
             slices=batch.slices,
             computed_tokens=sum(piece.length for piece in batch.slices),
         )
+
+    def _draw_tokens(self, logits: Tensor, batch: Batch) -> Drawn:
+        """Draws each sequence's next token and appends it, and those after it while they are as guessed."""
+        drawn: dict[Hashable, list[int]] = {}
+        logprobs: dict[Hashable, list[TokenLogprobs]] = {}
+        row, turn = 0, []
+        for piece in batch.slices:
+            if piece.samples:
+                turn.append((row, piece))
+                row += piece.sampled_rows
+        sampling, depth = [piece.sequence for _, piece in turn], 0
+        while turn:
+            sequences, part = [piece.sequence for _, piece in turn], _rows(logits, [row + depth for row, _ in turn])
+            tokens = sample(part, sequences)
+            if self._reporting:
+                for sequence, values in token_logprobs(part, sequences, tokens):
+                    logprobs.setdefault(sequence.key, []).append(values)
+            for sequence, token in zip(sequences, tokens, strict=True):
+                sequence.append(token)
+                drawn.setdefault(sequence.key, []).append(token)
+            turn = [each for each, token in zip(turn, tokens, strict=True) if _goes_on(each[1], depth, token)]
+            depth += 1
+        return Drawn(
+            [(sequence, token) for sequence in sampling for token in drawn[sequence.key]],
+            [(sequence, values) for sequence in sampling for values in logprobs.get(sequence.key, ())],
+        )
+
+    def _remove(self, key: Hashable) -> bool:
+        self._reporting.discard(key)
+        return self._batcher.remove(key)
+
+    def _commit(self, batch: Batch, finished: list[Sequence]) -> None:
+        with self.exchange.lock:
+            self._batcher.commit(batch)
+            for sequence in finished:
+                self._remove(sequence.key)
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """These rows, in ascending order; without a copy if they adjoin."""
+    adjoining = rows[-1] - rows[0] == len(rows) - 1
+    return logits[rows[0] : rows[-1] + 1] if adjoining else logits[rows]
+
+
+def _goes_on(piece: Slice, depth: int, token: int) -> bool:
+    """Whether the slice's next row was computed for what was drawn now."""
+    return depth < len(piece.drafts) and piece.drafts[depth] == token and piece.sequence.finish is None

@@ -63,7 +63,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Computes the KV of every slice; float32 logits [slices that sample, vocabulary_size], in slice order."""
+        """Computes the KV of every slice; float32 logits [rows that sample, vocabulary_size], in slice order."""
         return self._model.forward(batch, self.kv)
 
     def warm_up(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from services.common.block_hash import block_hash
+from services.worker.engine.speculative import PromptLookup
 
 
 class Finish(Enum):
@@ -74,6 +75,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)  # block table: ids in the block pool, in order of position
     held: list[int] = field(default_factory=list)  # while it waits: blocks of its prefix that are kept for it
     hashes: list[bytes] = field(default_factory=list)  # chain hashes of its leading full blocks, as far as asked for
+    lookup: PromptLookup | None = None  # where its drafts come from, once it gets any
     computed: int = 0
     cached_tokens: int = 0  # leading prompt tokens whose KV was found in the pool at first admission
     admitted_at: float = 0.0  # when it first got blocks, in seconds of the monotonic clock

@@ -19,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from services.worker.engine.batcher import Batch
 from services.worker.engine.engine import Draw, Drawn, Engine, Forward, StepResult
-from services.worker.engine.sequence import Sequence
 
 _PAGE_BYTES = 4096
 _OPERATOR_ROWS = 100
@@ -105,9 +104,9 @@ class StepProbe:
     def draw(self, draw: Draw) -> Draw:
         """The drawing of tokens, timed."""
 
-        def timed(logits: Tensor, sequences: list[Sequence]) -> Drawn:
-            with self._timed("sample", [(self.sample, len(sequences), 1.0)]):
-                return draw(logits, sequences)
+        def timed(logits: Tensor, batch: Batch) -> Drawn:
+            with self._timed("sample", [(self.sample, len(logits), 1.0)]):
+                return draw(logits, batch)
 
         return timed
 

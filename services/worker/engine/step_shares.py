@@ -1,8 +1,9 @@
 """Whose time a step was: splits its duration among the sequences that were in it.
 
-A sequence's share of a step is its share of the step's tokens. A slice that computes the KV of one output token is
-decode, everything else is prefill: the prompt, and what is computed again after a preemption or on another worker. Time
-is in whole nanoseconds, so that shares add up to the step to the last one. Knows no clock and no money.
+A sequence's share of a step is its share of the step's tokens, wrong drafts included. A slice that computes the KV of
+one output token, and of drafts, is decode, everything else is prefill: the prompt, and what is computed again after a
+preemption or on another worker. Time is in whole nanoseconds, so that shares add up to the step to the last one. Knows
+no clock and no money.
 """
 
 from collections.abc import Sequence as Items
@@ -20,8 +21,8 @@ def charge(slices: Items[Slice], step_ns: int) -> tuple[int, int]:
     decode_ns = 0
     for piece in slices:
         if piece.is_decode:
-            piece.sequence.decode_ns += token_ns
-            decode_ns += token_ns
+            piece.sequence.decode_ns += token_ns * piece.length
+            decode_ns += token_ns * piece.length
         else:
             piece.sequence.prefill_ns += token_ns * piece.length
     if piece.is_decode:

@@ -69,7 +69,7 @@ class StepInputs:
     slot_offsets: Tensor  # int64 [T]: its place in that block
     begun_blocks: Tensor  # int64: blocks that the step begins and does not fill, so that an earlier use's KV is in them
     groups: tuple[AttentionGroup, ...]
-    sampled_rows: Tensor  # int64 [slices that sample], in slice order
+    sampled_rows: Tensor  # int64 [rows that sample], in slice order
 
 
 def build_step_inputs(batch: Batch, block_size: int, device: torch.device) -> StepInputs:
@@ -81,13 +81,12 @@ def build_step_inputs(batch: Batch, block_size: int, device: torch.device) -> St
     sampled_rows: list[int] = []
     for part in batch.slices:
         end = part.start + part.length
-        tokens += part.sequence.tokens[part.start : end]
+        tokens += part.tokens
         positions.append(np.arange(part.start, end))
         tables.append(np.array(part.sequence.blocks[: -(-end // block_size)], dtype=np.int64))
         if end % block_size and part.start <= end - end % block_size:
             begun_blocks.append(part.sequence.blocks[end // block_size])
-        if part.samples:
-            sampled_rows.append(len(tokens) - 1)
+        sampled_rows += range(len(tokens) - part.sampled_rows, len(tokens))
     flat_positions = np.concatenate(positions)
     slot_blocks = np.concatenate([table[p // block_size] for table, p in zip(tables, positions, strict=True)])
     return StepInputs(

@@ -50,8 +50,9 @@ class CausalModel(Protocol):
     def facts(self) -> ModelFacts: ...
 
     def forward(self, batch: Batch, kv: PagedKV) -> Tensor:
-        """Writes the batch's KV into `kv`; float32 logits [slices that sample, vocabulary_size], in slice order.
+        """Writes the batch's KV into `kv`; float32 logits [rows that sample, vocabulary_size], in slice order.
 
-        The logits may be overwritten by the next call.
+        A slice that samples has a row for its last token and one for each of its drafts. The logits may be overwritten
+        by the next call.
         """
         ...

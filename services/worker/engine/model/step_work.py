@@ -16,7 +16,7 @@ class StepWork:
 def step_work(config: LlamaConfig, batch: Batch, *, weight_bytes: int, kv_element_bytes: int) -> StepWork:
     """`weight_bytes`: of all matrices that a step multiplies with."""
     rows = sum(part.length for part in batch.slices)
-    sampled = sum(part.samples for part in batch.slices)
+    sampled = sum(part.sampled_rows for part in batch.slices)
     in_layers = config.layers * sum(columns * depth for columns, depth in config.layer_matrices)
     keys_read, pairs = 0, 0
     for part in batch.slices:

@@ -9,9 +9,16 @@ from tests.fakes import make_sequence
 BLOCK_SIZE = 4
 
 
-def make_batcher(num_blocks: int = 64, max_sequences: int = 4, max_batch_tokens: int = 16) -> Batcher:
-    pool = BlockPool(num_blocks, BLOCK_SIZE)
-    return Batcher(pool, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, policy=ContinuousBatching())
+def make_batcher(
+    num_blocks: int = 64, max_sequences: int = 4, max_batch_tokens: int = 16, speculative_rows: int = 0
+) -> Batcher:
+    return Batcher(
+        BlockPool(num_blocks, BLOCK_SIZE),
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+        policy=ContinuousBatching(),
+        speculative_rows=speculative_rows,
+    )
 
 
 def prompt(length: int, first: int = 0) -> list[int]:
@@ -201,3 +208,55 @@ def test_forming_a_batch_twice_without_a_commit_gives_the_same() -> None:
     add(batcher, make_sequence(1, prompt(1)), make_sequence(2, prompt(9, first=50)))
     first = summary(batcher.form_batch())
     assert summary(batcher.form_batch()) == first
+
+
+def decoding(speculative_rows: int, *tokens: list[int], num_blocks: int = 64, max_tokens: int = 8) -> Batcher:
+    """A batcher whose sequences, of such prompts, all decode."""
+    batcher = make_batcher(num_blocks, max_batch_tokens=64, speculative_rows=speculative_rows)
+    add(batcher, *(make_sequence(key, each, max_tokens) for key, each in enumerate(tokens)))
+    step(batcher)
+    return batcher
+
+
+def drafts(batcher: Batcher) -> list[tuple[int, ...]]:
+    return [piece.drafts for piece in batcher.form_batch().slices]
+
+
+def test_decodes_share_the_rows_that_are_left_for_drafts() -> None:
+    """All have said 7 last, and 7 7 before that, so 7 is what the drafts say."""
+    sevens = [7] * 6
+    assert drafts(decoding(0, sevens)) == drafts(decoding(1, sevens)) == [()]
+    assert drafts(decoding(8, sevens)) == [(7, 7)]  # a first draft is short
+    assert drafts(decoding(5, sevens, sevens)) == [(7,), (7,)]
+    assert drafts(decoding(3, sevens, sevens)) == [(), ()]
+    assert drafts(decoding(8, sevens, prompt(5, first=10))) == [(7, 7), ()]  # the other has no 7 but its last
+
+
+def test_no_drafts_beside_a_prompt() -> None:
+    batcher = decoding(8, [7] * 6)
+    add(batcher, make_sequence("new", prompt(5)))
+    assert drafts(batcher) == [(), ()]
+
+
+def test_a_draft_ends_before_the_last_token_and_where_no_block_is_to_be_had() -> None:
+    assert drafts(decoding(8, [7] * 6, max_tokens=3)) == [(7,)]
+    assert drafts(decoding(8, [7] * 6, max_tokens=2)) == [()]
+    assert drafts(decoding(8, [7] * 6, num_blocks=4)) == [(7, 7)]  # 7 tokens, and one block holds the eighth
+    assert drafts(decoding(8, [7] * 6, num_blocks=2)) == [(7,)]
+
+
+def test_right_drafts_count_as_computed() -> None:
+    batcher = decoding(8, [7] * 6)
+    batch = batcher.form_batch()
+    sequence = batch.slices[0].sequence
+    assert (batch.slices[0].length, batch.slices[0].sampled_rows) == (3, 3)
+    for token in (7, 9):
+        sequence.append(token)
+    batcher.commit(batch)
+    assert (sequence.computed, sequence.uncomputed) == (8, 1)
+    assert (batcher.counters.draft_tokens, batcher.counters.accepted_tokens, batcher.counters.decode_tokens) == (
+        2,
+        1,
+        2,
+    )
+    assert len(sequence.hashes) == 2

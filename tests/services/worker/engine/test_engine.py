@@ -3,6 +3,7 @@
 The fake runner reads and writes KV through the block tables, so a mistake in them gives other tokens.
 """
 
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,10 +15,22 @@ from services.worker.engine.batching_policy import BatchingPolicy, ContinuousBat
 from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.engine import Engine, StepResult
 from services.worker.engine.sequence import Finish, SamplingParams, Sequence
+from services.worker.engine.speculative import PromptLookup
 from tests.fakes import FakeRunner, make_sequence
 
 BLOCK_SIZE = 4
 MAX_CONTEXT = 40
+
+
+class Oracle(PromptLookup):
+    """Knows what a sequence will be, and drafts that, but for some positions: its text never repeats itself."""
+
+    def __init__(self, will_be: list[int], wrong: frozenset[int]) -> None:
+        super().__init__(most=7)
+        self._drafts = [(token + (position in wrong)) % 31 for position, token in enumerate(will_be)]
+
+    def draft(self, tokens: Tokens[int], room: int) -> list[int]:
+        return self._drafts[len(tokens) : len(tokens) + room]
 
 
 @dataclass
@@ -28,6 +41,8 @@ class Setup:
     max_sequences: int = 8
     max_batch_tokens: int = 64
     policy: BatchingPolicy = field(default_factory=ContinuousBatching)
+    speculative_rows: int = 0
+    wrong: frozenset[int] = frozenset()  # positions at which a draft has another token than the sequence will have
 
     def __post_init__(self) -> None:
         self.runner = FakeRunner(self.num_blocks, BLOCK_SIZE)
@@ -37,6 +52,7 @@ class Setup:
             max_sequences=self.max_sequences,
             max_batch_tokens=self.max_batch_tokens,
             policy=self.policy,
+            speculative_rows=self.speculative_rows,
         )
         self.engine = Engine(self.runner, self.pool, batcher, max_context=MAX_CONTEXT)
         self.expected: dict[Sequence, list[int]] = {}
@@ -48,6 +64,8 @@ class Setup:
     def add(self, sequence: Sequence) -> Sequence:
         self.expected[sequence] = self.runner.expected_tokens(sequence)
         self.seen[sequence] = list(sequence.tokens)
+        if self.speculative_rows:
+            sequence.lookup = Oracle(self.expected[sequence], self.wrong)
         self.engine.add(sequence)
         return sequence
 
@@ -184,6 +202,49 @@ def test_a_resumed_sequence_goes_on_as_if_never_interrupted() -> None:
     setup.assert_exact()
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=1.0, seed=9, frequency_penalty=0.5, repetition_penalty=1.2, logprobs=2),
+    ],
+)
+def test_with_drafts_as_alone(sampling: SamplingParams) -> None:
+    """A wrong draft costs a step, and what was computed for it and after it is computed again."""
+    setup = Setup(speculative_rows=8, wrong=frozenset({12, 13, 20}))
+    setup.add(make_sequence(1, prompt(6), max_tokens=20, sampling=sampling))
+    results = []
+    while setup.engine.has_work:
+        results.append(setup.step())
+    # The first token comes with the prompt. Then drafts for positions 7 to 13, 13 to 19, 14 to 20 and 21 to 24.
+    assert [len(result.tokens) for result in results] == [1, 6, 1, 7, 5]
+    assert [len(result.logprobs) for result in results] == [
+        0 if sampling.logprobs is None else n for n in [1, 6, 1, 7, 5]
+    ]
+    counters = setup.engine.counters
+    assert (counters.draft_tokens, counters.accepted_tokens, counters.decode_tokens) == (
+        7 + 7 + 7 + 4,
+        5 + 0 + 6 + 4,
+        19,
+    )
+    setup.assert_exact()
+    assert setup.pool.free_blocks == 64
+
+
+def test_a_stop_token_within_a_draft_ends_the_sequence() -> None:
+    setup = Setup(speculative_rows=8)
+    sampling = SamplingParams(temperature=1.0, seed=4)
+    output = setup.runner.expected_tokens(make_sequence(1, prompt(6), max_tokens=12, sampling=sampling))[6:]
+    place = next(place for place in range(2, 7) if output[place] not in output[:place])
+    stop = frozenset({output[place]})
+    sequence = setup.add(make_sequence(1, prompt(6), max_tokens=12, sampling=sampling, stop_token_ids=stop))
+    sequence.lookup = Oracle(prompt(6) + output, frozenset())
+    assert [len(setup.step().tokens) for _ in range(2)] == [1, place]
+    assert (sequence.tokens[-1], sequence.finish) == (output[place], Finish.STOP)
+    assert not setup.engine.has_work
+    setup.assert_exact()
+
+
 def test_cancel_frees_in_every_phase() -> None:
     setup = Setup(max_sequences=2, max_batch_tokens=8)
     setup.add(make_sequence("decoding", prompt(3)))
@@ -283,16 +344,20 @@ arrivals = st.builds(
     cache_root=st.sampled_from([b"one tenant", b"another"]),
 )
 setups = st.builds(
-    lambda num_blocks, max_sequences, extra_tokens, static: Setup(
+    lambda num_blocks, max_sequences, extra_tokens, static, speculative_rows, wrong: Setup(
         num_blocks=num_blocks,
         max_sequences=max_sequences,
         max_batch_tokens=max_sequences + extra_tokens,
         policy=StaticBatching(2, 0.0, lambda: 0.0) if static else ContinuousBatching(),
+        speculative_rows=speculative_rows,
+        wrong=wrong,
     ),
     num_blocks=st.sampled_from([10, 12, 20, 80]),
     max_sequences=st.integers(1, 6),
     extra_tokens=st.sampled_from([0, 1, 3, 30]),
     static=st.sampled_from([False, False, False, True]),
+    speculative_rows=st.sampled_from([0, 4, 8]),
+    wrong=st.frozensets(st.integers(0, MAX_CONTEXT)),
 )
 
 

@@ -37,11 +37,22 @@ def model(request: pytest.FixtureRequest, default_model: Path) -> CausalModel:
 
 
 def make_engine(
-    model: CausalModel, *, blocks: int = PLENTY_OF_BLOCKS, max_sequences: int = 16, max_batch_tokens: int = 512
+    model: CausalModel,
+    *,
+    blocks: int = PLENTY_OF_BLOCKS,
+    max_sequences: int = 16,
+    max_batch_tokens: int = 512,
+    speculative_rows: int = 0,
 ) -> Engine:
     runner = build_model_runner(model, kv_blocks=blocks, max_model_len=CONTEXT)
     pool = BlockPool(runner.num_blocks, runner.block_size)
-    batcher = Batcher(pool, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, policy=ContinuousBatching())
+    batcher = Batcher(
+        pool,
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+        policy=ContinuousBatching(),
+        speculative_rows=speculative_rows,
+    )
     return Engine(runner, pool, batcher, max_context=CONTEXT)
 
 
@@ -122,6 +133,17 @@ def test_preemption_in_a_tiny_pool(model: CausalModel) -> None:
     sequences = add(engine, [index for index in EVERYONE if len(REFERENCE[index]["prompt"]) < 200])
     run(engine)
     assert engine.counters.preemptions > 0
+    assert_exact(sequences)
+
+
+@pytest.mark.parametrize("model", ["compiled"], indirect=True)
+@pytest.mark.parametrize("max_sequences", [1, 3])
+def test_with_drafts(model: CausalModel, max_sequences: int) -> None:
+    engine = make_engine(model, max_sequences=max_sequences, speculative_rows=8)
+    sequences = add(engine, EVERYONE)
+    run(engine)
+    assert engine.counters.accepted_tokens > 200
+    assert engine.counters.draft_tokens > engine.counters.accepted_tokens
     assert_exact(sequences)
 
 

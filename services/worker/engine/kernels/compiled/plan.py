@@ -20,7 +20,7 @@ class StepPlan:
     first_rows: Longs  # [slices + 1]; the last is T
     table_starts: Longs  # [slices]: where each one's block table begins in `tables`
     tables: npt.NDArray[np.int32]
-    sampled_rows: Longs  # [slices that sample]
+    sampled_rows: Longs  # [rows that sample]
     longest_context: int  # tokens
 
 
@@ -40,14 +40,13 @@ def plan_step(batch: Batch, block_size: int) -> StepPlan:
             positions.append(start)
             row_blocks.append(blocks[start // block_size])
         else:
-            tokens += part.sequence.tokens[start:end]
+            tokens += part.tokens
             positions += range(start, end)
             row_blocks += [blocks[position // block_size] for position in range(start, end)]
         first_rows.append(len(tokens))
         table_starts.append(len(tables))
         tables += blocks[: (end - 1) // block_size + 1]
-        if part.samples:
-            sampled_rows.append(len(tokens) - 1)
+        sampled_rows += range(len(tokens) - part.sampled_rows, len(tokens))
         longest = max(longest, end)
     return StepPlan(
         tokens=np.array(tokens, np.int64),
