@@ -31,7 +31,7 @@ from toolkit.bench_servers import NotAnswering
 from toolkit.bench_split import run_split_bench
 from toolkit.bench_stack import StackEnded
 from toolkit.command_line import fail, runs
-from toolkit.loadtest import ROWS, LoadFailed, Row
+from toolkit.loadtest import ROWS, TEXT, LoadFailed, Row
 from toolkit.process_tree import NotStopped
 
 _ALL_ROWS = ",".join(row.name for row in ROWS)
@@ -61,7 +61,7 @@ def bench(
             "children are stopped while another server is measured.",
         ),
     ] = None,
-    rows: Annotated[str, typer.Option(help="Which rows, comma-separated.")] = _ALL_ROWS,
+    rows: Annotated[str, typer.Option(help="Which rows, comma-separated; there is `text`, too.")] = _ALL_ROWS,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each row is run, each with new prompts.")] = 1,
     static: Annotated[
         bool | None,
@@ -173,7 +173,7 @@ def bench_gateway(
 
 
 def _chosen_rows(names: str) -> tuple[Row, ...]:
-    known = {row.name: row for row in ROWS}
+    known = {row.name: row for row in (*ROWS, TEXT)}
     wanted = [name.strip() for name in names.split(",")]
     if unknown := [name for name in wanted if name not in known]:
         fail(f"--rows: there is no row {unknown[0]!r}; the rows are {', '.join(known)}.")

@@ -2,7 +2,8 @@
 
 Every request is greedy, ignores end-of-sequence tokens and asks for a fixed number of tokens, so that every server does
 the same work. Prompts are token ids from a seeded generator: no server gains from another's run, and prefix caches help
-only where a row shares a prefix on purpose. Give each run on a server a new seed.
+only where a row shares a prefix on purpose. Give each run on a server a new seed. What a small model writes after such
+prompts repeats itself, which speculative decoding gains from: the row "text" asks in ordinary English instead.
 """
 
 import asyncio
@@ -52,6 +53,8 @@ class Row:
     output: int | range
     # Which one tells how fast the work was done.
     rate: Rate = "output"
+    # What to ask, each at most once; then there are no token ids, and prompt tokens are not counted.
+    texts: tuple[str, ...] = ()
 
 
 ROWS = (
@@ -62,15 +65,29 @@ ROWS = (
     Row("prefix", requests=24, concurrency=8, shared_prefix=1024, unique_prompt=32, output=32),
 )
 
+_SUBJECTS = (
+    "rivers", "glass", "bread", "the moon", "bridges", "bees", "paper", "clocks", "volcanoes", "trains", "salt",
+    "forests", "sailing ships", "libraries", "honey", "winter", "the human heart", "electric motors", "maps", "rice",
+)  # fmt: skip
+TEXT = Row(
+    "text",
+    requests=6,
+    concurrency=1,
+    shared_prefix=0,
+    unique_prompt=0,
+    output=128,
+    texts=tuple(f"A short introduction to {subject}, for curious readers of all ages.\n\n" for subject in _SUBJECTS),
+)
+
 # For one batching policy against another: sequences that end at different times.
 MIXED = Row("mixed", requests=32, concurrency=8, shared_prefix=0, unique_prompt=range(16, 257), output=range(8, 193))
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one request asks for: a prompt of token ids, and how many tokens to write."""
+    """What one request asks for: a prompt, of token ids or as text, and how many tokens to write."""
 
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...] | str
     output: int
 
 
@@ -145,6 +162,8 @@ async def run_row(
 def draw_requests(row: Row, seed: int) -> list[Request]:
     """One request to warm up with, then the row's own ones: the same ones for the same seed."""
     draw = random.Random(f"{row.name} {seed}")
+    if row.texts:
+        return [Request(text, _length(draw, row.output)) for text in draw.sample(row.texts, 1 + row.requests)]
     prefix = _token_ids(draw, row.shared_prefix)
     return [
         Request(prefix + _token_ids(draw, _length(draw, row.unique_prompt)), _length(draw, row.output))
@@ -207,8 +226,8 @@ async def complete(session: aiohttp.ClientSession, model: str, request: Request)
 
 
 async def _stream(session: aiohttp.ClientSession, model: str, request: Request) -> Answer:
-    body = {"model": model, "prompt": request.prompt, "max_tokens": request.output, "ignore_eos": True}
-    body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    body: dict[str, object] = {"model": model, "prompt": request.prompt, "max_tokens": request.output}
+    body |= {"temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
     sent = time.perf_counter()
     first = last = 0.0
     gaps: list[float] = []
@@ -247,7 +266,7 @@ def _summarize(row: Row, seed: int, requests: Sequence[Request], answers: Sequen
         row=row.name,
         seed=seed,
         output_tokens_per_s=sum(answer.tokens for answer in answers) / wall_s,
-        prompt_tokens_per_s=sum(len(request.prompt) for request in requests) / wall_s,
+        prompt_tokens_per_s=sum(_token_count(request) for request in requests) / wall_s,
         ttft_p50_ms=quantile(ttft, 0.5) * 1e3,
         ttft_p99_ms=quantile(ttft, 0.99) * 1e3,
         inter_token_p50_ms=quantile([answer.inter_token_s for answer in answers], 0.5) * 1e3,
@@ -258,6 +277,10 @@ def _summarize(row: Row, seed: int, requests: Sequence[Request], answers: Sequen
             for name in answers[0].server_ms
         },
     )
+
+
+def _token_count(request: Request) -> int:
+    return 0 if isinstance(request.prompt, str) else len(request.prompt)
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:

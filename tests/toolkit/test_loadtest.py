@@ -3,7 +3,18 @@
 import pytest
 
 from tests.toolkit.fake_server import fake_server
-from toolkit.loadtest import MIXED, ROWS, LoadFailed, Row, completes, draw_requests, first_model, lists_models, run_row
+from toolkit.loadtest import (
+    MIXED,
+    ROWS,
+    TEXT,
+    LoadFailed,
+    Row,
+    completes,
+    draw_requests,
+    first_model,
+    lists_models,
+    run_row,
+)
 
 SMALL = Row("small", requests=5, concurrency=2, shared_prefix=3, unique_prompt=range(2, 9), output=range(4, 20))
 
@@ -29,6 +40,13 @@ def test_fixed_lengths_are_kept_and_only_the_prefix_is_shared(row: Row) -> None:
     }
     assert len({request.prompt[: row.shared_prefix] for request in work}) == 1
     assert len({request.prompt for request in work}) == len(work)
+
+
+def test_texts_are_asked_once_each() -> None:
+    work = draw_requests(TEXT, seed=3)
+    assert work != draw_requests(TEXT, seed=4)
+    assert {request.prompt for request in work} < set(TEXT.texts)
+    assert len({request.prompt for request in work}) == len(work) == 1 + TEXT.requests
 
 
 async def test_what_is_asked_is_what_is_counted() -> None:

@@ -61,7 +61,6 @@ class ModelRunner:
     def write_block(self, block: int, data: bytes | memoryview) -> None:
         self.kv.write(block, data)
 
-    @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Computes the KV of every slice; float32 logits [rows that sample, vocabulary_size], in slice order."""
         return self._model.forward(batch, self.kv)

@@ -36,6 +36,15 @@ Floats = npt.NDArray[np.float32]
 _FEWEST_POSITIONS = 1024  # for which cosines are kept from the start
 # Steps of at most so many rows keep what each product reads and writes apart, so that threads can help each other.
 _ROWS_APART = TALLEST
+# Where a step's numbers stand, one after the other.
+_NUMBERS = (
+    Frame.TOKENS,
+    Frame.POSITIONS,
+    Frame.ROW_BLOCKS,
+    Frame.FIRST_ROWS,
+    Frame.TABLE_STARTS,
+    Frame.SAMPLED_ROWS,
+)
 
 
 class CompiledLlama:
@@ -97,7 +106,10 @@ class _Step:
         self._function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(library.addresses["RUN"])
         self._apart = Places.apart(isa, shape, _ROWS_APART)
         self._shared = Places.shared(isa, shape, 0)
+        self._places: Places | None = None  # that the frame speaks of
         self._sampled = self._context = 0  # that there is room for
+        self._numbers, self._numbers_at = np.empty(0, np.int64), 0
+        self._tables = np.empty(0, np.int32)
         self._set_constants()
         for name, address in library.addresses.items():
             if name in Frame.__members__:
@@ -124,19 +136,29 @@ class _Step:
         frame, rows, sampled = self._frame, len(plan.tokens), len(plan.sampled_rows)
         height = tile_rows(self._isa, rows)
         frame[Frame.ROWS], frame[Frame.TILE_ROWS] = rows, height
-        frame[Frame.GROUPS] = tile_groups(-(-rows // height), self._threads)
-        apart = rows <= self._apart.rows and frame[Frame.GROUPS] == 1
-        for field, value in (self._apart if apart else self._shared).fields.items():
-            frame[field] = value
+        frame[Frame.GROUPS] = groups = tile_groups(-(-rows // height), self._threads)
+        self._use(self._apart if groups == 1 and rows <= self._apart.rows else self._shared)
         frame[Frame.SLICES] = len(plan.first_rows) - 1
         frame[Frame.SAMPLED], frame[Frame.SAMPLED_TILE_ROWS] = sampled, tile_rows(self._isa, max(sampled, 1))
-        self._keep(Frame.TOKENS, plan.tokens)
-        self._keep(Frame.POSITIONS, plan.positions)
-        self._keep(Frame.ROW_BLOCKS, plan.row_blocks)
-        self._keep(Frame.FIRST_ROWS, plan.first_rows)
-        self._keep(Frame.TABLE_STARTS, plan.table_starts)
-        self._keep(Frame.TABLES, plan.tables)
-        self._keep(Frame.SAMPLED_ROWS, plan.sampled_rows)
+        numbers, starts = [*plan.tokens], [0]
+        for values in (plan.positions, plan.row_blocks, plan.first_rows, plan.table_starts, plan.sampled_rows):
+            starts.append(len(numbers))
+            numbers += values
+        if len(numbers) > len(self._numbers) or len(plan.tables) > len(self._tables):
+            self._numbers = np.empty(_room(len(numbers), len(self._numbers)), np.int64)
+            self._tables = np.empty(_room(len(plan.tables), len(self._tables)), np.int32)
+            self._numbers_at = self._numbers.ctypes.data
+            self._frame[Frame.TABLES] = self._tables.ctypes.data
+        self._numbers[: len(numbers)] = numbers
+        self._tables[: len(plan.tables)] = plan.tables
+        for field, start in zip(_NUMBERS, starts, strict=True):
+            frame[field] = self._numbers_at + 8 * start
+
+    def _use(self, places: Places) -> None:
+        if places is not self._places:
+            self._places = places
+            for field, value in places.fields.items():
+                self._frame[field] = value
 
     def _keep(self, field: Frame, array: npt.NDArray[np.generic]) -> None:
         self._kept[field] = array

@@ -63,6 +63,7 @@ class LlamaModel:
     def facts(self) -> ModelFacts:
         return self._facts
 
+    @torch.inference_mode()
     def forward(self, batch: Batch, kv: PagedKV) -> Tensor:
         config, weights, kernels = self._config, self._weights, self._kernels
         step = begin_step(batch, kv, weights.norm.device)

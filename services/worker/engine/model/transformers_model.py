@@ -52,6 +52,7 @@ class TransformersModel:
     def facts(self) -> ModelFacts:
         return self._facts
 
+    @torch.inference_mode()
     def forward(self, batch: Batch, kv: PagedKV) -> Tensor:
         return self._compute(begin_step(batch, kv, self._facts.device), kv.layers)
 

@@ -25,6 +25,7 @@ _GROUP_TILES = 2  # from so many on it pays that each thread reads all weights, 
 _AHEAD_BYTES = 8192  # how far before its use a weight is asked for, where memory bounds a tile
 
 
+@cache
 def tile_rows(isa: Isa, rows: int) -> int:
     """How many rows a tile should have so that `rows` rows waste least."""
     heights = [height for height in _HEIGHTS if _panels(height, isa.accumulators)]

@@ -1,26 +1,21 @@
-"""One step's batch as the arrays that the compiled step reads. Knows nothing of models."""
+"""One step's batch as the numbers that the compiled step reads. Knows nothing of models."""
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from services.worker.engine.batcher import Batch
-
-Longs = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """All slices of a step, flattened to T rows in slice order."""
 
-    tokens: Longs  # [T]
-    positions: Longs  # [T]
-    row_blocks: Longs  # [T]: the block that each row's key and value go to
-    first_rows: Longs  # [slices + 1]; the last is T
-    table_starts: Longs  # [slices]: where each one's block table begins in `tables`
-    tables: npt.NDArray[np.int32]
-    sampled_rows: Longs  # [rows that sample]
+    tokens: list[int]  # [T]
+    positions: list[int]  # [T]
+    row_blocks: list[int]  # [T]: the block that each row's key and value go to
+    first_rows: list[int]  # [slices + 1]; the last is T
+    table_starts: list[int]  # [slices]: where each one's block table begins in `tables`
+    tables: list[int]
+    sampled_rows: list[int]  # [rows that sample]
     longest_context: int  # tokens
 
 
@@ -48,13 +43,4 @@ def plan_step(batch: Batch, block_size: int) -> StepPlan:
         tables += blocks[: (end - 1) // block_size + 1]
         sampled_rows += range(len(tokens) - part.sampled_rows, len(tokens))
         longest = max(longest, end)
-    return StepPlan(
-        tokens=np.array(tokens, np.int64),
-        positions=np.array(positions, np.int64),
-        row_blocks=np.array(row_blocks, np.int64),
-        first_rows=np.array(first_rows, np.int64),
-        table_starts=np.array(table_starts, np.int64),
-        tables=np.array(tables, np.int32),
-        sampled_rows=np.array(sampled_rows, np.int64),
-        longest_context=longest,
-    )
+    return StepPlan(tokens, positions, row_blocks, first_rows, table_starts, tables, sampled_rows, longest)

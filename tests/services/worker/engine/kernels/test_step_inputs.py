@@ -22,6 +22,13 @@ def test_rows_are_the_slices_tokens_in_order() -> None:
     assert step.sampled_rows.tolist() == [0]
 
 
+def test_drafts_follow_the_last_token_and_sample_too() -> None:
+    step = build(Slice(make_sequence([1, 2, 3, 4, 5, 6], [7, 3]), 5, 3, (30, 31)))
+    assert step.tokens.tolist() == [6, 30, 31]
+    assert step.positions.tolist() == [5, 6, 7]
+    assert step.sampled_rows.tolist() == [0, 1, 2]
+
+
 def test_blocks_that_a_step_begins_and_does_not_fill() -> None:
     sequence = make_sequence([0] * 12, [7, 3, 9])
     for start, length, begun in [
