@@ -33,6 +33,7 @@ from toolkit.worker_ttft import worker_ttft_s
 
 OURS = "ours"
 STEP_MS = 10
+MAX_SEQUENCES = 256  # that a worker runs at once: as many as a mocker of Dynamo does
 PACED = (64, 64)  # streams, tokens of each answer
 SHORT = (64, 1)
 SLOW_READERS, IDLE_CONNECTIONS, SLOW_TOKENS = 500, 2000, 1000
@@ -191,7 +192,7 @@ async def _echo_stack(
     # On a machine that others keep busy nobody is to be turned away because of the wait.
     settings = (f"HEADRACE_WORKER_ECHO_STEP_MS={step_ms:g}", "HEADRACE_GATEWAY_MAX_WAIT_S=3600")
     command = ("env", *settings, *HEADRACE_UP)
-    up = ("--engine", "echo", *arguments, *options.up_arguments)
+    up = ("--engine", "echo", "--max-sequences", str(MAX_SEQUENCES), *arguments, *options.up_arguments)
     async with stack_of_our_own(OURS, up, options.log, command) as server:
         stack = next(stack for stack in running_stacks(runs) if stack.http_url == server.url)
         model = await first_model(server.url)  # while nobody needs a key for it

@@ -26,7 +26,7 @@ def test_a_worker_under_load(stack: HeadraceUp, client: openai.OpenAI, model: st
     report = json.loads((tmp_path / "report.json").read_text())
     phases = {phase["name"]: phase for phase in report["phases"]}
     assert int(phases["decode"]["tokens"]) >= DECODES - 1 and phases["decode"]["seconds"] > 0
-    assert int(phases["sample"]["tokens"]) == DECODES
+    assert int(phases["sample"]["tokens"]) >= DECODES, "a step draws one token, and those after it that were drafted"
     trace = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
     assert names.count("step") == names.count("decode") == names.count("sample") == 5

@@ -105,8 +105,11 @@ class StepProbe:
         """The drawing of tokens, timed."""
 
         def timed(logits: Tensor, batch: Batch) -> Drawn:
-            with self._timed("sample", [(self.sample, len(logits), 1.0)]):
-                return draw(logits, batch)
+            shares: list[tuple[Phase, int, float]] = []
+            with self._timed("sample", shares):
+                drawn = draw(logits, batch)
+                shares.append((self.sample, len(drawn.tokens), 1.0))
+            return drawn
 
         return timed
 
