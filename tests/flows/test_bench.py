@@ -28,7 +28,7 @@ async def test_a_row_is_done_whole(stack: HeadraceUp, tmp_path: Path) -> None:
 def test_an_unknown_row_is_named() -> None:
     run = subprocess.run([*HEADRACE, "bench", "--rows", "single,doubel"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
-    assert "there is no row 'doubel'; the rows are single, batch8, batch32, prefill, prefix." in run.stderr
+    assert "there is no row 'doubel'; the rows are single, batch8, batch32, prefill, prefix, text." in run.stderr
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
