@@ -72,9 +72,10 @@ class WorkerSettings(CommonSettings):
     max_batch_tokens: PositiveInt = 512
     # Prompt tokens taken on and not yet computed. More would wait here, where no other worker can take them.
     max_pending_prefill_tokens: PositiveInt = 8192
-    # Decode steps of fewer rows than this are filled up with drafts of what may follow (speculative decoding), where no
-    # token changes by it: the compiled implementation. So many rows take hardly longer than one. 0: no drafts.
-    speculative_rows: int = Field(default=8, ge=0)
+    # Rows that a step of few decodes may have (speculative decoding): up to half as many sequences share what is left
+    # of them for drafts of what may follow. Only where no token changes by it: the compiled implementation. So many
+    # take hardly longer than one there; its tiles have 12 at most. 0: no drafts.
+    speculative_rows: int = Field(default=8, ge=0, le=12)
     # continuous: sequences join and leave at every step. static: a fixed batch that nobody joins, for comparison.
     batching: Literal["continuous", "static"] = "continuous"
     # Size of a static batch, in sequences.

@@ -46,10 +46,12 @@ class Slice:
 
     @property
     def right_drafts(self) -> int:
-        """How many of its drafts, from the first, are the tokens that the sequence has at their positions by now."""
+        """How many of its drafts, from the first, the sequence has got as tokens since, and another one after them."""
+        if not self.drafts:
+            return 0
         first = self.start + self.length - len(self.drafts)
-        pairs = zip(self.drafts, self.sequence.tokens[first:], strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        since = self.sequence.tokens[first : first + len(self.drafts) + 1]
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.drafts, since[:-1], strict=False)))
 
     @property
     def is_decode(self) -> bool:
@@ -59,7 +61,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The slices of one step: at most one per sequence, those of length 1 (decodes) first."""
+    """The slices of one step: at most one per sequence, those that compute one token (decodes), and drafts, first."""
 
     slices: tuple[Slice, ...]
 
@@ -71,7 +73,7 @@ class Batcher:
     is none left, the newest running sequence is preempted: it loses its blocks and waits, first in line, to have its
     tokens computed again. So the oldest running sequence always gets on, since the pool can hold any one sequence.
 
-    Steps that decode alone, of fewer rows than `speculative_rows`, get drafts for the others.
+    Where a step only decodes, and `speculative_rows` are at least two for each sequence, the others are for drafts.
     """
 
     def __init__(
@@ -187,7 +189,7 @@ class Batcher:
         return True
 
     def _with_drafts(self, decodes: list[Slice]) -> list[Slice]:
-        """The same slices, with as many drafts as rows are left for each."""
+        """The same slices, each with drafts for an equal share of the rows that are left."""
         share = self._speculative_rows // len(decodes) - 1
         return [self._with_draft(piece, share) for piece in decodes] if share else decodes
 

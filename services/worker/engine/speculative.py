@@ -9,6 +9,7 @@ where its last tokens stood before, it goes on as it did there (Saxena 2023, "Pr
 from collections.abc import Sequence as Tokens
 
 _LONGEST_MATCH = 3  # tokens; a longer match is the better draft, and longer ones than this are found by it, too
+_MOST_INDEXED = 1024  # positions, for one draft: about a millisecond; a long prompt takes some steps
 _FIRST_LENGTH = 2  # of a draft, until it is known how good drafts are
 
 
@@ -37,11 +38,14 @@ class PromptLookup:
         """How many tokens were guessed, and how many of them, from the first, were right."""
         if right == drafted:
             self._length = min(2 * self._length, self._most)
-        elif right == 0:
+        elif right:
+            self._length = right + 1
+        else:
             self._length = max(self._length // 2, 1)
 
     def _index(self, tokens: Tokens[int]) -> None:
-        for position in range(self._indexed, len(tokens)):
+        end = min(len(tokens), self._indexed + _MOST_INDEXED)
+        for position in range(self._indexed, end):
             for match in range(1, min(_LONGEST_MATCH, position) + 1):
                 self._after[tuple(tokens[position - match : position])] = position
-        self._indexed = max(len(tokens), 1)
+        self._indexed = max(end, 1)

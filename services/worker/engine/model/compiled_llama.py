@@ -137,7 +137,8 @@ class _Step:
         height = tile_rows(self._isa, rows)
         frame[Frame.ROWS], frame[Frame.TILE_ROWS] = rows, height
         frame[Frame.GROUPS] = groups = tile_groups(-(-rows // height), self._threads)
-        self._use(self._apart if groups == 1 and rows <= self._apart.rows else self._shared)
+        helping = groups == 1 < self._threads and rows <= self._apart.rows
+        self._use(self._apart if helping else self._shared)
         frame[Frame.SLICES] = len(plan.first_rows) - 1
         frame[Frame.SAMPLED], frame[Frame.SAMPLED_TILE_ROWS] = sampled, tile_rows(self._isa, max(sampled, 1))
         numbers, starts = [*plan.tokens], [0]

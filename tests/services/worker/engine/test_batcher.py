@@ -241,8 +241,8 @@ def test_no_drafts_beside_a_prompt() -> None:
 def test_a_draft_ends_before_the_last_token_and_where_no_block_is_to_be_had() -> None:
     assert drafts(decoding(8, [7] * 6, max_tokens=3)) == [(7,)]
     assert drafts(decoding(8, [7] * 6, max_tokens=2)) == [()]
-    assert drafts(decoding(8, [7] * 6, num_blocks=4)) == [(7, 7)]  # 7 tokens, and one block holds the eighth
-    assert drafts(decoding(8, [7] * 6, num_blocks=2)) == [(7,)]
+    assert drafts(decoding(8, [7] * 6, num_blocks=4)) == [(7, 7)]
+    assert drafts(decoding(8, [7] * 6, num_blocks=3)) == [(7,)], "7 tokens, an eighth fits, and one block stays free"
 
 
 def test_right_drafts_count_as_computed() -> None:

@@ -27,12 +27,20 @@ def test_a_loop_goes_round() -> None:
     assert draft([4, 4], 3) == [4, 4, 4]
 
 
-def test_drafts_grow_while_they_are_right_and_shrink_when_all_of_it_is_wrong() -> None:
+def test_a_long_prompt_is_indexed_in_a_few_turns() -> None:
+    lookup, tokens = PromptLookup(9), [*range(10_000), 5]
+    assert lookup.draft([*range(10_000), 9_000], 2) == []
+    drafts = [lookup.draft(tokens, 2) for _ in range(10)]
+    assert drafts[0] == [6, 7], "that of the beginning is known"
+    assert lookup.draft([*range(10_000), 9_000], 2) == [9_001, 9_002]
+
+
+def test_drafts_grow_while_all_is_right_and_else_shrink_to_what_was() -> None:
     lookup, lengths = PromptLookup(7), []
-    for right in (2, 4, 7, 7, 3, 0, 0, 0, 1):
+    for right in (2, 4, 7, 3, 4, 0, 0, 0, 1):
         lengths.append(len(lookup.draft([4, 4], 100)))
         lookup.learn(lengths[-1], right)
-    assert lengths == [2, 4, 7, 7, 7, 7, 3, 1, 1]
+    assert lengths == [2, 4, 7, 7, 4, 7, 3, 1, 1]
     assert len(lookup.draft([4, 4], 100)) == 2
 
 

@@ -6,17 +6,21 @@ from services.worker.engine.step_shares import charge
 from tests.fakes import make_sequence
 
 PROMPT = 8
-SLICES = st.lists(st.tuples(st.integers(0, 3 * PROMPT), st.integers(1, 600)), min_size=1, max_size=64)
+Span = tuple[int, int, tuple[int, ...]]  # start, length, drafts
+DRAFTED = st.builds(
+    lambda start, drafts: (start, 1 + drafts, (1,) * drafts), st.integers(PROMPT, 24), st.integers(1, 7)
+)
+PLAIN = st.tuples(st.integers(0, 3 * PROMPT), st.integers(1, 600), st.just(()))
+SLICES = st.lists(PLAIN | DRAFTED, min_size=1, max_size=64)
 
 
-def slice_of(start: int, length: int) -> Slice:
-    sequence = make_sequence(object(), [1] * PROMPT)
-    return Slice(sequence, start, length)
+def slice_of(start: int, length: int, drafts: tuple[int, ...] = ()) -> Slice:
+    return Slice(make_sequence(object(), [1] * PROMPT), start, length, drafts)
 
 
 @given(SLICES, st.integers(0, 10**12))
-def test_shares_add_up_to_the_step_and_follow_the_tokens(spans: list[tuple[int, int]], step_ns: int) -> None:
-    slices = [slice_of(start, length) for start, length in spans]
+def test_shares_add_up_to_the_step_and_follow_the_tokens(spans: list[Span], step_ns: int) -> None:
+    slices = [slice_of(*span) for span in spans]
     prefill_ns, decode_ns = charge(slices, step_ns)
     assert prefill_ns + decode_ns == step_ns
     assert prefill_ns == sum(piece.sequence.prefill_ns for piece in slices)
@@ -29,12 +33,18 @@ def test_shares_add_up_to_the_step_and_follow_the_tokens(spans: list[tuple[int, 
 
 
 @given(st.lists(st.tuples(SLICES, st.integers(0, 10**9)), min_size=1, max_size=8))
-def test_steps_add_up_in_their_sequences(steps: list[tuple[list[tuple[int, int]], int]]) -> None:
+def test_steps_add_up_in_their_sequences(steps: list[tuple[list[Span], int]]) -> None:
     sequences = [make_sequence(index, [1] * PROMPT) for index in range(64)]
     for spans, step_ns in steps:
         charge([Slice(sequence, *span) for sequence, span in zip(sequences, spans, strict=False)], step_ns)
     charged = sum(sequence.prefill_ns + sequence.decode_ns for sequence in sequences)
     assert charged == sum(step_ns for _, step_ns in steps)
+
+
+def test_drafts_are_decode_right_or_wrong() -> None:
+    drafted, plain = slice_of(PROMPT, 3, (5, 6)), slice_of(PROMPT, 1)
+    assert charge([drafted, plain], 4_000) == (0, 4_000)
+    assert (drafted.sequence.decode_ns, plain.sequence.decode_ns) == (3_000, 1_000)
 
 
 def test_one_output_token_is_decode_and_all_else_prefill() -> None:

@@ -136,9 +136,10 @@ def _make_put_query(head_dim: int, pairs: bool, qk_norm: bool, eps: float) -> An
     @njit(nogil=True, error_model="numpy")
     def put_query(query: int, token: int, q_norm: int, cos: int, sin: int, temp: Floats, to: int) -> None:
         """Stores the query of a token as tiles read it: normed, rotated and scaled."""
-        temp[:] = floats(query, head_dim)
         if qk_norm:
-            norm(temp, floats(q_norm, head_dim), eps, temp)
+            norm(floats(query, head_dim), floats(q_norm, head_dim), eps, temp)
+        else:
+            temp[:] = floats(query, head_dim)
         rotate(temp, floats(cos + token * half * 4, half), floats(sin + token * half * 4, half))
         _scale(temp, scale)
         put(temp.ctypes.data, head_dim, 0, 0, 1, head_dim, to, 0, 0)

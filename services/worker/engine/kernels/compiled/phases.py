@@ -20,7 +20,7 @@ from services.worker.engine.kernels.compiled.frame import (
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import call_address, float_of_bits, floats, halves, longs
 from services.worker.engine.kernels.compiled.packing import padded_columns
-from services.worker.engine.kernels.compiled.rows import add, bfloat16_bits, norm, rotate, swiglu
+from services.worker.engine.kernels.compiled.rows import add, add_to, bfloat16_bits, norm, rotate, swiglu
 from services.worker.engine.kernels.compiled.team import claim, done, help_out, next_item
 from services.worker.engine.kernels.compiled.tiles import GROUP
 
@@ -46,6 +46,8 @@ def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
                 h = floats(after + 4 * row * hidden, hidden)
                 if which == 0:
                     begin_row(frame, row, h)
+                elif before == after:
+                    add_to(h, floats(delta + 4 * row * width, hidden))
                 else:
                     add(floats(before + 4 * row * hidden, hidden), floats(delta + 4 * row * width, hidden), h)
                 norm(h, weight, eps, temp)
@@ -153,9 +155,11 @@ def make_write_kv(isa: Isa, shape: Shape) -> Kernel:
         pool = frame[Frame.KV] + block * frame[Frame.KV_BLOCK_BYTES] + layer * of_layer
         source = place(frame, Frame.PRODUCT, 4 * layer) + 4 * (row * width + heads * head_dim)
         for head in range(kv_heads):
-            key[:] = floats(source + 4 * head * head_dim, head_dim)
+            product = floats(source + 4 * head * head_dim, head_dim)
             if qk_norm:
-                norm(key, floats(frame[Frame.QK_NORMS] + 4 * (2 * layer + 1) * head_dim, head_dim), eps, key)
+                norm(product, floats(frame[Frame.QK_NORMS] + 4 * (2 * layer + 1) * head_dim, head_dim), eps, key)
+            else:
+                key[:] = product
             rotate(key, cos, sin)
             store(pool + (head * per_head + slot) * element, key, block_size)
             value = floats(source + 4 * (kv_heads + head) * head_dim, head_dim)

@@ -69,9 +69,16 @@ def exp(x: float) -> float:
 
 @njit(nogil=True, error_model="numpy", fastmath=_FAST)
 def add(x: Floats, y: Floats, out: Floats) -> None:
-    """out = x + y; out may be either."""
+    """out = x + y, in other memory than both: LLVM's vector code is for arrays that do not overlap."""
     for i in range(len(x)):
         out[i] = x[i] + y[i]
+
+
+@njit(nogil=True, error_model="numpy", fastmath=_FAST)
+def add_to(total: Floats, x: Floats) -> None:
+    """total += x."""
+    for i in range(len(x)):
+        total[i] += x[i]
 
 
 @njit(nogil=True, error_model="numpy", fastmath=_FAST)

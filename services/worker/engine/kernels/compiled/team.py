@@ -6,9 +6,9 @@ thread takes those of its own part first, in order, so that what it works on is 
 run of memory, and then those of others.
 
 Where a step allows it, nobody waits long for an item that a thread has claimed and was held up at: whoever waits does
-it, too, and goes on ("helping", Herlihy 1991). So the team is as fast as the processors that it gets. Such an item
-writes the same numbers again, perhaps phases later, when the first thread goes on with it: all that a phase reads or
-writes must stay as it is until the step ends.
+it, too, and goes on ("helping", Herlihy 1991). Only at the step's end all wait for a thread that is within an item.
+Such an item writes the same numbers again, perhaps phases later, when the first thread goes on with it: all that a
+phase reads or writes must stay as it is until the step ends.
 
 Phases are numbered on from step to step. Words that belong to one carry its number: what a late thread still does to
 them is told from what the present phase does. Between steps the helpers wait on a semaphore and take no processor time.
@@ -217,5 +217,7 @@ def _member(control: int, rank: int) -> int:
 
 @njit(nogil=True, error_model="numpy")
 def _flags(control: int, members: int) -> int:
-    """Of each item, one more than the last phase in which it was done."""
+    """Of each item, one more than the phase in which it was done. A late thread may write an older phase over a newer
+    one: then the item looks undone, and is done once more.
+    """
     return control + 8 * (_MEMBERS + members * _MEMBER)

@@ -51,3 +51,11 @@ def test_a_window_hides_what_is_far() -> None:
     assert work.attention_products == 3 * (3 + 4 + 4) * 2 * 32
     assert work.read_bytes == 1000 + 5 * 3 * 2 * 16 * 2
     assert work_of((9, 1, 10), window=4).read_bytes == 1000 + 4 * 3 * 2 * 16 * 2
+
+
+def test_drafts_sample_too() -> None:
+    sequence = Sequence(0, [1] * 10, 10, SamplingParams(), StopParams(max_tokens=9))
+    work = step_work(
+        parse_llama_config(CONFIG), Batch((Slice(sequence, 9, 3, (4, 5)),)), weight_bytes=0, kv_element_bytes=2
+    )
+    assert work.weight_products == 3 * (IN_LAYERS + HEAD)

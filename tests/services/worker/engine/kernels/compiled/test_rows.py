@@ -74,7 +74,7 @@ def test_add(size: int, seed: int) -> None:
     total, out = x + y, np.empty_like(x)
     rows.add(x, y, out)
     assert np.array_equal(out, total)
-    rows.add(x, y, x)
+    rows.add_to(x, y)
     assert np.array_equal(x, total)
 
 

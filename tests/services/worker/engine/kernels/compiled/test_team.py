@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.machine import atomic_load, atomic_store, longs, pause
+from services.worker.engine.kernels.compiled.machine import atomic_load, atomic_replace, atomic_store, longs, pause
 from services.worker.engine.kernels.compiled.team import (
     await_start,
     done,
@@ -33,7 +33,8 @@ Words = npt.NDArray[np.int64]
 
 @njit(nogil=True, error_model="numpy")
 def relay(control: int, members: int, rank: int, parts: int, items: int, sums: int, held_up: int, over: int) -> None:
-    """Each item of a phase adds up all of the phase before; `sums` is the address of int64 [PHASES][items].
+    """Each item of a phase adds up all of the phase before; `sums` is the address of int64 [PHASES][items], behind
+    which as many count how often each item was done.
 
     The thread of rank `held_up` stops within the first item that it has of each step, until the word at `over` is set.
     """
@@ -51,6 +52,10 @@ def relay(control: int, members: int, rank: int, parts: int, items: int, sums: i
                 pause()
             first = False
             atomic_store(sums + 8 * (phase * items + item), total)
+            times = sums + 8 * ((PHASES + phase) * items + item)
+            before_times = atomic_load(times)
+            while not atomic_replace(times, before_times, before_times + 1):
+                before_times = atomic_load(times)
             done(control, members, rank, item)
             item = next_item(control, members, rank, parts, items)
     if rank != held_up:
@@ -96,8 +101,14 @@ def team(members: int, *arguments: Any, present: int | None = None) -> Iterator[
         helper.join()
 
 
-def assert_summed(sums: Words) -> None:
+def room_for(items: int) -> Words:
+    return np.zeros((2 * PHASES, items), np.int64)
+
+
+def assert_summed(words: Words, *, helping: int) -> None:
+    sums, times = words[:PHASES], words[PHASES:]
     assert (sums == sums.shape[1] ** np.arange(PHASES)[:, None]).all()
+    assert (times >= 1).all() if helping else (times == 1).all()
 
 
 @pytest.mark.parametrize("members", [1, 2, 5])
@@ -106,12 +117,12 @@ def assert_summed(sums: Words) -> None:
 def test_items_are_done_after_all_of_the_phase_before(
     members: int, helping: bool, parts: int, items: int, steps: int
 ) -> None:
-    sums, over = np.zeros((PHASES, items), np.int64), np.zeros(1, np.int64)
+    sums, over = room_for(items), np.zeros(1, np.int64)
     with team(members, int(helping), min(parts, members), items, sums, NOBODY, over) as step:
         for _ in range(steps):
             sums[:] = 0
             step()
-            assert_summed(sums)
+            assert_summed(sums, helping=helping)
 
 
 @pytest.mark.parametrize("held_up", [0, 1, 2])
@@ -119,19 +130,19 @@ def test_items_are_done_after_all_of_the_phase_before(
 def test_others_do_what_a_thread_was_held_up_at(held_up: int, parts: int) -> None:
     """It goes on only when another has come to the end of the step: nobody would, if all waited for it."""
     for items in (3, 40):
-        sums, over = np.zeros((PHASES, items), np.int64), np.zeros(1, np.int64)
+        sums, over = room_for(items), np.zeros(1, np.int64)
         with team(3, 1, parts, items, sums, held_up, over) as step:
             for _ in range(50):
                 sums[:], over[0] = 0, 0
                 step()
-                assert_summed(sums)
+                assert_summed(sums, helping=1)
 
 
 @pytest.mark.parametrize("helping", [0, 1])
 def test_a_thread_that_does_not_come_is_not_waited_for(helping: int) -> None:
-    sums, over = np.zeros((PHASES, 7), np.int64), np.zeros(1, np.int64)
+    sums, over = room_for(7), np.zeros(1, np.int64)
     with team(4, helping, 4, 7, sums, NOBODY, over, present=2) as step:
         for _ in range(20):
             sums[:] = 0
             step()
-            assert_summed(sums)
+            assert_summed(sums, helping=helping)
