@@ -1,5 +1,6 @@
 """The compiled path against the native one on tiny random models of every family and feature it claims."""
 
+import ctypes
 import gc
 import threading
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.worker.engine.batcher import Batch, Slice
+from services.worker.engine.kernels.compiled.frame import Frame
 from services.worker.engine.kernels.compiled.isa import choose_isa
+from services.worker.engine.kernels.compiled.team import new_control
 from services.worker.engine.kernels.paged_kv import PagedKV
 from services.worker.engine.model.compiled_llama import CompiledLlama
 from services.worker.engine.model.llama import LlamaModel
@@ -242,6 +245,35 @@ def test_any_number_of_threads_gives_the_same_bits(precision: str, compiled: Com
     for model in more:
         for _ in range(5):
             assert torch.equal(torch.cat(serve(model, Pool(model), mixed_jobs())), expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    [("qwen3", "float32"), ("llama biases", "float32"), ("llama", "bfloat16"), ("llama", "int4 bfloat16")],
+)
+def test_a_phase_done_again_at_the_end_of_its_step_writes_the_same(
+    case: str, precision: str, compiled: Compiled
+) -> None:
+    """As a thread does that was held up in it, while the others went on."""
+    model = compiled(case, precision, 2)
+    pool = Pool(model)
+    slices = [Slice(make_sequence(random_tokens(n, seed=n), pool.take(1)), 0, n) for n in (3, 5)]
+    logits = model.forward(Batch(tuple(slices)), pool.kv)
+    step = model._step
+    assert step._places is step._apart
+    layers, frame, addresses = step._shape.layers, step._frame, step._library.addresses
+    phases = [("NORM_SAMPLED", layers)]
+    for layer in reversed(range(layers)):
+        phases += [("SWIGLU_ROWS", layer), ("NORM_ROWS", 2 * layer + 1), ("ATTEND", layer), ("WRITE_KV", layer)]
+        phases += [("NORM_ROWS", 2 * layer)]
+    written = (torch.from_numpy(step._apart.memory), pool.kv.storage.view(torch.uint8), logits)
+    expected = [each.clone() for each in written]
+    for name, which in phases:
+        phase = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)(addresses[name])
+        control = new_control(1)
+        phase(control.ctypes.data, 1, 0, frame.ctypes.data, which, int(frame[Frame.SCRATCH]))
+        for ours, before in zip(written, expected, strict=True):
+            assert torch.equal(ours, before), f"{name} of {which}"
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int4 bfloat16"])
