@@ -117,8 +117,8 @@ async def test_stop_frees_the_worker_and_regenerate_asks_again(browser: Browser,
         await browser.wait_for("document.querySelectorAll('.token').length === 3")
         await browser.click("#stop")
         await browser.wait_for(ANSWERED)
-        worker.let_go()
         await worker.cancelled.wait()
+        worker.let_go()
         assert await browser.text(".answer .notice") == "Stopped."
         await browser.click(".actions button:last-child")
         await browser.wait_for(f"document.querySelectorAll('.answer').length === 1 && {ANSWERED}")
