@@ -25,7 +25,7 @@ from services.worker.engine.batcher import Batcher
 from services.worker.engine.batching_policy import BatchingPolicy, ContinuousBatching, StaticBatching
 from services.worker.engine.block_pool import BlockPool
 from services.worker.engine.engine import Engine
-from services.worker.engine.model.interface import ModelError
+from services.worker.engine.model.interface import ModelError, ModelFacts
 from services.worker.engine.model.loading import load_model
 from services.worker.engine.model_runner import ModelRunner, build_model_runner
 from services.worker.kv_format import kv_format
@@ -162,10 +162,16 @@ def _build_engine(settings: WorkerSettings, runner: ModelRunner) -> Engine:
         max_sequences=settings.max_sequences,
         max_batch_tokens=settings.max_batch_tokens,
         policy=_batching_policy(settings),
-        # Elsewhere a row's result may depend on how many rows there are, and so a token on what was drafted.
-        speculative_rows=settings.speculative_rows if runner.facts.implementation == "compiled" else 0,
+        speculative_rows=speculative_rows(settings, runner.facts),
     )
     return Engine(runner, pool, batcher, max_context=runner.max_model_len)
+
+
+def speculative_rows(settings: WorkerSettings, facts: ModelFacts) -> int:
+    """None where a row's result depends on how many rows there are, and so a token might on what was drafted; nor for
+    an echo, which has a pace to keep.
+    """
+    return settings.speculative_rows if facts.implementation == "compiled" else 0
 
 
 def _batching_policy(settings: WorkerSettings) -> BatchingPolicy:

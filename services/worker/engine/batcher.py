@@ -36,8 +36,13 @@ class Slice:
         return [*self.sequence.tokens[self.start : self.start + self.length], *self.drafts]
 
     @property
+    def drafts_start(self) -> int:
+        """The position of the first draft; where there is none, the slice's end."""
+        return self.start + self.length - len(self.drafts)
+
+    @property
     def samples(self) -> bool:
-        return self.start + self.length - len(self.drafts) == len(self.sequence.tokens)
+        return self.drafts_start == len(self.sequence.tokens)
 
     @property
     def sampled_rows(self) -> int:
@@ -49,14 +54,13 @@ class Slice:
         """How many of its drafts, from the first, the sequence has got as tokens since, and another one after them."""
         if not self.drafts:
             return 0
-        first = self.start + self.length - len(self.drafts)
-        since = self.sequence.tokens[first : first + len(self.drafts) + 1]
+        since = self.sequence.tokens[self.drafts_start : self.start + self.length + 1]
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.drafts, since[:-1], strict=False)))
 
     @property
     def is_decode(self) -> bool:
         """It computes one output token and drafts; what is more, or of the prompt, is prefill."""
-        return self.length - len(self.drafts) == 1 and self.start >= self.sequence.prompt_length
+        return self.drafts_start - self.start == 1 and self.start >= self.sequence.prompt_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +164,9 @@ class Batcher:
         block_size = self._pool.block_size
         for piece in batch.slices:
             sequence = piece.sequence
-            wrong = len(piece.drafts) - piece.right_drafts
-            sequence.computed += piece.length - wrong
-            self._count_slice(piece, wrong)
+            right = piece.right_drafts
+            sequence.computed = piece.drafts_start + right
+            self._count_slice(piece, right)
             full_blocks = sequence.computed // block_size
             sequence.hash_blocks(full_blocks, block_size)
             for index in range(piece.start // block_size, full_blocks):
@@ -282,12 +286,11 @@ class Batcher:
         assert self._pool.is_private(first_block), "a shared block is never written"
         return Slice(sequence, sequence.computed, length)
 
-    def _count_slice(self, piece: Slice, wrong: int) -> None:
-        """`wrong`: of the drafts in it."""
+    def _count_slice(self, piece: Slice, right: int) -> None:
+        """`right`: of the drafts in it."""
         if piece.is_decode:
-            self.counters.decode_tokens += piece.length - wrong
-            if piece.sequence.lookup is not None and piece.drafts:
-                right = len(piece.drafts) - wrong
+            self.counters.decode_tokens += 1 + right
+            if piece.drafts and piece.sequence.lookup is not None:
                 piece.sequence.lookup.learn(len(piece.drafts), right)
                 self.counters.draft_tokens += len(piece.drafts)
                 self.counters.accepted_tokens += right

@@ -5,8 +5,10 @@ pool where its KV lies, the runner computes, `sampling` draws. Knows no clients,
 one thread calls it.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 from torch import Tensor
@@ -150,28 +152,25 @@ class Engine:
 
     def _draw_tokens(self, logits: Tensor, batch: Batch) -> Drawn:
         """Draws each sequence's next token and appends it, and those after it while they are as guessed."""
-        drawn: dict[Hashable, list[int]] = {}
-        logprobs: dict[Hashable, list[TokenLogprobs]] = {}
-        row, turn = 0, []
-        for piece in batch.slices:
-            if piece.samples:
-                turn.append((row, piece))
-                row += piece.sampled_rows
-        sampling, depth = [piece.sequence for _, piece in turn], 0
-        while turn:
-            sequences, part = [piece.sequence for _, piece in turn], _rows(logits, [row + depth for row, _ in turn])
+        first_rows = accumulate((piece.sampled_rows for piece in batch.slices), initial=0)
+        pending = [(row, piece) for row, piece in zip(first_rows, batch.slices, strict=False) if piece.samples]
+        before = [(piece.sequence, len(piece.sequence.tokens)) for _, piece in pending]
+        logprobs: dict[Sequence, list[TokenLogprobs]] = defaultdict(list)
+        depth = 0
+        while pending:
+            sequences = [piece.sequence for _, piece in pending]
+            part = _rows(logits, [row + depth for row, _ in pending])
             tokens = sample(part, sequences)
             if self._reporting:
                 for sequence, values in token_logprobs(part, sequences, tokens):
-                    logprobs.setdefault(sequence.key, []).append(values)
+                    logprobs[sequence].append(values)
             for sequence, token in zip(sequences, tokens, strict=True):
                 sequence.append(token)
-                drawn.setdefault(sequence.key, []).append(token)
-            turn = [each for each, token in zip(turn, tokens, strict=True) if _goes_on(each[1], depth, token)]
+            pending = [each for each, token in zip(pending, tokens, strict=True) if _goes_on(each[1], depth, token)]
             depth += 1
         return Drawn(
-            [(sequence, token) for sequence in sampling for token in drawn[sequence.key]],
-            [(sequence, values) for sequence in sampling for values in logprobs.get(sequence.key, ())],
+            [(sequence, token) for sequence, length in before for token in sequence.tokens[length:]],
+            [(sequence, values) for sequence, _ in before for values in logprobs.get(sequence, ())],
         )
 
     def _remove(self, key: Hashable) -> bool:

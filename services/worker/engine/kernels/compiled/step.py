@@ -113,7 +113,7 @@ def _make_run(isa: Isa, shape: Shape) -> Kernel:
 
     def run(rank: int, members: int, control: int, frame: int) -> None:
         if rank == 0:
-            start(control, members, longs(frame, FRAME_FIELDS)[Frame.PLACE_BYTES])
+            start(control, members, longs(frame, FRAME_FIELDS)[Frame.PLACE_BYTES] != 0)
             step(rank, members, control, frame)
             finish(control, members)
             return

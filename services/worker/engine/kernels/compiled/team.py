@@ -37,7 +37,9 @@ _PHASE, _ARRIVED, _STOPPED, _STEP, _MEMBERS = (_LINE * n for n in range(5))  # _
 # Of each member: the counter of its part; whether it takes part in the step; its own notes; its semaphore.
 _COUNTER, _STATE, _NOTES, _SEMAPHORE = (_LINE * n for n in range(4))
 _MEMBER = _SEMAPHORE + SEMAPHORE_BYTES // 8 + _LINE
-_AT, _TURN, _COUNT, _WAITED, _SEEN = range(5)  # notes: phase, parts left behind, items done, since when they are none
+# Notes: the phase; parts left behind; items done of those claimed; whether all are claimed and it has told how many it
+# did; turns of its wait; items that it knows to be done.
+_AT, _TURN, _COUNT, _TOLD, _WAITED, _SEEN = range(6)
 _AWAY, _CALLED, _HERE = range(3)
 _TAG = 20  # bits of a word below the number of its phase: so many items, and phases for a century
 _BEYOND = 1 << _TAG
@@ -67,7 +69,7 @@ def claim(control: int, rank: int, part: int) -> int:
 def done(control: int, members: int, rank: int, item: int) -> None:
     """The thread has done what it claimed, or what it helped with. `item`: its number in the phase."""
     notes = _notes(control, rank)
-    if notes[_WAITED] == 0:
+    if not notes[_TOLD]:
         notes[_COUNT] += 1
     if _helping(control):
         atomic_store(_flags(control, members) + 8 * item, notes[_AT] + 1)
@@ -95,8 +97,8 @@ def help_out(control: int, members: int, rank: int, items: int) -> int:
     """
     notes = _notes(control, rank)
     phase = notes[_AT]
-    if notes[_WAITED] == 0:
-        notes[_WAITED] = 1
+    if not notes[_TOLD]:
+        notes[_TOLD] = 1
         if _add_tagged(control + 8 * _ARRIVED, phase, notes[_COUNT]) == items:
             atomic_replace(control + 8 * _PHASE, phase, phase + 1)
     while atomic_load(control + 8 * _PHASE) == phase:
@@ -116,7 +118,7 @@ def help_out(control: int, members: int, rank: int, items: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def start(control: int, members: int, helping: int) -> None:
+def start(control: int, members: int, helping: bool) -> None:
     """Begins a step, for the thread of rank 0: wakes the others. `helping`: whether items may be done twice."""
     step = longs(control + 8 * _STEP, 2)
     step[0], step[1] = atomic_load(control + 8 * _PHASE), helping
