@@ -49,7 +49,7 @@ class WorkerSettings(CommonSettings):
     # values they keep; activations are then 8 bits in the products. Faster, and less exact than none.
     quantize: Literal["none", "int8", "int4"] = "none"
     # What the compiled path is compiled for. auto: the best that the processor has; baseline runs on any x86-64.
-    instruction_set: Literal["auto", "avx512_bf16", "avx512", "avx2", "baseline"] = "auto"
+    instruction_set: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "baseline"] = "auto"
     # Whether the same request, with the same seed, must always give the same tokens: whatever else runs, whatever is
     # cached, however often it was resumed. Only the compiled path can; the worker does not start otherwise.
     deterministic: bool = False

@@ -134,13 +134,16 @@ class _Step:
 
     def _place(self, plan: StepPlan) -> None:
         frame, rows, sampled = self._frame, len(plan.tokens), len(plan.sampled_rows)
-        height = tile_rows(self._isa, rows)
+        height = tile_rows(self._isa, self._shape.weight_bits, rows)
         frame[Frame.ROWS], frame[Frame.TILE_ROWS] = rows, height
         frame[Frame.GROUPS] = groups = tile_groups(-(-rows // height), self._threads)
         helping = groups == 1 < self._threads and rows <= self._apart.rows
         self._use(self._apart if helping else self._shared)
         frame[Frame.SLICES] = len(plan.first_rows) - 1
-        frame[Frame.SAMPLED], frame[Frame.SAMPLED_TILE_ROWS] = sampled, tile_rows(self._isa, max(sampled, 1))
+        frame[Frame.SAMPLED], frame[Frame.SAMPLED_TILE_ROWS] = (
+            sampled,
+            tile_rows(self._isa, self._shape.head_bits, max(sampled, 1)),
+        )
         numbers, starts = [*plan.tokens], [0]
         for values in (plan.positions, plan.row_blocks, plan.first_rows, plan.table_starts, plan.sampled_rows):
             starts.append(len(numbers))
@@ -254,6 +257,7 @@ def _shape(config: LlamaConfig, isa: Isa, dtype: torch.dtype, quantize: Quantiza
         block_size=block_size,
         weight_bits=of_layers,
         activation_bits=isa.activation_bits(of_layers),
+        matrices=isa.uses_matrices(of_layers),
         head_bits=of_head,
         kv_bits=8 * dtype.itemsize,
         embedding_bits=8 * dtype.itemsize,

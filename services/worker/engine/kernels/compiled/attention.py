@@ -6,6 +6,7 @@ begin at multiples of a fixed number of tokens: scores, exponentials, weighted s
 """
 
 import math
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
@@ -14,16 +15,19 @@ from numba import float32, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from services.worker.engine.kernels.compiled.attention_tiles import (
-    BFLOAT16_ROW_DOTS,
-    BFLOAT16_ROWS,
-    query_keys,
-    weigh_values,
+from services.worker.engine.kernels.compiled.attention_products import (
+    by_matrices,
+    chunk_tokens,
+    make_matrix_products,
+    make_vector_products,
+    panels_bytes,
+    queries_at_once,
+    score_columns,
 )
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import floats, store_float32
+from services.worker.engine.kernels.compiled.matrix_tiles import TILE_DEPTH
 from services.worker.engine.kernels.compiled.rows import Floats, exp, norm, put_floats, put_pairs, rotate
-from services.worker.engine.kernels.compiled.tiles import FLOAT32
 from services.worker.engine.kernels.compiled.vectors import (
     BF16,
     F32,
@@ -37,28 +41,21 @@ from services.worker.engine.kernels.compiled.vectors import (
     load,
     pointer,
     power_of_two,
+    short_power_of_two,
     splat,
     sum_of_lanes,
     vector,
 )
 
-_CHUNK_TOKENS = 512  # about so many
-_MAX_BLOCKS = 4  # whose scores one tile computes at once
 _RUN = 4  # vectors of scores that are compared at once
 _LOG2_E = np.log2(np.e)
 _LN2 = float32(np.log(2.0))
 _UNSEEN = float32(-np.inf)
 
 
-def chunk_tokens(block_size: int) -> int:
-    """Tokens of a chunk: whole runs of blocks."""
-    run = _MAX_BLOCKS * block_size
-    return max(run, _CHUNK_TOKENS // run * run)
-
-
 def attention_scratch_bytes(rows: int, head_dim: int, block_size: int) -> int:
-    """What a tile of `rows` queries needs: outputs, queries, scores; a row's largest score and sum."""
-    return 4 * rows * (2 * head_dim + chunk_tokens(block_size) + 2)
+    """What a tile of `rows` queries needs: outputs, queries, a row's largest score and sum; scores; panels."""
+    return 4 * rows * (2 * head_dim + score_columns(block_size) + 2) + panels_bytes(head_dim, block_size)
 
 
 def make_attend(
@@ -72,58 +69,60 @@ def make_attend(
     address of scratch memory. The outputs, [rows][head_dim], are left at its start.
     """
     pairs = isa.activation_bits(kv_bits) == 16
-    format_ = FLOAT32 if kv_bits == 32 else BFLOAT16_ROW_DOTS if pairs else BFLOAT16_ROWS
-    per_block = block_size // isa.lanes
-    blocks = next(n for n in (_MAX_BLOCKS, 2, 1) if rows * n * per_block <= isa.accumulators or n == 1)
-    columns = head_dim // isa.lanes
-    vectors = next(n for n in (4, 2, 1) if columns % n == 0 and (rows * n <= isa.accumulators or n == 1))
-    room = chunk_tokens(block_size)
-    chunk_blocks = room // block_size
-    sizes: Any = {"head_dim": head_dim, "block_size": block_size}
-    score = query_keys(isa, rows, blocks, **sizes, out_tokens=room, keys=format_)
-    weigh = weigh_values(isa, rows, vectors, **sizes, weight_tokens=room, values=format_)
+    matrices, columns = by_matrices(isa, kv_bits, head_dim), score_columns(block_size)
+    grain = TILE_DEPTH if matrices else isa.lanes  # tokens whose values are weighed at once
+    first_blocks = max(1, grain // block_size)
+    make_products = make_matrix_products if matrices else make_vector_products
+    lay, score, weigh = make_products(isa, rows, head_dim=head_dim, block_size=block_size, kv_bits=kv_bits)
+    at_once = queries_at_once(isa, rows, kv_bits, head_dim)
     put_query = _make_put_query(head_dim, pairs, qk_norm, eps)
-    find_largest, exponentials = _make_find_largest(isa), _exponentials(isa, pairs)
-    value_step, out_step = vectors * isa.lanes * (kv_bits // 8), vectors * isa.lanes * 4
-    parts, query_bytes = columns // vectors, (2 if pairs else 4) * head_dim
+    find_largest, exponentials = (
+        _make_find_largest(isa),
+        _exponentials(isa, pairs, short_power_of_two if matrices else power_of_two),
+    )
+    query_bytes, chunk_blocks = (2 if pairs else 4) * head_dim, chunk_tokens(block_size) // block_size
 
     def attend(
         first: int, queries: int, start: int, window: int, qkv: int, token_bytes: int, q_norm: int, cos: int, sin: int,
         table: int, keys: int, values: int, block_bytes: int, scratch: int,
     ) -> None:  # fmt: skip
         packed = scratch + 4 * rows * head_dim
-        scores = packed + 4 * rows * head_dim
-        largest, sums = floats(scores + 4 * rows * room, rows), floats(scores + 4 * rows * (room + 1), rows)
-        for row in range(rows):
-            token, head = min(first + row, queries - 1) // group, min(first + row, queries - 1) % group
+        largest, sums = floats(packed + 4 * rows * head_dim, rows), floats(packed + 4 * rows * (head_dim + 1), rows)
+        scores = packed + 4 * rows * (head_dim + 2)
+        panels = scores + 4 * at_once * columns
+        count = min(rows, queries - first)
+        for row in range(count):
+            token, head = (first + row) // group, (first + row) % group
             query = qkv + token * token_bytes + head * head_dim * 4
             put_query(query, token, q_norm, cos, sin, floats(scratch, head_dim), packed + row * query_bytes)
         floats(scratch, rows * head_dim)[:] = float32(0.0)
         largest[:] = _UNSEEN
         sums[:] = float32(0.0)
-        end = start + (min(first + rows, queries) - 1) // group + 1
-        block = max(0, start + first // group - window + 1) // block_size
+        end = start + (first + count - 1) // group + 1
+        block = max(0, start + first // group - window + 1) // block_size // first_blocks * first_blocks
         end_block = (end + block_size - 1) // block_size
         while block < end_block:
             end_of_chunk = min((block // chunk_blocks + 1) * chunk_blocks, end_block)
             before, blocks_at = block * block_size, table + 4 * block
-            for done in range(0, end_of_chunk - block, blocks):
-                to = scores + 4 * done * block_size
-                score(packed, keys, blocks_at + 4 * done, end_block - block - done, block_bytes, to)
             width = (end_of_chunk - block) * block_size
-            for row in range(rows):
-                position = start + min(first + row, queries - 1) // group - before
-                low, high = max(0, position - window + 1), min(position + 1, width)
-                row_scores, out = scores + 4 * row * room, floats(scratch + 4 * row * head_dim, head_dim)
-                find_largest(row_scores, width, low, high, largest, sums, row, out)
-                less = largest[row] if largest[row] > _UNSEEN else float32(0.0)  # its window may begin beyond
-                sums[row] += exponentials(row_scores, width, less)
-            tokens = min(end - before, width)
-            for part in range(parts):
-                to = scratch + part * out_step
-                weigh(scores, values + part * value_step, blocks_at, block_bytes, tokens, to)
+            lay(keys, values, blocks_at, block_bytes, min(end - before, width), panels)
+            for top in range(0, count, at_once):
+                some = min(at_once, count - top)
+                tokens = min(start + (first + top + some - 1) // group + 1 - before, width)
+                if tokens <= 0:
+                    continue
+                score(some, packed + top * query_bytes, keys, blocks_at, tokens, block_bytes, scores, panels)
+                padded = (tokens + grain - 1) // grain * grain
+                for row in range(top, top + some):
+                    position = start + (first + row) // group - before
+                    low, high = max(0, position - window + 1), min(position + 1, tokens)
+                    row_scores, out = scores + 4 * (row - top) * columns, floats(scratch + 4 * row * head_dim, head_dim)
+                    find_largest(row_scores, padded, low, high, largest, sums, row, out)
+                    less = largest[row] if largest[row] > _UNSEEN else float32(0.0)  # its window may begin beyond
+                    sums[row] += exponentials(row_scores, padded, less)
+                weigh(some, scores, values, blocks_at, block_bytes, tokens, scratch + 4 * top * head_dim, panels)
             block = end_of_chunk
-        for row in range(rows):
+        for row in range(count):
             _scale(floats(scratch + 4 * row * head_dim, head_dim), float32(1.0) / sums[row])
 
     return attend
@@ -201,10 +200,10 @@ def _largest(isa: Isa) -> Any:
     return largest
 
 
-def _exponentials(isa: Isa, pairs: bool) -> Any:
+def _exponentials(isa: Isa, pairs: bool, power: Callable[[Builder, Value], Value]) -> Any:
     """Intrinsic (values, count, subtrahend): 2 ** (value - subtrahend) of `count` float32 in place, and their sum.
 
-    `count` is a multiple of `lanes`. `pairs`: as bfloat16, from the same start.
+    `count` is a multiple of `lanes`. `pairs`: as bfloat16, from the same start. `power`: how powers are computed.
     """
     lanes = isa.lanes
 
@@ -216,7 +215,7 @@ def _exponentials(isa: Isa, pairs: bool) -> Any:
             total = cgutils.alloca_once_value(builder, constant(F32, lanes, 0.0))
             with cgutils.for_range(builder, builder.udiv(count, I64(lanes)), intp=I64) as loop:
                 x = load(builder, at(builder, first, builder.mul(loop.index, I64(4 * lanes))), F32, lanes)
-                powers = power_of_two(builder, builder.fsub(x, less))
+                powers = power(builder, builder.fsub(x, less))
                 builder.store(builder.fadd(builder.load(total), powers), total)
                 stored = builder.fptrunc(powers, vector(BF16, lanes)) if pairs else powers
                 to = at(builder, first, builder.mul(loop.index, I64((2 if pairs else 4) * lanes)))

@@ -12,12 +12,15 @@ from typing import Any
 from numba import njit
 
 from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes
+from services.worker.engine.kernels.compiled.attention_products import by_matrices
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats, put_pairs
+from services.worker.engine.kernels.compiled.matrix_tiles import PANEL_COLUMNS, TILE_ROWS
+from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats, put_matrix, put_pairs
 
 Kernel = Callable[..., None]  # of int64s alone, to be compiled
 
 NO_WINDOW = 1 << 40
+_MATRIX_QUERIES = 192  # in a tile of attention by matrices: it lays out a chunk's keys and values anew for so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class Shape:
     block_size: int
     weight_bits: int  # 32, 16, 8, 4
     activation_bits: int  # that products round activations to: 32, 16, 8
+    matrices: bool  # whether activations lie as AMX reads them
     head_bits: int  # of the head: quantized like the layers or whole like them, but not necessarily with as many bits
     kv_bits: int  # 32 or 16
     embedding_bits: int  # 32 or 16
@@ -50,7 +54,7 @@ class Shape:
 
     @property
     def put(self) -> Any:
-        return {32: put_floats, 16: put_pairs, 8: put_bytes}[self.activation_bits]
+        return put_matrix if self.matrices else {32: put_floats, 16: put_pairs, 8: put_bytes}[self.activation_bits]
 
 
 class Frame(IntEnum):
@@ -85,6 +89,7 @@ class Frame(IntEnum):
     DELTA = auto()  # float32 [padded T, padded hidden]: what is still to be added to it
     PRODUCT = auto()  # float32: the product of QKV, or of gate and up
     X = auto()  # activations as tiles read them
+    X_GATED = auto()  # those of the product down, which SwiGLU leaves
     X_SCALES = auto()
     X_SUMS = auto()
     LOGITS = auto()  # float32 [padded SAMPLED, padded vocabulary]
@@ -98,6 +103,7 @@ class Frame(IntEnum):
     ATTEND_TOKEN = auto()
     ATTEND_TILE = auto()
     SWIGLU_ROWS = auto()
+    GATED_LINEAR = auto()  # in place of LINEAR and SWIGLU_ROWS, where activations are matrices
     NORM_SAMPLED = auto()
 
 
@@ -110,17 +116,18 @@ def place(frame: Any, field: int, product: int) -> int:
     return frame[field] + product * frame[Frame.PLACE_BYTES]
 
 
-def tall_rows(isa: Isa) -> int:
+def tall_rows(isa: Isa, kv_bits: int, head_dim: int) -> int:
     """Queries in a tile of attention, other than of a single token."""
-    return isa.accumulators // 2
+    return _MATRIX_QUERIES if by_matrices(isa, kv_bits, head_dim) else isa.accumulators // 2
 
 
 def row_scratch_bytes(isa: Isa, shape: Shape) -> int:
-    return 4 * max(shape.hidden, shape.intermediate, shape.head_dim, isa.accumulators * isa.lanes)
+    sums = max(isa.accumulators * isa.lanes, 2 * 2 * TILE_ROWS * PANEL_COLUMNS)
+    return 4 * max(shape.hidden, shape.intermediate, shape.head_dim, sums)
 
 
 def scratch_bytes(isa: Isa, shape: Shape) -> int:
     """What one thread needs: a row or a tile's sums, and a tile of attention."""
     row = row_scratch_bytes(isa, shape)
-    tile_rows = max(tall_rows(isa), shape.heads // shape.kv_heads)
+    tile_rows = max(tall_rows(isa, shape.kv_bits, shape.head_dim), shape.heads // shape.kv_heads)
     return row + attention_scratch_bytes(tile_rows, shape.head_dim, shape.block_size)

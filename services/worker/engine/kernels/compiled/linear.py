@@ -8,6 +8,8 @@ from numba import njit
 from services.worker.engine.kernels.compiled.integer_tiles import integer_panels
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import floats
+from services.worker.engine.kernels.compiled.matrix_linear import make_matrix_linear
+from services.worker.engine.kernels.compiled.matrix_tiles import TILE_ROWS
 from services.worker.engine.kernels.compiled.rows import add
 from services.worker.engine.kernels.compiled.team import done, next_item
 from services.worker.engine.kernels.compiled.tiles import (
@@ -19,15 +21,17 @@ from services.worker.engine.kernels.compiled.tiles import (
 )
 
 _HEIGHTS = (1, 2, 3, 4, 6, 8, 12)  # rows of the tiles that are made
-TALLEST = _HEIGHTS[-1]
+TALLEST = max(*_HEIGHTS, TILE_ROWS)
 _TILE_COST = 0.5  # of starting another tile, in rows
 _GROUP_TILES = 2  # from so many on it pays that each thread reads all weights, to have its rows to itself
 _AHEAD_BYTES = 8192  # how far before its use a weight is asked for, where memory bounds a tile
 
 
 @cache
-def tile_rows(isa: Isa, rows: int) -> int:
-    """How many rows a tile should have so that `rows` rows waste least."""
+def tile_rows(isa: Isa, bits: int, rows: int) -> int:
+    """How many rows a tile should have so that `rows` rows waste least, with weights of so many bits."""
+    if isa.uses_matrices(bits):
+        return -(-rows // -(-rows // TILE_ROWS))
     heights = [height for height in _HEIGHTS if _panels(height, isa.accumulators)]
     return min(reversed(heights), key=lambda height: -(-rows // height) * (height + _TILE_COST))
 
@@ -52,6 +56,8 @@ def make_linear(isa: Isa, bits: int) -> Any:
     Threads share out the groups, each of which takes all panels. A single group's panels are shared out instead: each
     thread begins with a run of its own, since memory is read fastest in order.
     """
+    if isa.uses_matrices(bits):
+        return make_matrix_linear()
     columns, width_of, multiply = isa.panel_columns, njit(_panels), _make_multiply(isa, bits)
     accumulators = isa.accumulators
     per_word, quantized = 32 // bits, bits in (4, 8)

@@ -54,7 +54,8 @@ def _storer(numba_type: Any) -> Any:
 
 
 # Single elements at an address, without the check for a negative index that arrays have.
-load_float32, store_float32, store_int32 = _loader(F32, types.float32), _storer(types.float32), _storer(types.int32)
+load_float32, store_float32 = _loader(F32, types.float32), _storer(types.float32)
+load_int32, store_int32 = _loader(I32, types.int32), _storer(types.int32)
 
 
 @intrinsic

@@ -5,12 +5,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llvmlite.ir as ir
+import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from services.worker.engine.kernels.compiled.integer_tiles import byte_products
 from services.worker.engine.kernels.compiled.isa import Isa
+from services.worker.engine.kernels.compiled.matrix_tiles import (
+    PANEL_COLUMNS,
+    STEP_BYTES,
+    TILE_DEPTH,
+    TILE_ROWS,
+    begin_tiles,
+    end_tiles,
+    tile_products,
+)
 from services.worker.engine.kernels.compiled.vectors import (
     F32,
     I32,
@@ -25,6 +35,9 @@ from services.worker.engine.kernels.compiled.vectors import (
 )
 
 TURNS = 1 << 20  # of a thread's loop; at most 4 products a turn and lane, which float32 still counts exactly
+MATRIX_TURNS = 1 << 17  # likewise, with TILE_DEPTH products a turn and sum
+_PANEL_STEPS = 8
+_ONE = 0x3F80  # as bfloat16
 
 
 def make_products(isa: Isa, activation_bits: int) -> Callable[[ThreadPoolExecutor, int], int]:
@@ -33,6 +46,17 @@ def make_products(isa: Isa, activation_bits: int) -> Callable[[ThreadPoolExecuto
     `activation_bits` says what is multiplied: 32 float32, 16 pairs of bfloat16, 8 bytes. All numbers are ones, so that
     the sums tell how many products there were: that is what it returns.
     """
+    matrices = isa.matrices and activation_bits == 16
+    run = _matrix_products() if matrices else _vector_products(isa, activation_bits)
+    turns = MATRIX_TURNS if matrices else TURNS
+
+    def multiply_all(pool: ThreadPoolExecutor, count: int) -> int:
+        return sum(pool.map(run, [turns] * count))
+
+    return multiply_all
+
+
+def _vector_products(isa: Isa, activation_bits: int) -> Callable[[int], int]:
     one, sum_type, multiply = _kind(isa, activation_bits)
 
     @intrinsic
@@ -52,10 +76,31 @@ def make_products(isa: Isa, activation_bits: int) -> Callable[[ThreadPoolExecuto
     def run(turns: int) -> int:
         return loop(turns)
 
-    def multiply_all(pool: ThreadPoolExecutor, count: int) -> int:
-        return sum(pool.map(run, [TURNS] * count))
+    return run
 
-    return multiply_all
+
+def _matrix_products() -> Callable[[int], int]:
+    """Of a panel with two tiles of rows, which stay in the nearest cache. A turn is a step of their k."""
+    multiply = tile_products(2, adding=True)
+
+    @njit(types.void(types.int64, types.int64, types.int64, types.int64), nogil=True)
+    def repeat(turns: int, x: int, panel: int, out: int) -> None:
+        row_bytes, out_bytes = 2 * TILE_DEPTH, 4 * PANEL_COLUMNS
+        begin_tiles(TILE_ROWS)
+        for _ in range(turns // _PANEL_STEPS):
+            multiply(
+                x, row_bytes, 0, TILE_ROWS * row_bytes, panel, _PANEL_STEPS, out, out_bytes, TILE_ROWS * out_bytes, 0
+            )
+        end_tiles()
+
+    def run(turns: int) -> int:
+        x = np.full((2 * TILE_ROWS, TILE_DEPTH), _ONE, np.uint16)
+        panel = np.full((_PANEL_STEPS, STEP_BYTES // 2), _ONE, np.uint16)
+        out = np.zeros((2 * TILE_ROWS, PANEL_COLUMNS), np.float32)
+        repeat(turns, x.ctypes.data, panel.ctypes.data, out.ctypes.data)
+        return int(out.sum(dtype=np.float64))
+
+    return run
 
 
 def _kind(isa: Isa, bits: int) -> tuple[tuple[Value, Value], Any, Callable[..., Value]]:

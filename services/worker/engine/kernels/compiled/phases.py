@@ -67,7 +67,7 @@ def make_swiglu_rows(isa: Isa, shape: Shape) -> Kernel:
     def swiglu_rows(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
         frame, temp = longs(at, FRAME_FIELDS), floats(scratch, size)
         count, rows, product = frame[Frame.ROWS], frame[Frame.TILE_ROWS], 4 * layer + 3
-        gates, x = place(frame, Frame.PRODUCT, product - 1), place(frame, Frame.X, product)
+        gates, x = place(frame, Frame.PRODUCT, product - 1), place(frame, Frame.X_GATED, product)
         scales, sums = place(frame, Frame.X_SCALES, product), place(frame, Frame.X_SUMS, product)
         groups, tiles = frame[Frame.GROUPS], (count + rows - 1) // rows
         # All parts of a tile are in one group of items.
@@ -183,7 +183,7 @@ def make_attention(isa: Isa, shape: Shape) -> Kernel:
     """Attention of every slice, its outputs stored as the next product's activations."""
     head_dim, heads, kv_heads, block_size = shape.head_dim, shape.heads, shape.kv_heads, shape.block_size
     group, half, query_size = heads // kv_heads, head_dim // 2, shape.query_size
-    tall = tall_rows(isa)
+    tall = tall_rows(isa, shape.kv_bits, shape.head_dim)
     row_bytes = row_scratch_bytes(isa, shape)  # at the start of scratch, for the other phases
     put = shape.put
     token_bytes = 4 * padded_columns(shape.qkv_size, isa)

@@ -34,14 +34,16 @@ class Places:
 
     @classmethod
     def _make(cls, isa: Isa, shape: Shape, rows: int, places: int) -> "Places":
-        deepest = max(shape.hidden, shape.intermediate, shape.query_size)
+        deepest = max(shape.hidden, shape.query_size)
+        scales = max(deepest, shape.intermediate) // GROUP + 1
         widths = {  # in words of a row
             Frame.HIDDEN: shape.hidden,
             Frame.DELTA: padded_columns(shape.hidden, isa),
             Frame.PRODUCT: padded_columns(max(shape.qkv_size, 2 * shape.intermediate), isa),
             Frame.X: deepest,
-            Frame.X_SCALES: deepest // GROUP + 1,
-            Frame.X_SUMS: deepest // GROUP + 1,
+            Frame.X_GATED: shape.intermediate,
+            Frame.X_SCALES: scales,
+            Frame.X_SUMS: scales,
         }
         offsets, size = {}, 0
         for field, width in widths.items():

@@ -212,6 +212,17 @@ def put_pairs(values: int, count: int, first_k: int, row: int, rows: int, depth:
 
 
 @njit(nogil=True, error_model="numpy")
+def put_matrix(values: int, count: int, first_k: int, row: int, rows: int, depth: int, x: int, _: int, __: int) -> None:
+    """As `put_pairs`, but in runs of GROUP k: a tile is [depth / GROUP][rows][GROUP].
+
+    `first_k` is a multiple of _RUN.
+    """
+    to = x + 2 * (row // rows * depth * rows + row % rows * GROUP)
+    for k in range(first_k, first_k + count, _RUN):
+        pair_run(values + 4 * (k - first_k), to + 2 * (k // GROUP * GROUP * rows + k % GROUP))
+
+
+@njit(nogil=True, error_model="numpy")
 def put_bytes(
     values: int, count: int, first_k: int, row: int, rows: int, depth: int, x: int, scales: int, sums: int
 ) -> None:

@@ -20,6 +20,7 @@ from services.worker.engine.kernels.compiled.frame import (
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.linear import make_linear
 from services.worker.engine.kernels.compiled.machine import call_address, longs
+from services.worker.engine.kernels.compiled.matrix_linear import make_gated_linear
 from services.worker.engine.kernels.compiled.packing import padded_columns
 from services.worker.engine.kernels.compiled.phases import (
     SWIGLU_PARTS,
@@ -43,18 +44,21 @@ def make_kernels(isa: Isa, shape: Shape) -> dict[str, Kernel]:
         "group": shape.heads // shape.kv_heads, "head_dim": shape.head_dim, "block_size": shape.block_size,
         "kv_bits": shape.kv_bits, "qk_norm": shape.qk_norm, "eps": shape.eps,
     }  # fmt: skip
-    return {
+    kernels = {
         Frame.LINEAR.name: linears[shape.weight_bits],
         Frame.HEAD_LINEAR.name: linears[shape.head_bits],
         Frame.NORM_ROWS.name: make_norm_rows(isa, shape),
         Frame.WRITE_KV.name: make_write_kv(isa, shape),
         Frame.ATTEND.name: make_attention(isa, shape),
         Frame.ATTEND_TOKEN.name: make_attend(isa, facts["group"], **facts),
-        Frame.ATTEND_TILE.name: make_attend(isa, tall_rows(isa), **facts),
+        Frame.ATTEND_TILE.name: make_attend(isa, tall_rows(isa, shape.kv_bits, shape.head_dim), **facts),
         Frame.SWIGLU_ROWS.name: make_swiglu_rows(isa, shape),
         Frame.NORM_SAMPLED.name: make_norm_sampled(isa, shape),
         "RUN": _make_run(isa, shape),
     }
+    if shape.matrices:
+        kernels[Frame.GATED_LINEAR.name] = make_gated_linear(shape.hidden, shape.intermediate)
+    return kernels
 
 
 def most_items(isa: Isa, shape: Shape, rows: int, members: int) -> int:
@@ -65,24 +69,38 @@ def most_items(isa: Isa, shape: Shape, rows: int, members: int) -> int:
 
 def _make_run(isa: Isa, shape: Shape) -> Kernel:
     layers, hidden, intermediate, query_size = shape.layers, shape.hidden, shape.intermediate, shape.query_size
-    columns = isa.panel_columns
+    columns, matrices = isa.panel_columns, shape.matrices
     qkv_width, hidden_width, gate_up_width, vocabulary_width = (
         padded_columns(n, isa) for n in (shape.qkv_size, hidden, 2 * intermediate, shape.vocabulary)
     )
 
     @njit(nogil=True, error_model="numpy")
     def multiply(
-        team: Any, linear: Any, frame: Any, product: int, depth: int, out: int, width: int, scratch: int
+        team: Any, linear: Any, frame: Any, product: int, x: int, depth: int, out: int, width: int, scratch: int
     ) -> None:
-        """By `linear`, a kernel and its groups, tiles and rows per tile."""
+        """Of `x`, a field, by `linear`: a kernel and its groups, tiles and rows per tile."""
         kernel, groups, tiles, rows = linear
         weights = longs(frame[Frame.LINEARS] + 24 * product, 3)
-        x, scales = place(frame, Frame.X, product), place(frame, Frame.X_SCALES, product)
         arguments = (
-            *team, groups, tiles, rows, depth, x, scales, place(frame, Frame.X_SUMS, product),
+            *team, groups, tiles, rows, depth, place(frame, x, product), place(frame, Frame.X_SCALES, product),
+            place(frame, Frame.X_SUMS, product),
             weights[0], weights[1], weights[2], width // columns, out, 4 * width, scratch,
         )  # fmt: skip
         call_address(kernel, arguments)
+
+    @njit(nogil=True, error_model="numpy")
+    def gate(team: Any, linear: Any, frame: Any, at: int, layer: int, scratch: int) -> None:
+        """Gate and up, and SwiGLU."""
+        product = 4 * layer + 2
+        if matrices:
+            weights = longs(frame[Frame.LINEARS] + 24 * product, 3)
+            x, to = place(frame, Frame.X, product), place(frame, Frame.X_GATED, product + 1)
+            arguments = (*team, *linear[1:], x, weights[0], weights[2], to, scratch)
+            call_address(frame[Frame.GATED_LINEAR], arguments)
+            return
+        to = place(frame, Frame.PRODUCT, product)
+        multiply(team, linear, frame, product, Frame.X, hidden, to, gate_up_width, scratch)
+        call_address(frame[Frame.SWIGLU_ROWS], (*team, at, layer, scratch))
 
     @njit(nogil=True, error_model="numpy")
     def step(rank: int, members: int, control: int, at: int) -> None:
@@ -91,25 +109,23 @@ def _make_run(isa: Isa, shape: Shape) -> Kernel:
         rows = frame[Frame.TILE_ROWS]
         linear = (frame[Frame.LINEAR], frame[Frame.GROUPS], (frame[Frame.ROWS] + rows - 1) // rows, rows)
         for layer in range(layers):
-            qkv, out, gate_up, down = 4 * layer, 4 * layer + 1, 4 * layer + 2, 4 * layer + 3
+            qkv, out, down = 4 * layer, 4 * layer + 1, 4 * layer + 3
             to = place(frame, Frame.PRODUCT, qkv)
             call_address(frame[Frame.NORM_ROWS], (*team, at, 2 * layer, scratch))
-            multiply(team, linear, frame, qkv, hidden, to, qkv_width, scratch)
+            multiply(team, linear, frame, qkv, Frame.X, hidden, to, qkv_width, scratch)
             call_address(frame[Frame.WRITE_KV], (*team, at, layer, scratch))
             call_address(frame[Frame.ATTEND], (*team, at, layer, scratch))
             to = place(frame, Frame.DELTA, out)
-            multiply(team, linear, frame, out, query_size, to, hidden_width, scratch)
+            multiply(team, linear, frame, out, Frame.X, query_size, to, hidden_width, scratch)
             call_address(frame[Frame.NORM_ROWS], (*team, at, 2 * layer + 1, scratch))
-            to = place(frame, Frame.PRODUCT, gate_up)
-            multiply(team, linear, frame, gate_up, hidden, to, gate_up_width, scratch)
-            call_address(frame[Frame.SWIGLU_ROWS], (*team, at, layer, scratch))
+            gate(team, linear, frame, at, layer, scratch)
             to = place(frame, Frame.DELTA, down)
-            multiply(team, linear, frame, down, intermediate, to, hidden_width, scratch)
+            multiply(team, linear, frame, down, Frame.X_GATED, intermediate, to, hidden_width, scratch)
         if frame[Frame.SAMPLED]:
             rows = frame[Frame.SAMPLED_TILE_ROWS]
             head = (frame[Frame.HEAD_LINEAR], 1, (frame[Frame.SAMPLED] + rows - 1) // rows, rows)
             call_address(frame[Frame.NORM_SAMPLED], (*team, at, layers, scratch))
-            multiply(team, head, frame, 4 * layers, hidden, frame[Frame.LOGITS], vocabulary_width, scratch)
+            multiply(team, head, frame, 4 * layers, Frame.X, hidden, frame[Frame.LOGITS], vocabulary_width, scratch)
 
     def run(rank: int, members: int, control: int, frame: int) -> None:
         if rank == 0:

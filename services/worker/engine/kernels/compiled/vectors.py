@@ -26,7 +26,7 @@ BF16 = _BFloat16()
 POINTER = ir.PointerType()
 _LINE_BYTES = 64
 
-# Of 2 ** x in -0.5..0.5, the highest power first.
+# Of 2 ** x in -0.5..0.5, the highest power first: within a float32's last places, and within 1e-7.
 _POWER_SERIES = (
     1.535336188319500e-4,
     1.339887440266574e-3,
@@ -34,6 +34,14 @@ _POWER_SERIES = (
     5.550332471162809e-2,
     2.402264791363012e-1,
     6.931472028550421e-1,
+    1.0,
+)
+_SHORT_SERIES = (
+    1.3264723820611835e-3,
+    9.671518579125404e-3,
+    5.550733953714371e-2,
+    2.4022242426872253e-1,
+    6.931470036506653e-1,
     1.0,
 )
 
@@ -110,13 +118,41 @@ def power_of_two(builder: Builder, x: Value) -> Value:
     lanes = x.type.count
     whole = call(builder, f"llvm.rint.v{lanes}f32", x.type, [x])
     rest = builder.fsub(x, whole)
-    power = constant(F32, lanes, _POWER_SERIES[0])
-    for coefficient in _POWER_SERIES[1:]:
-        power = multiply_add(builder, power, rest, constant(F32, lanes, coefficient))
+    power = _series(builder, _POWER_SERIES, rest)
     exponent = builder.shl(builder.fptosi(whole, vector(I32, lanes)), constant(I32, lanes, 23))
     scaled = builder.bitcast(builder.add(builder.bitcast(power, exponent.type), exponent), x.type)
     vanishes = builder.fcmp_ordered("<", x, constant(F32, lanes, -126.0))
     return builder.select(vanishes, constant(F32, lanes, 0.0), scaled)
+
+
+def short_power_of_two(builder: Builder, x: Value) -> Value:
+    """2 ** x of 16 float32, within 2e-7 of it, which does for what is rounded to bfloat16. Needs AVX-512."""
+    rest = _masked(builder, "reduce", x, I32(0))  # from the nearest whole number
+    return _masked(builder, "scalef", _series(builder, _SHORT_SERIES, rest), builder.fsub(x, rest))
+
+
+def reciprocal(builder: Builder, x: Value) -> Value:
+    """1 / x of 16 float32 that are neither tiny nor huge, within 2 units in the last place. Needs AVX-512."""
+    lanes = x.type.count
+    every = ir.Constant(I16, 0xFFFF)
+    near = call(builder, "llvm.x86.avx512.rcp14.ps.512", x.type, [x, constant(F32, lanes, 0.0), every])
+    error = multiply_add(builder, builder.fneg(x), near, constant(F32, lanes, 1.0))
+    return multiply_add(builder, near, error, near)
+
+
+def _series(builder: Builder, coefficients: Sequence[float], x: Value) -> Value:
+    lanes = x.type.count
+    total = constant(F32, lanes, coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = multiply_add(builder, total, x, constant(F32, lanes, coefficient))
+    return total
+
+
+def _masked(builder: Builder, name: str, x: Value, operand: Value) -> Value:
+    """An AVX-512 instruction of two operands, on all lanes, rounding as is usual."""
+    nothing, every, rounding = constant(F32, x.type.count, 0.0), ir.Constant(I16, 0xFFFF), I32(4)
+    arguments = [x, operand, nothing, every, rounding]
+    return call(builder, f"llvm.x86.avx512.mask.{name}.ps.512", x.type, arguments)
 
 
 def sum_of_lanes(builder: Builder, x: Value) -> Value:
@@ -145,7 +181,15 @@ def larger(builder: Builder, x: Value, y: Value) -> Value:
 
 
 def largest_lane(builder: Builder, x: Value) -> Value:
-    return call(builder, f"llvm.vector.reduce.fmax.v{x.type.count}f32", F32, [x])
+    """Not NaN, if any lane is none. LLVM's own reduction looks for NaN lane by lane."""
+    while x.type.count > 1:
+        half = x.type.count // 2
+        low, high = (
+            builder.shuffle_vector(x, x, ir.Constant(vector(I32, half), [first + lane for lane in range(half)]))
+            for first in (0, half)
+        )
+        x = larger(builder, low, high)
+    return builder.extract_element(x, I32(0))
 
 
 def _bytes(element: Any) -> int:

@@ -63,13 +63,14 @@ def compare(model: Any, folder: Path, precision: str, isa: Isa) -> dict[str, Any
 def instructions(model: Any) -> dict[str, Any]:
     """Counts of the vector registers and of some instructions in the machine code of all kernels."""
     assembly = "\n".join(kernel._library.get_asm_str() for kernel in model._step._library.keeps)
-    registers = Counter(re.findall(r"%([xyz]mm)\d", assembly))
+    registers = Counter(re.findall(r"%([txyz]mm)\d", assembly))
     # Instructions of AVX and later begin with v.
     return {
         **registers,
         "avx": len(re.findall(r"^\s+v[a-z0-9]+\s", assembly, re.M)),
         "byte dots": assembly.count("vpdpbusd"),
         "bfloat16 dots": assembly.count("vdpbf16ps"),
+        "matrix products": assembly.count("tdpbf16ps"),
     }
 
 

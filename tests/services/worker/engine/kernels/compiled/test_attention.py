@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from services.worker.engine.batcher import Batch, Slice
-from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes, chunk_tokens, make_attend
+from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes, make_attend
+from services.worker.engine.kernels.compiled.attention_products import chunk_tokens
 from services.worker.engine.kernels.compiled.frame import NO_WINDOW, tall_rows
 from services.worker.engine.kernels.compiled.packing import aligned_zeros
 from services.worker.engine.kernels.paged_kv import LayerShape, PagedKV
@@ -76,7 +77,7 @@ def attend_tile(
 
 def attend_slice(heads: Heads, piece: Slice, queries: Tensor, kv: PagedKV, window: int) -> Tensor:
     """As a step does: [tokens, heads, head_dim]."""
-    height = heads.group if piece.length == 1 else tall_rows(ISA)
+    height = heads.group if piece.length == 1 else tall_rows(ISA, heads.kv_bits, heads.head_dim)
     count, per_head = piece.length * heads.group, []
     for head in range(KV_HEADS):
         tiles = [

@@ -18,6 +18,7 @@ from tests.services.worker.engine.tiny_models import save_tiny
 
 HOST = llvm.get_host_cpu_features()
 AVX2 = ("avx2", "fma", "f16c")
+WIDE = ("amx", "avx512_bf16", "avx512")
 AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
@@ -30,6 +31,7 @@ PRESENT: list[IsaName] = ["baseline"]
 PRESENT += ["avx2"] if has(AVX2) else []
 PRESENT += ["avx512"] if has(AVX512) else []
 PRESENT += ["avx512_bf16"] if has((*AVX512, "avx512bf16")) else []
+PRESENT += ["amx"] if has((*AVX512, "avx512bf16", "amx-tile", "amx-bf16")) else []
 
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
@@ -85,33 +87,45 @@ def test_an_instruction_set_is_used_and_computes_right(
         assert result["best error"] < 3e-5
         assert result["worst error"] < {"float32": 1e-4, "bfloat16": 2e-2}.get(precision, 0.1)
         assert result["xmm"] > 0
-        assert (result.get("zmm", 0) > 0) == name.startswith("avx512")
+        assert (result.get("zmm", 0) > 0) == (name in WIDE)
+        assert (result.get("tmm", 0) > 0) == (name == "amx" and precision.endswith("bfloat16"))
         assert (result.get("ymm", 0) > 0) or name != "avx2"
         assert (result["avx"] > 0) == (name != "baseline")
         if name == "baseline":
             assert "ymm" not in result
-        vnni = name.startswith("avx512") and bool(HOST.get("avx512vnni"))
+        vnni = name in WIDE and bool(HOST.get("avx512vnni"))
         assert (result["byte dots"] > 0) == (vnni and precision.startswith("int"))
         assert (result["bfloat16 dots"] > 0) == (name == "avx512_bf16" and precision.endswith("bfloat16"))
+        assert (result["matrix products"] > 0) == (name == "amx" and precision.endswith("bfloat16"))
 
 
 def test_auto_takes_the_best() -> None:
     isa = choose_isa()
     assert isa.name == PRESENT[-1]
-    assert isa.lanes == {"avx512_bf16": 16, "avx512": 16, "avx2": 8, "baseline": 4}[isa.name]
+    assert isa.lanes == {"avx2": 8, "baseline": 4}.get(isa.name, 16)
     assert isa.panel_columns == 2 * isa.lanes
     assert isa.vnni == (isa.lanes == 16 and bool(HOST.get("avx512vnni")))
-    assert isa.bfloat16_dots == (isa.name == "avx512_bf16")
+    assert isa.bfloat16_dots == (isa.name in ("amx", "avx512_bf16"))
+    assert isa.matrices == (isa.name == "amx")
 
 
 @pytest.mark.parametrize(
-    ("name", "lacking"), [("avx512_bf16", "avx512bf16"), ("avx512", "avx512bw"), ("avx512", "f16c"), ("avx2", "fma")]
+    ("name", "lacking"),
+    [
+        ("amx", "amx-tile"),
+        ("amx", "amx-bf16"),
+        ("amx", "avx512bf16"),
+        ("avx512_bf16", "avx512bf16"),
+        ("avx512", "avx512bw"),
+        ("avx512", "f16c"),
+        ("avx2", "fma"),
+    ],
 )
 def test_what_the_machine_lacks_is_refused(
     name: IsaName, lacking: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = llvm.get_host_cpu_features()
-    features.update({feature: feature != lacking for feature in (*AVX512, "avx512bf16")})
+    features.update({feature: feature != lacking for feature in (*AVX512, "avx512bf16", "amx-tile", "amx-bf16")})
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
     monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: "oldlake")
     with pytest.raises(

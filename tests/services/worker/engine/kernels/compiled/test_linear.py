@@ -28,7 +28,7 @@ from services.worker.engine.kernels.compiled.tiles import GROUP
 from tests.services.worker.engine.kernels.compiled.calling import ISA, compiled
 
 BITS = (32, 16, 8, 4)
-HEIGHTS = sorted({tile_rows(ISA, rows) for rows in range(1, 50)})
+HEIGHTS = {bits: sorted({tile_rows(ISA, bits, rows) for rows in range(1, 50)}) for bits in BITS}
 ULP = 2.0**-24  # half a unit in the last place of a float32, relative
 
 Floats = npt.NDArray[np.float32]
@@ -68,6 +68,9 @@ def activations(x: Tensor, bits: int, height: int) -> tuple[Tensor, Tensor, Tens
     """x, scales and sums as the kernel reads them."""
     if ISA.activation_bits(bits) == 32:
         return in_tiles(x, height), torch.zeros(1), torch.zeros(1)
+    if ISA.uses_matrices(bits):
+        runs = x.to(torch.bfloat16).view(torch.int16).unflatten(1, (-1, GROUP))
+        return in_tiles(runs, height), torch.zeros(1), torch.zeros(1)
     if ISA.activation_bits(bits) == 16:
         words = x.to(torch.bfloat16).view(torch.int32)
         return in_tiles(words, height), torch.zeros(1), torch.zeros(1)
@@ -155,12 +158,13 @@ def test_products_of_any_shape(
 ) -> None:
     product = random_product(rows, columns, groups * GROUP, biased=biased, seed=seed)
     weights = packed(product.weight, bits)
-    out = multiply(product, weights, height=tile_rows(ISA, rows), members=members, groups=min(row_groups, members))
+    out = multiply(
+        product, weights, height=tile_rows(ISA, bits, rows), members=members, groups=min(row_groups, members)
+    )
     assert_exact(product, weights, out)
 
 
-@pytest.mark.parametrize("height", HEIGHTS)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "height"), [(bits, height) for bits in BITS for height in HEIGHTS[bits]])
 def test_tiles_of_each_height(bits: int, height: int) -> None:
     """Full ones and one that is not, over panels that are no multiple of what a tile takes."""
     for columns in (1, 5 * ISA.panel_columns + 1, 7 * ISA.panel_columns):
@@ -178,8 +182,8 @@ def test_a_rows_result_does_not_depend_on_the_others(bits: int) -> None:
     )
     for rows in range(1, 41):
         together = Product(product.x[:rows], product.weight, product.bias)
-        assert np.array_equal(multiply(together, weights, height=tile_rows(ISA, rows)), alone[:rows])
-    for height in HEIGHTS:
+        assert np.array_equal(multiply(together, weights, height=tile_rows(ISA, bits, rows)), alone[:rows])
+    for height in HEIGHTS[bits]:
         assert np.array_equal(multiply(product, weights, height=height), alone)
 
 
@@ -188,7 +192,7 @@ def test_a_bias_is_added_once_however_threads_share_the_columns(bits: int) -> No
     """Its panels may be claimed one by one or together, of all columns or of a thread's part of them."""
     product = random_product(15, 5 * ISA.panel_columns, 32 * GROUP, biased=True)
     weights = packed(product.weight, bits)
-    for height in HEIGHTS[:3]:
+    for height in HEIGHTS[bits][:3]:
         expected = multiply(product, weights, height=height)
         for groups in [1, 2] * 25:
             assert np.array_equal(multiply(product, weights, height=height, members=2, groups=groups), expected)
@@ -201,9 +205,10 @@ def test_rows_and_weights_of_zeros(bits: int) -> None:
     assert np.array_equal(out, np.tile(np.arange(7, dtype=np.float32), (3, 1)))
 
 
-def test_tiles_waste_few_rows() -> None:
-    assert tile_rows(ISA, 1) == 1
-    assert HEIGHTS[-1] <= TALLEST
+@pytest.mark.parametrize("bits", BITS)
+def test_tiles_waste_few_rows(bits: int) -> None:
+    assert tile_rows(ISA, bits, 1) == 1
+    assert HEIGHTS[bits][-1] <= TALLEST
     for rows in range(1, 200):
-        height = tile_rows(ISA, rows)
+        height = tile_rows(ISA, bits, rows)
         assert -rows % height <= rows / 2

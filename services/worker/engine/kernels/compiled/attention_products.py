@@ -1,0 +1,166 @@
+"""The two products of attention, of a tile's queries with a chunk of the context: by vectors, or by matrices.
+
+Both are made for tiles of at most `rows` queries, which they take `queries_at_once` of:
+`lay(keys, values, table, block_bytes, tokens, panels)` prepares a chunk of so many tokens;
+`score(count, queries, keys, table, tokens, block_bytes, scores, panels)` writes the scores of its first `tokens` keys,
+[count][score_columns];
+`weigh(count, weights, values, table, block_bytes, tokens, out, panels)` adds their weighted values to out,
+[count][head_dim]; the weights lie where the scores were.
+`keys` and `values` are the addresses of a head's in block 0, `table` that of the chunk's first block number. `panels`
+is memory to work in.
+"""
+
+from typing import Any
+
+from numba import njit
+
+from services.worker.engine.kernels.compiled.attention_tiles import (
+    BFLOAT16_ROW_DOTS,
+    BFLOAT16_ROWS,
+    query_keys,
+    weigh_values,
+)
+from services.worker.engine.kernels.compiled.isa import Isa
+from services.worker.engine.kernels.compiled.machine import halves, load_int32
+from services.worker.engine.kernels.compiled.matrix_tiles import (
+    PANEL_COLUMNS,
+    TILE_DEPTH,
+    TILE_ROWS,
+    begin_tiles,
+    end_tiles,
+    pair_rows,
+    tile_products,
+)
+from services.worker.engine.kernels.compiled.tiles import FLOAT32
+
+_CHUNK_TOKENS = 512  # about so many
+_MAX_BLOCKS = 4  # whose scores one tile of vectors computes at once
+_LINE = 4 * PANEL_COLUMNS  # bytes of a panel's row
+
+
+def chunk_tokens(block_size: int) -> int:
+    """Tokens of a chunk: whole runs of blocks."""
+    run = _MAX_BLOCKS * block_size
+    return max(run, _CHUNK_TOKENS // run * run)
+
+
+def score_columns(block_size: int) -> int:
+    """Scores from one query's to the next's: a cache line more than are used, so that not all begin in the same set."""
+    return chunk_tokens(block_size) + 16
+
+
+def panels_bytes(head_dim: int, block_size: int) -> int:
+    """Of a chunk's keys, its values, and a row of zeros."""
+    return 2 * head_dim * (2 * chunk_tokens(block_size) + 1)
+
+
+def by_matrices(isa: Isa, kv_bits: int, head_dim: int) -> bool:
+    return isa.uses_matrices(kv_bits) and head_dim % TILE_DEPTH == 0
+
+
+def queries_at_once(isa: Isa, rows: int, kv_bits: int, head_dim: int) -> int:
+    """Of a tile's: as many as registers hold, and their scores the nearest cache."""
+    return min(rows, 2 * TILE_ROWS) if by_matrices(isa, kv_bits, head_dim) else rows
+
+
+def make_vector_products(isa: Isa, rows: int, *, head_dim: int, block_size: int, kv_bits: int) -> Any:
+    pairs = isa.activation_bits(kv_bits) == 16
+    format_ = FLOAT32 if kv_bits == 32 else BFLOAT16_ROW_DOTS if pairs else BFLOAT16_ROWS
+    per_block = block_size // isa.lanes
+    at_once = next(n for n in (_MAX_BLOCKS, 2, 1) if rows * n * per_block <= isa.accumulators or n == 1)
+    columns = head_dim // isa.lanes
+    vectors = next(n for n in (4, 2, 1) if columns % n == 0 and (rows * n <= isa.accumulators or n == 1))
+    sizes: Any = {"head_dim": head_dim, "block_size": block_size}
+    width = score_columns(block_size)
+    score_blocks = query_keys(isa, rows, at_once, **sizes, out_tokens=width, keys=format_)
+    weigh_columns = weigh_values(isa, rows, vectors, **sizes, weight_tokens=width, values=format_)
+    value_step, out_step = vectors * isa.lanes * (kv_bits // 8), vectors * isa.lanes * 4
+    parts = columns // vectors
+
+    @njit(nogil=True, error_model="numpy")
+    def lay(_: int, __: int, ___: int, ____: int, _____: int, ______: int) -> None:
+        return
+
+    @njit(nogil=True, error_model="numpy")
+    def score(_: int, queries: int, keys: int, table: int, tokens: int, block_bytes: int, scores: int, __: int) -> None:
+        blocks = (tokens + block_size - 1) // block_size
+        for done in range(0, blocks, at_once):
+            score_blocks(queries, keys, table + 4 * done, blocks - done, block_bytes, scores + 4 * done * block_size)
+
+    @njit(nogil=True, error_model="numpy")
+    def weigh(_: int, weights: int, values: int, table: int, block_bytes: int, tokens: int, out: int, __: int) -> None:
+        for part in range(parts):
+            weigh_columns(weights, values + part * value_step, table, block_bytes, tokens, out + part * out_step)
+
+    return lay, score, weigh
+
+
+def make_matrix_products(_: Isa, rows: int, *, head_dim: int, block_size: int, kv_bits: int) -> Any:
+    """Keys and values of bfloat16 are laid out as panels for each tile, which is why a tile should have many queries.
+
+    A chunk has to begin at a multiple of TILE_DEPTH tokens, since so many are summed at once.
+    """
+    assert kv_bits == 16
+    height = min(rows, TILE_ROWS)  # of a register
+    width, room = 4 * score_columns(block_size), chunk_tokens(block_size)
+    score_single, score_pair = tile_products(1), tile_products(2)
+    weigh_single, weigh_pair = tile_products(1, adding=True), tile_products(2, adding=True)
+    key_panel_bytes, value_panel_bytes = head_dim // 2 * _LINE, room // 2 * _LINE
+    query_bytes, out_bytes, of_chunk = 2 * head_dim, 4 * head_dim, 2 * head_dim * room
+
+    @njit(nogil=True, error_model="numpy")
+    def lay(keys: int, values: int, table: int, block_bytes: int, tokens: int, panels: int) -> None:
+        """Keys as [tokens / PANEL_COLUMNS][head_dim / 2][PANEL_COLUMNS] words of two k, and values as
+        [head_dim / PANEL_COLUMNS][tokens / 2][PANEL_COLUMNS] words of two tokens, zeros after the last.
+        """
+        for token in range(0, tokens, TILE_ROWS):
+            block = keys + load_int32(table + 4 * (token // block_size)) * block_bytes
+            source = block + 2 * (token % block_size)
+            to = panels + token // PANEL_COLUMNS * key_panel_bytes + 4 * (token % PANEL_COLUMNS)
+            for k in range(0, head_dim, 2):
+                row = source + 2 * k * block_size
+                pair_rows(row, row + 2 * block_size, to + k // 2 * _LINE)
+        zeros = panels + 2 * of_chunk
+        halves(zeros, head_dim)[:] = 0
+        for token in range(0, (tokens + TILE_DEPTH - 1) // TILE_DEPTH * TILE_DEPTH, 2):
+            first = second = zeros
+            if token < tokens:
+                block = values + load_int32(table + 4 * (token // block_size)) * block_bytes
+                first = block + 2 * (token % block_size) * head_dim
+            if token + 1 < tokens:
+                second = first + 2 * head_dim
+            to = panels + of_chunk + token // 2 * _LINE
+            for k in range(0, head_dim, TILE_ROWS):
+                line = to + k // PANEL_COLUMNS * value_panel_bytes + 4 * (k % PANEL_COLUMNS)
+                pair_rows(first + 2 * k, second + 2 * k, line)
+
+    @njit(nogil=True, error_model="numpy")
+    def score(count: int, queries: int, _: int, __: int, tokens: int, ___: int, scores: int, panels: int) -> None:
+        begin_tiles(height)
+        for panel in range((tokens + PANEL_COLUMNS - 1) // PANEL_COLUMNS):
+            arguments = (
+                queries, query_bytes, 2 * TILE_DEPTH, height * query_bytes, panels + panel * key_panel_bytes,
+                head_dim // TILE_DEPTH, scores + panel * _LINE, width, height * width, 0,
+            )  # fmt: skip
+            if count > height:
+                score_pair(*arguments)
+            else:
+                score_single(*arguments)
+        end_tiles()
+
+    @njit(nogil=True, error_model="numpy")
+    def weigh(count: int, weights: int, _: int, __: int, ___: int, tokens: int, out: int, panels: int) -> None:
+        begin_tiles(height)
+        steps = (tokens + TILE_DEPTH - 1) // TILE_DEPTH
+        for panel in range(head_dim // PANEL_COLUMNS):
+            arguments = (
+                weights, width, 2 * TILE_DEPTH, height * width, panels + of_chunk + panel * value_panel_bytes, steps,
+                out + panel * _LINE, out_bytes, height * out_bytes, 0,
+            )  # fmt: skip
+            if count > height:
+                weigh_pair(*arguments)
+            else:
+                weigh_single(*arguments)
+        end_tiles()
+
+    return lay, score, weigh

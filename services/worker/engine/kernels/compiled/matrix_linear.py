@@ -1,0 +1,169 @@
+"""Matrix products by AMX, shared out over a team: a panel of weights at a time, and two tiles of rows together."""
+
+from typing import Any
+
+from numba import njit
+
+from services.worker.engine.kernels.compiled.machine import floats
+from services.worker.engine.kernels.compiled.matrix_tiles import (
+    PANEL_COLUMNS,
+    STEP_BYTES,
+    TILE_DEPTH,
+    begin_tiles,
+    end_tiles,
+    gate_pairs,
+    tile_products,
+)
+from services.worker.engine.kernels.compiled.rows import add, add_to
+from services.worker.engine.kernels.compiled.team import done, next_item
+
+_AHEAD_BYTES = 8192  # how far before its use a weight is asked for by the tiles that use it first
+_SHARES = 4  # of a panel that is fetched while others compute
+_NOTHING, _SHARE, _ALL = range(3)
+_STEP_LINES = STEP_BYTES // 64
+_LINE = 4 * PANEL_COLUMNS  # bytes of a row of sums
+_WORD = 2  # bytes of an activation
+
+
+def make_matrix_linear() -> Any:
+    """`linear(...)` as `make_linear` has it, for activations as `put_matrix` leaves them."""
+    multiply = _make_multiply()
+
+    def linear(
+        control: int, members: int, rank: int, groups: int, tiles: int, rows: int, depth: int, x: int, x_scales: int,
+        x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int, scratch: int,
+    ) -> None:  # fmt: skip
+        panel_bytes, tile_bytes, out_tile_bytes = (
+            _WORD * depth * PANEL_COLUMNS,
+            _WORD * depth * rows,
+            rows * out_row_bytes,
+        )
+        parts, items = _shared_out(panels, groups, members)
+        begin_tiles(rows)
+        item = next_item(control, members, rank, parts, items)
+        while item >= 0:
+            group, panel, end = _part(item, parts, panels, groups)
+            if panel < end:
+                weights, to = words + panel * panel_bytes, out + panel * _LINE
+                for tile in range(group, tiles, 2 * groups):
+                    pair = tile + groups < tiles
+                    fetch = _fetch(tile, groups, tiles, panel_bytes)
+                    at, sums = x + tile * tile_bytes, to + tile * out_tile_bytes
+                    apart, out_apart = groups * tile_bytes, groups * out_tile_bytes
+                    if bias:
+                        multiply(pair, fetch, rows, depth, at, apart, weights, scratch, _LINE, rows * _LINE)
+                        biases = floats(bias + panel * _LINE, PANEL_COLUMNS)
+                        for row in range(2 * rows if pair else rows):
+                            sum_ = sums + row // rows * out_apart + row % rows * out_row_bytes
+                            add(floats(scratch + row * _LINE, PANEL_COLUMNS), biases, floats(sum_, PANEL_COLUMNS))
+                    else:
+                        multiply(pair, fetch, rows, depth, at, apart, weights, sums, out_row_bytes, out_apart)
+            done(control, members, rank, item)
+            item = next_item(control, members, rank, parts, items)
+        end_tiles()
+
+    return linear
+
+
+def make_gated_linear(hidden: int, intermediate: int) -> Any:
+    """The product of gate and up and SwiGLU of it, as the activations of the product down. Sums never leave the cache.
+
+    Arguments: control, members, rank, groups of tiles; tiles and rows per tile; addresses of activations, of the
+    weights' words, gate's panels before up's, and of the bias (0: none), of the activations to write; scratch memory.
+    """
+    multiply = _make_multiply()
+    panels = intermediate // PANEL_COLUMNS
+    panel_bytes, up_bytes = _WORD * hidden * PANEL_COLUMNS, _WORD * hidden * intermediate
+
+    def gated(
+        control: int, members: int, rank: int, groups: int, tiles: int, rows: int, x: int, words: int, bias: int,
+        to: int, scratch: int,
+    ) -> None:  # fmt: skip
+        tile_bytes, block = _WORD * hidden * rows, rows * PANEL_COLUMNS
+        parts, items = _shared_out(panels, groups, members)
+        gate, up = scratch, scratch + 8 * block
+        begin_tiles(rows)
+        item = next_item(control, members, rank, parts, items)
+        while item >= 0:
+            group, panel, end = _part(item, parts, panels, groups)
+            if panel < end:
+                weights = words + panel * panel_bytes
+                for tile in range(group, tiles, 2 * groups):
+                    pair = tile + groups < tiles
+                    fetch = _fetch(tile, groups, tiles, panel_bytes)
+                    at, apart = x + tile * tile_bytes, groups * tile_bytes
+                    multiply(pair, fetch, rows, hidden, at, apart, weights, gate, _LINE, 4 * block)
+                    multiply(pair, fetch, rows, hidden, at, apart, weights + up_bytes, up, _LINE, 4 * block)
+                    count = 2 if pair else 1
+                    if bias:
+                        for row in range(count * rows):
+                            of_gate = floats(bias + panel * _LINE, PANEL_COLUMNS)
+                            add_to(floats(gate + row * _LINE, PANEL_COLUMNS), of_gate)
+                            of_up = floats(bias + 4 * intermediate + panel * _LINE, PANEL_COLUMNS)
+                            add_to(floats(up + row * _LINE, PANEL_COLUMNS), of_up)
+                    for n in range(count):
+                        there = to + _WORD * ((tile + n * groups) * rows * intermediate + panel * block)
+                        gate_pairs(gate + 4 * n * block, up + 4 * n * block, block, there)
+            done(control, members, rank, item)
+            item = next_item(control, members, rank, parts, items)
+        end_tiles()
+
+    return gated
+
+
+def _make_multiply() -> Any:
+    single, pair = tile_products(1), tile_products(2)
+    single_ahead, pair_ahead = (tile_products(tiles, fetched_lines=_STEP_LINES) for tiles in (1, 2))
+    pair_beside = tile_products(2, fetched_lines=_STEP_LINES // _SHARES)
+
+    @njit(nogil=True, error_model="numpy")
+    def multiply(
+        both: bool, fetch: Any, rows: int, depth: int, x: int, apart: int, weights: int, out: int,
+        out_row_bytes: int, out_apart: int,
+    ) -> None:  # fmt: skip
+        """One tile's rows, or two tiles', with one panel. `fetch`: see `_fetch`."""
+        share, further = fetch
+        run, steps = _WORD * TILE_DEPTH, depth // TILE_DEPTH
+        arguments = (x, run, run * rows, apart, weights, steps, out, out_row_bytes, out_apart, weights + further)
+        if both and share == _ALL:
+            pair_ahead(*arguments)
+        elif both and share == _SHARE:
+            pair_beside(*arguments)
+        elif both:
+            pair(*arguments)
+        elif share == _ALL:
+            single_ahead(*arguments)
+        else:
+            single(*arguments)
+
+    return multiply
+
+
+@njit(nogil=True, error_model="numpy")
+def _fetch(tile: int, groups: int, tiles: int, panel_bytes: int) -> Any:
+    """What weights are fetched while a tile, or pair, uses a panel: how much of it, and how many bytes further.
+
+    Where few tiles use a panel, the first have it from memory, and ask for what they use next. Where many do, the first
+    fetch a share of the next panel each.
+    """
+    before, count = tile // groups // 2, (tiles + 2 * groups - 1) // (2 * groups)
+    if count <= _SHARES:
+        return (_ALL, _AHEAD_BYTES) if before == 0 else (_NOTHING, 0)
+    return (_SHARE, panel_bytes + before * (panel_bytes // _SHARES)) if before < _SHARES else (_NOTHING, 0)
+
+
+@njit(nogil=True, error_model="numpy")
+def _shared_out(panels: int, groups: int, members: int) -> Any:
+    """Parts and items of a phase: each group of tiles takes all panels, or threads share out a single group's."""
+    if groups == 1:
+        return members, (panels + members - 1) // members * members
+    return groups, panels * groups
+
+
+@njit(nogil=True, error_model="numpy")
+def _part(item: int, parts: int, panels: int, groups: int) -> Any:
+    """An item's group and panel, and where the panels of its part end: beyond, it is no work."""
+    part, number = item % parts, item // parts
+    if groups > 1:
+        return part, number, panels
+    return 0, panels * part // parts + number, panels * (part + 1) // parts
