@@ -2,8 +2,9 @@
 
 Worth keeping, and when they are sent:
 - blocks that a second request has used already: soon, whatever the engine does;
-- all blocks of a long prompt, and of what was produced after it: while the engine has nothing to do. On a small machine
-  every byte sent takes time from the model, and most long prompts never come again.
+- all blocks of a long prompt, and of what was produced after it: when the engine has had nothing to do for a moment.
+  On a small machine every byte sent takes time from the model, and most long prompts never come again. A client that
+  asks one thing after the other would else have each answered beside what was kept of the one before.
 
 One chain is sent at a time, at the pace at which the cache service reads. What waits is bounded; the oldest is dropped
 first. Serving never depends on any of this.
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_REST_S = 0.25  # without work, after which the engine is taken for idle
 _MOST_WAITING = 64
 _BLOCKS_AT_ONCE = 4
 _TIMEOUT_S = 30.0  # of one chain
@@ -79,13 +81,18 @@ class KvOffloader:
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._rest: asyncio.TimerHandle | None = None  # until it is idle
 
     def observe(self, turn: Turn) -> None:
         """Called on the event loop after each turn of the engine."""
-        if turn.status.running or turn.status.waiting:
+        busy = turn.status.running or turn.status.waiting
+        if busy or turn.result is not None:
             self._idle.clear()
-        else:
-            self._idle.set()
+            if self._rest is not None:
+                self._rest.cancel()
+                self._rest = None
+        if not busy and self._rest is None and not self._idle.is_set():
+            self._rest = asyncio.get_running_loop().call_later(_REST_S, self._idle.set)
         if turn.result is not None and self._caches:
             self._consider(turn.result)
 
