@@ -171,11 +171,12 @@ class KvOffloader:
         return max(kept, default=0)
 
     async def _messages(self, chain: _Chain, kept: int) -> AsyncIterator[bytes]:
-        """A few blocks at a time, and then none while the engine is at work, unless the chain is in use twice."""
+        """A few blocks at a time. Unless the chain is in use twice, what is left waits again once the engine works."""
         run = Run(chain.names, sent=kept)
         while not run.complete:
-            if not chain.hot:
-                await self._idle.wait()
+            if not chain.hot and not self._idle.is_set():
+                self._cold.append(chain)
+                return
             before = run.sent
             async for message in self._exporter.send(run, most=_BLOCKS_AT_ONCE):
                 yield message

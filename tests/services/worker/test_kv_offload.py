@@ -9,6 +9,7 @@ import pytest
 from headrace.v1 import cache_pb2
 from services.common.block_hash import chain_hashes, chain_root
 from services.common.kv_blocks import BlockAssembler
+from services.worker import kv_offload
 from tests.services.worker.stack import BLOCK_SIZE, Gateway, RecordingCache, Stack
 
 PROMPT = [(7 * position) % 31 for position in range(30)]
@@ -79,6 +80,17 @@ async def test_a_long_prompt_and_its_answer_are_kept_once_the_engine_is_idle(sta
     assert list(cache.kept) == names, "nothing else, head first"
     held = stack.service._engine.exchange.hold(names)
     assert [bytes(stack.service._engine.exchange.read(block.block)) for block in held] == list(cache.kept.values())
+
+
+async def test_a_long_prompt_waits_for_a_moment_without_work(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_offload, "_REST_S", 3600.0)
+    cache = cache_of(stack)
+    await run(stack, PROMPT, max_tokens=1, request="first")
+    await run(stack, PROMPT[::-1], max_tokens=1, request="second")
+    assert not cache.stores
+    monkeypatch.setattr(kv_offload, "_REST_S", 0.0)
+    await run(stack, [5], max_tokens=1, request="third")  # after which it rests no longer
+    await cache.until(lambda: cache.stores == 2)
 
 
 async def test_what_is_kept_is_not_sent_again(stack: Stack) -> None:

@@ -35,7 +35,7 @@ from services.worker.engine.model.rope import inverse_frequencies
 Floats = npt.NDArray[np.float32]
 _FEWEST_POSITIONS = 1024  # for which cosines are kept from the start
 # Steps of at most so many rows keep what each product reads and writes apart, so that threads can help each other.
-_ROWS_APART = TALLEST
+_ROWS_APART = 12
 # Where a step's numbers stand, one after the other.
 _NUMBERS = (
     Frame.TOKENS,

@@ -1,8 +1,8 @@
 """Causal attention over paged keys and values, one tile of queries at a time.
 
 A tile is some queries of one sequence that share a key-value head. It goes through the context in chunks of keys that
-begin at multiples of a fixed number of tokens: scores, exponentials, weighted sum of values, all in the nearest cache
-(Dao et al. 2022, FlashAttention). As chunks do not depend on the tile, neither does a query's result.
+begin at multiples of a fixed number of tokens: scores, exponentials, weighted sum of values, all in near caches (Dao et
+al. 2022, FlashAttention). As chunks do not depend on the tile, neither does a query's result.
 """
 
 import math
@@ -21,8 +21,8 @@ from services.worker.engine.kernels.compiled.attention_products import (
     make_matrix_products,
     make_vector_products,
     panels_bytes,
-    queries_at_once,
     score_columns,
+    tile_queries,
 )
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import floats, store_float32
@@ -53,9 +53,11 @@ _LN2 = float32(np.log(2.0))
 _UNSEEN = float32(-np.inf)
 
 
-def attention_scratch_bytes(rows: int, head_dim: int, block_size: int) -> int:
+def attention_scratch_bytes(isa: Isa, rows: int, kv_bits: int, head_dim: int, block_size: int) -> int:
     """What a tile of `rows` queries needs: outputs, queries, a row's largest score and sum; scores; panels."""
-    return 4 * rows * (2 * head_dim + score_columns(block_size) + 2) + panels_bytes(head_dim, block_size)
+    rows, at_once = tile_queries(isa, rows, kv_bits, head_dim)
+    panels = panels_bytes(head_dim, block_size) if by_matrices(isa, kv_bits, head_dim) else 0
+    return 4 * rows * (2 * head_dim + 2) + 4 * at_once * score_columns(block_size) + panels
 
 
 def make_attend(
@@ -71,10 +73,10 @@ def make_attend(
     pairs = isa.activation_bits(kv_bits) == 16
     matrices, columns = by_matrices(isa, kv_bits, head_dim), score_columns(block_size)
     grain = TILE_DEPTH if matrices else isa.lanes  # tokens whose values are weighed at once
-    first_blocks = max(1, grain // block_size)
+    aligned_blocks = grain // math.gcd(grain, block_size)  # what is weighed at once begins at multiples of so many
+    rows, at_once = tile_queries(isa, rows, kv_bits, head_dim)
     make_products = make_matrix_products if matrices else make_vector_products
     lay, score, weigh = make_products(isa, rows, head_dim=head_dim, block_size=block_size, kv_bits=kv_bits)
-    at_once = queries_at_once(isa, rows, kv_bits, head_dim)
     put_query = _make_put_query(head_dim, pairs, qk_norm, eps)
     find_largest, exponentials = (
         _make_find_largest(isa),
@@ -95,11 +97,11 @@ def make_attend(
             token, head = (first + row) // group, (first + row) % group
             query = qkv + token * token_bytes + head * head_dim * 4
             put_query(query, token, q_norm, cos, sin, floats(scratch, head_dim), packed + row * query_bytes)
-        floats(scratch, rows * head_dim)[:] = float32(0.0)
+        floats(scratch, count * head_dim)[:] = float32(0.0)
         largest[:] = _UNSEEN
         sums[:] = float32(0.0)
         end = start + (first + count - 1) // group + 1
-        block = max(0, start + first // group - window + 1) // block_size // first_blocks * first_blocks
+        block = max(0, start + first // group - window + 1) // block_size // aligned_blocks * aligned_blocks
         end_block = (end + block_size - 1) // block_size
         while block < end_block:
             end_of_chunk = min((block // chunk_blocks + 1) * chunk_blocks, end_block)

@@ -1,11 +1,11 @@
 """The two products of attention, of a tile's queries with a chunk of the context: by vectors, or by matrices.
 
-Both are made for tiles of at most `rows` queries, which they take `queries_at_once` of:
+Both are made for tiles with room for `rows` queries (see `tile_queries`):
 `lay(keys, values, table, block_bytes, tokens, panels)` prepares a chunk of so many tokens;
 `score(count, queries, keys, table, tokens, block_bytes, scores, panels)` writes the scores of its first `tokens` keys,
-[count][score_columns];
+[queries][score_columns], of the first `count` of the queries that are taken at once, and something for the others;
 `weigh(count, weights, values, table, block_bytes, tokens, out, panels)` adds their weighted values to out,
-[count][head_dim]; the weights lie where the scores were.
+[queries][head_dim]; the weights lie where the scores were.
 `keys` and `values` are the addresses of a head's in block 0, `table` that of the chunk's first block number. `panels`
 is memory to work in.
 """
@@ -58,9 +58,12 @@ def by_matrices(isa: Isa, kv_bits: int, head_dim: int) -> bool:
     return isa.uses_matrices(kv_bits) and head_dim % TILE_DEPTH == 0
 
 
-def queries_at_once(isa: Isa, rows: int, kv_bits: int, head_dim: int) -> int:
-    """Of a tile's: as many as registers hold, and their scores the nearest cache."""
-    return min(rows, 2 * TILE_ROWS) if by_matrices(isa, kv_bits, head_dim) else rows
+def tile_queries(isa: Isa, rows: int, kv_bits: int, head_dim: int) -> tuple[int, int]:
+    """How many queries a tile for `rows` of them has room for, and how many of these it takes at once."""
+    if not by_matrices(isa, kv_bits, head_dim):
+        return rows, rows
+    pair = 2 * TILE_ROWS
+    return (rows, rows) if rows <= TILE_ROWS else (-(-rows // pair) * pair, pair)
 
 
 def make_vector_products(isa: Isa, rows: int, *, head_dim: int, block_size: int, kv_bits: int) -> Any:

@@ -103,7 +103,7 @@ class Frame(IntEnum):
     ATTEND_TOKEN = auto()
     ATTEND_TILE = auto()
     SWIGLU_ROWS = auto()
-    GATED_LINEAR = auto()  # in place of LINEAR and SWIGLU_ROWS, where activations are matrices
+    GATED_LINEAR = auto()  # where activations are matrices, in place of SWIGLU_ROWS and LINEAR of gate and up
     NORM_SAMPLED = auto()
 
 
@@ -130,4 +130,4 @@ def scratch_bytes(isa: Isa, shape: Shape) -> int:
     """What one thread needs: a row or a tile's sums, and a tile of attention."""
     row = row_scratch_bytes(isa, shape)
     tile_rows = max(tall_rows(isa, shape.kv_bits, shape.head_dim), shape.heads // shape.kv_heads)
-    return row + attention_scratch_bytes(tile_rows, shape.head_dim, shape.block_size)
+    return row + attention_scratch_bytes(isa, tile_rows, shape.kv_bits, shape.head_dim, shape.block_size)

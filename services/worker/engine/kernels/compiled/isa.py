@@ -68,7 +68,9 @@ def choose_isa(name: Literal["auto"] | IsaName = "auto") -> Isa:
 
     features = llvm.get_host_cpu_features()
     present = [level for level, needed in _NEEDS.items() if all(features.get(feature) for feature in needed)]
-    if "amx" in present and not _may_use_matrices():
+    if "amx" in present and name in ("auto", "amx") and not may_use_matrices():
+        if name == "amx":
+            raise ValueError("the system grants no room for the registers of amx")
         present.remove("amx")
     if name == "auto":
         name = present[0]
@@ -93,7 +95,7 @@ def choose_isa(name: Literal["auto"] | IsaName = "auto") -> Isa:
 
 
 @cache
-def _may_use_matrices() -> bool:
+def may_use_matrices() -> bool:
     """Asks the system for room for AMX's registers, which it gives a process only then. False if it does not."""
     if sys.platform != "linux":
         return False

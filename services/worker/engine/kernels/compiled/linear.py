@@ -51,7 +51,7 @@ def make_linear(isa: Isa, bits: int) -> Any:
 
     Arguments: control, members, rank, groups of tiles; tiles and rows per tile; depth (k) of both; addresses of
     activations, their scales and sums; of the weights' words and scales and of the bias (0: none); panels; the address
-    of out and the bytes of its rows; scratch memory for a tile's sums. out has room for whole tiles.
+    of out and the bytes of its rows; scratch memory for the sums of two tiles. out has room for whole tiles.
 
     Threads share out the groups, each of which takes all panels. A single group's panels are shared out instead: each
     thread begins with a run of its own, since memory is read fastest in order.

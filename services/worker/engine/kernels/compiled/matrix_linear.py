@@ -11,7 +11,7 @@ from services.worker.engine.kernels.compiled.matrix_tiles import (
     TILE_DEPTH,
     begin_tiles,
     end_tiles,
-    gate_pairs,
+    swiglu_pairs,
     tile_products,
 )
 from services.worker.engine.kernels.compiled.rows import add, add_to
@@ -21,7 +21,7 @@ _AHEAD_BYTES = 8192  # how far before its use a weight is asked for by the tiles
 _SHARES = 4  # of a panel that is fetched while others compute
 _NOTHING, _SHARE, _ALL = range(3)
 _STEP_LINES = STEP_BYTES // 64
-_LINE = 4 * PANEL_COLUMNS  # bytes of a row of sums
+_SUMS = 4 * PANEL_COLUMNS  # bytes of a row of a panel's sums
 _WORD = 2  # bytes of an activation
 
 
@@ -39,28 +39,28 @@ def make_matrix_linear() -> Any:
             rows * out_row_bytes,
         )
         parts, items = _shared_out(panels, groups, members)
-        begin_tiles(rows)
         item = next_item(control, members, rank, parts, items)
         while item >= 0:
+            begin_tiles(rows)
             group, panel, end = _part(item, parts, panels, groups)
             if panel < end:
-                weights, to = words + panel * panel_bytes, out + panel * _LINE
+                weights, to = words + panel * panel_bytes, out + panel * _SUMS
                 for tile in range(group, tiles, 2 * groups):
                     pair = tile + groups < tiles
                     fetch = _fetch(tile, groups, tiles, panel_bytes)
                     at, sums = x + tile * tile_bytes, to + tile * out_tile_bytes
                     apart, out_apart = groups * tile_bytes, groups * out_tile_bytes
                     if bias:
-                        multiply(pair, fetch, rows, depth, at, apart, weights, scratch, _LINE, rows * _LINE)
-                        biases = floats(bias + panel * _LINE, PANEL_COLUMNS)
+                        multiply(pair, fetch, rows, depth, at, apart, weights, scratch, _SUMS, rows * _SUMS)
+                        biases = floats(bias + panel * _SUMS, PANEL_COLUMNS)
                         for row in range(2 * rows if pair else rows):
                             sum_ = sums + row // rows * out_apart + row % rows * out_row_bytes
-                            add(floats(scratch + row * _LINE, PANEL_COLUMNS), biases, floats(sum_, PANEL_COLUMNS))
+                            add(floats(scratch + row * _SUMS, PANEL_COLUMNS), biases, floats(sum_, PANEL_COLUMNS))
                     else:
                         multiply(pair, fetch, rows, depth, at, apart, weights, sums, out_row_bytes, out_apart)
+            end_tiles()
             done(control, members, rank, item)
             item = next_item(control, members, rank, parts, items)
-        end_tiles()
 
     return linear
 
@@ -72,6 +72,7 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
     weights' words, gate's panels before up's, and of the bias (0: none), of the activations to write; scratch memory.
     """
     multiply = _make_multiply()
+    assert PANEL_COLUMNS == TILE_DEPTH  # what a panel leaves is a step of the product down
     panels = intermediate // PANEL_COLUMNS
     panel_bytes, up_bytes = _WORD * hidden * PANEL_COLUMNS, _WORD * hidden * intermediate
 
@@ -82,9 +83,9 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
         tile_bytes, block = _WORD * hidden * rows, rows * PANEL_COLUMNS
         parts, items = _shared_out(panels, groups, members)
         gate, up = scratch, scratch + 8 * block
-        begin_tiles(rows)
         item = next_item(control, members, rank, parts, items)
         while item >= 0:
+            begin_tiles(rows)
             group, panel, end = _part(item, parts, panels, groups)
             if panel < end:
                 weights = words + panel * panel_bytes
@@ -92,21 +93,21 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
                     pair = tile + groups < tiles
                     fetch = _fetch(tile, groups, tiles, panel_bytes)
                     at, apart = x + tile * tile_bytes, groups * tile_bytes
-                    multiply(pair, fetch, rows, hidden, at, apart, weights, gate, _LINE, 4 * block)
-                    multiply(pair, fetch, rows, hidden, at, apart, weights + up_bytes, up, _LINE, 4 * block)
+                    multiply(pair, fetch, rows, hidden, at, apart, weights, gate, _SUMS, 4 * block)
+                    multiply(pair, fetch, rows, hidden, at, apart, weights + up_bytes, up, _SUMS, 4 * block)
                     count = 2 if pair else 1
                     if bias:
                         for row in range(count * rows):
-                            of_gate = floats(bias + panel * _LINE, PANEL_COLUMNS)
-                            add_to(floats(gate + row * _LINE, PANEL_COLUMNS), of_gate)
-                            of_up = floats(bias + 4 * intermediate + panel * _LINE, PANEL_COLUMNS)
-                            add_to(floats(up + row * _LINE, PANEL_COLUMNS), of_up)
+                            of_gate = floats(bias + panel * _SUMS, PANEL_COLUMNS)
+                            add_to(floats(gate + row * _SUMS, PANEL_COLUMNS), of_gate)
+                            of_up = floats(bias + 4 * intermediate + panel * _SUMS, PANEL_COLUMNS)
+                            add_to(floats(up + row * _SUMS, PANEL_COLUMNS), of_up)
                     for n in range(count):
                         there = to + _WORD * ((tile + n * groups) * rows * intermediate + panel * block)
-                        gate_pairs(gate + 4 * n * block, up + 4 * n * block, block, there)
+                        swiglu_pairs(gate + 4 * n * block, up + 4 * n * block, block, there)
+            end_tiles()
             done(control, members, rank, item)
             item = next_item(control, members, rank, parts, items)
-        end_tiles()
 
     return gated
 

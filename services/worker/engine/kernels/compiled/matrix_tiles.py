@@ -82,8 +82,8 @@ def tile_products(tiles: int, *, adding: bool = False, fetched_lines: int = 0) -
 
     A step's activations, TILE_DEPTH of a row in a run, are `row_bytes` from row to row, `step_bytes` from step to step
     and `apart` bytes from the first tile to the second; so is `out`, [rows][PANEL_COLUMNS] float32. `adding`: to what
-    out holds. `fetching`: meanwhile as many bytes as the panel has are fetched into the cache from `ahead`; no memory
-    need be there.
+    out holds. Each step has `fetched_lines` more lines of memory from `ahead` on fetched into the cache; no memory need
+    be there.
     """
 
     @intrinsic
@@ -131,7 +131,7 @@ def tile_products(tiles: int, *, adding: bool = False, fetched_lines: int = 0) -
 
 
 @intrinsic
-def gate_pairs(_: Any, gate: Any, up: Any, count: Any, out: Any) -> Any:
+def swiglu_pairs(_: Any, gate: Any, up: Any, count: Any, out: Any) -> Any:
     """out = silu(gate) * up, of `count` float32, a multiple of 16, rounded to bfloat16. Shazeer 2020."""
 
     def generate(context: Any, builder: Builder, __: Any, arguments: Any) -> Value:

@@ -39,7 +39,7 @@ class Places:
         widths = {  # in words of a row
             Frame.HIDDEN: shape.hidden,
             Frame.DELTA: padded_columns(shape.hidden, isa),
-            Frame.PRODUCT: padded_columns(max(shape.qkv_size, 2 * shape.intermediate), isa),
+            Frame.PRODUCT: padded_columns(max(shape.qkv_size, 0 if shape.matrices else 2 * shape.intermediate), isa),
             Frame.X: deepest,
             Frame.X_GATED: shape.intermediate,
             Frame.X_SCALES: scales,

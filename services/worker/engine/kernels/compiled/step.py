@@ -52,12 +52,13 @@ def make_kernels(isa: Isa, shape: Shape) -> dict[str, Kernel]:
         Frame.ATTEND.name: make_attention(isa, shape),
         Frame.ATTEND_TOKEN.name: make_attend(isa, facts["group"], **facts),
         Frame.ATTEND_TILE.name: make_attend(isa, tall_rows(isa, shape.kv_bits, shape.head_dim), **facts),
-        Frame.SWIGLU_ROWS.name: make_swiglu_rows(isa, shape),
         Frame.NORM_SAMPLED.name: make_norm_sampled(isa, shape),
         "RUN": _make_run(isa, shape),
     }
     if shape.matrices:
         kernels[Frame.GATED_LINEAR.name] = make_gated_linear(shape.hidden, shape.intermediate)
+    else:
+        kernels[Frame.SWIGLU_ROWS.name] = make_swiglu_rows(isa, shape)
     return kernels
 
 

@@ -233,9 +233,10 @@ def test_a_sequences_logits_do_not_depend_on_how_its_work_is_cut_up(
     assert torch.equal(together[-1], alone)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["qwen3", "mistral window", "llama biases"])
-def test_nor_do_they_with_windows_norms_of_heads_or_biases(case: str, compiled: Compiled) -> None:
-    model = compiled(case, "float32")
+def test_nor_do_they_with_windows_norms_of_heads_or_biases(case: str, precision: str, compiled: Compiled) -> None:
+    model = compiled(case, precision)
     alone = [serve(model, Pool(model), [Job(job.tokens, job.cuts[-1:])])[0] for job in mixed_jobs()]
     for ours, expected in zip(serve(model, Pool(model, seed=2), mixed_jobs()), alone, strict=True):
         assert torch.equal(ours, expected)

@@ -18,15 +18,15 @@ from services.worker.engine.kernels.step_inputs import build_step_inputs
 from tests.services.worker.engine.kernels.compiled.calling import ISA, compiled
 from tests.services.worker.engine.tiny_models import make_sequence
 
-BLOCK_SIZE, BLOCKS, KV_HEADS = 16, 256, 2
+BLOCKS, KV_HEADS = 256, 2
 CPU = torch.device("cpu")
 EPS = 1e-6
-CHUNK = chunk_tokens(BLOCK_SIZE)
+CHUNK = chunk_tokens(16)
 # (context with this step, tokens of this step): decodes, fresh prefills, ones that resume at, in and after a block, and
 # the same around the end of a chunk
 CASES = (
     (1, 1), (16, 1), (17, 1), (100, 1), (CHUNK, 1), (CHUNK + 1, 1), (2 * CHUNK + 35, 1),
-    (7, 7), (40, 40), (48, 16), (50, 13), (90, 51), (65, 2), (CHUNK + 9, 30), (CHUNK + 50, 50),
+    (7, 7), (40, 40), (48, 16), (50, 13), (90, 51), (300, 230), (65, 2), (CHUNK + 9, 30), (CHUNK + 50, 50),
 )  # fmt: skip
 
 
@@ -37,6 +37,7 @@ class Heads:
     group: int
     head_dim: int
     kv_bits: int
+    block_size: int = 16
 
     @property
     def shape(self) -> LayerShape:
@@ -49,10 +50,14 @@ class Heads:
     @property
     def tolerance(self) -> float:
         """Of outputs, whose values' standard deviation is 1; queries and weights may be rounded to bfloat16."""
-        return 0.02 if ISA.activation_bits(self.kv_bits) == 16 else 3e-6
+        rounded = 0.02 if self.group <= 20 else 0.03  # of a million numbers some are farther off
+        return rounded if ISA.activation_bits(self.kv_bits) == 16 else 3e-6
 
 
-ALL_HEADS = (Heads(1, 32, 32), Heads(2, 64, 16), Heads(3, 128, 32), Heads(3, 64, 32), Heads(1, 128, 16))
+ALL_HEADS = (
+    Heads(1, 32, 32), Heads(2, 64, 16), Heads(3, 128, 32), Heads(3, 64, 32), Heads(1, 128, 16), Heads(3, 48, 16),
+    Heads(5, 64, 16, 32), Heads(2, 32, 16, 48), Heads(17, 32, 16), Heads(20, 64, 16, 64), Heads(40, 32, 16),
+)  # fmt: skip
 
 
 def attend_tile(
@@ -60,10 +65,12 @@ def attend_tile(
 ) -> Tensor:
     """One tile's outputs [height, head_dim], of queries [tokens, heads, head_dim] that need no rotation."""
     kernel = compiled(
-        make_attend, height, group=heads.group, head_dim=heads.head_dim, block_size=BLOCK_SIZE, kv_bits=heads.kv_bits,
-        qk_norm=False, eps=EPS,
+        make_attend, height, group=heads.group, head_dim=heads.head_dim, block_size=heads.block_size,
+        kv_bits=heads.kv_bits, qk_norm=False, eps=EPS,
     )  # fmt: skip
-    scratch = aligned_zeros((attention_scratch_bytes(height, heads.head_dim, BLOCK_SIZE) // 4,), np.float32)
+    size = attention_scratch_bytes(ISA, height, heads.kv_bits, heads.head_dim, heads.block_size)
+    scratch = aligned_zeros((-(-size // 4),), np.float32)
+    scratch[:] = np.nan  # whatever was there before
     qkv = np.ascontiguousarray(queries[:, head * heads.group :].numpy())
     half = heads.head_dim // 2
     cos, sin = np.ones((piece.length, half), np.float32), np.zeros((piece.length, half), np.float32)
@@ -89,13 +96,13 @@ def attend_slice(heads: Heads, piece: Slice, queries: Tensor, kv: PagedKV, windo
 
 def random_slices(heads: Heads) -> tuple[PagedKV, tuple[Slice, ...]]:
     """A pool in which nothing but the slices' contexts is finite."""
-    kv = PagedKV([heads.shape], BLOCKS, BLOCK_SIZE, heads.dtype, CPU)
+    kv = PagedKV([heads.shape], BLOCKS, heads.block_size, heads.dtype, CPU)
     kv.storage.fill_(torch.nan)
     blocks = torch.randperm(BLOCKS).tolist()
     slices = []
     for length, new in CASES:
-        sequence = make_sequence([0] * length, [blocks.pop() for _ in range(-(-length // BLOCK_SIZE))])
-        whole = build_step_inputs(Batch((Slice(sequence, 0, length),)), BLOCK_SIZE, CPU)
+        sequence = make_sequence([0] * length, [blocks.pop() for _ in range(-(-length // heads.block_size))])
+        whole = build_step_inputs(Batch((Slice(sequence, 0, length),)), heads.block_size, CPU)
         keys, values = torch.randn(2, length, KV_HEADS, heads.head_dim).to(heads.dtype)
         PlainKernels().write_kv(keys * 2, values, kv.layers[0], whole)
         slices.append(Slice(sequence, length - new, new))
@@ -110,9 +117,9 @@ def test_a_mixed_batch_attends_as_the_plain_kernels_do(heads: Heads, window: int
     queries = [torch.randn(piece.length, KV_HEADS * heads.group, heads.head_dim) for piece in slices]
     ours = [attend_slice(heads, piece, each, kv, window) for piece, each in zip(slices, queries, strict=True)]
     # In float64, so that the roundings of the plain kernels are not taken for ours.
-    wide = PagedKV([heads.shape], BLOCKS, BLOCK_SIZE, torch.float64, CPU)
+    wide = PagedKV([heads.shape], BLOCKS, heads.block_size, torch.float64, CPU)
     wide.storage.copy_(kv.storage.nan_to_num())
-    step = build_step_inputs(Batch(slices), BLOCK_SIZE, CPU)
+    step = build_step_inputs(Batch(slices), heads.block_size, CPU)
     expected = PlainKernels().attend(
         torch.cat(queries).double(), wide.layers[0], step, scale=heads.head_dim**-0.5, window=min(window, 10_000)
     )

@@ -11,7 +11,8 @@ from typing import Any
 import llvmlite.binding as llvm
 import pytest
 
-from services.worker.engine.kernels.compiled.isa import IsaName, choose_isa
+from services.worker.engine.kernels.compiled import isa
+from services.worker.engine.kernels.compiled.isa import IsaName, choose_isa, may_use_matrices
 from services.worker.engine.model.interface import ModelError
 from services.worker.engine.model.loading import load_model
 from tests.services.worker.engine.tiny_models import save_tiny
@@ -31,7 +32,7 @@ PRESENT: list[IsaName] = ["baseline"]
 PRESENT += ["avx2"] if has(AVX2) else []
 PRESENT += ["avx512"] if has(AVX512) else []
 PRESENT += ["avx512_bf16"] if has((*AVX512, "avx512bf16")) else []
-PRESENT += ["amx"] if has((*AVX512, "avx512bf16", "amx-tile", "amx-bf16")) else []
+PRESENT += ["amx"] if has((*AVX512, "avx512bf16", "amx-tile", "amx-bf16")) and may_use_matrices() else []
 
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
@@ -100,13 +101,13 @@ def test_an_instruction_set_is_used_and_computes_right(
 
 
 def test_auto_takes_the_best() -> None:
-    isa = choose_isa()
-    assert isa.name == PRESENT[-1]
-    assert isa.lanes == {"avx2": 8, "baseline": 4}.get(isa.name, 16)
-    assert isa.panel_columns == 2 * isa.lanes
-    assert isa.vnni == (isa.lanes == 16 and bool(HOST.get("avx512vnni")))
-    assert isa.bfloat16_dots == (isa.name in ("amx", "avx512_bf16"))
-    assert isa.matrices == (isa.name == "amx")
+    best = choose_isa()
+    assert best.name == PRESENT[-1]
+    assert best.lanes == {"avx2": 8, "baseline": 4}.get(best.name, 16)
+    assert best.panel_columns == 2 * best.lanes
+    assert best.vnni == (best.lanes == 16 and bool(HOST.get("avx512vnni")))
+    assert best.bfloat16_dots == (best.name in ("amx", "avx512_bf16"))
+    assert best.matrices == (best.name == "amx")
 
 
 @pytest.mark.parametrize(
@@ -132,3 +133,13 @@ def test_what_the_machine_lacks_is_refused(
         ModelError, match=rf"^The instruction set cannot be had: this processor \(oldlake\) has no {name}\.$"
     ):
         load_model(folder, instruction_set=name)
+
+
+def test_amx_that_the_system_does_not_grant_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = llvm.get_host_cpu_features()
+    features.update(dict.fromkeys((*AVX512, "avx512bf16", "amx-tile", "amx-bf16"), True))
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(isa, "may_use_matrices", lambda: False)
+    assert choose_isa().name == "avx512_bf16"
+    with pytest.raises(ModelError, match=r"cannot be had: the system grants no room for the registers of amx\.$"):
+        load_model(folder, instruction_set="amx")

@@ -170,6 +170,20 @@ def test_put_pairs_lays_a_row_beside_others_of_its_tile(row: int, height: int) -
     assert np.array_equal(x, expected)
 
 
+@pytest.mark.parametrize("height", [1, 3, 16])
+@pytest.mark.parametrize("row", [0, 2, 18])
+def test_put_matrix_lays_a_row_in_runs_beside_those_of_its_tile(row: int, height: int) -> None:
+    runs, tiles, first = 3, 19, 16
+    values = randoms(64)
+    x = np.zeros((tiles, runs, height, GROUP), np.uint16)
+    expected = x.copy()
+    rows.put_matrix(values.ctypes.data, 64, first, row, height, runs * GROUP, x.ctypes.data, 0, 0)
+    rounded = np.zeros(runs * GROUP, np.uint16)
+    rounded[first : first + 64] = torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+    expected[row // height, :, row % height] = rounded.reshape(runs, GROUP)
+    assert np.array_equal(x, expected)
+
+
 @pytest.mark.parametrize("height", [1, 2])
 def test_put_pairs_rounds_ties_to_even_and_keeps_infinity_and_nan(height: int) -> None:
     values = np.zeros(16, np.float32)
