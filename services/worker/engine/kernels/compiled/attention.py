@@ -32,6 +32,7 @@ from services.worker.engine.kernels.compiled.vectors import (
     BF16,
     F32,
     I64,
+    LOG2_E,
     Builder,
     Value,
     at,
@@ -48,7 +49,6 @@ from services.worker.engine.kernels.compiled.vectors import (
 )
 
 _RUN = 4  # vectors of scores that are compared at once
-_LOG2_E = np.log2(np.e)
 _LN2 = float32(np.log(2.0))
 _UNSEEN = float32(-np.inf)
 
@@ -78,10 +78,8 @@ def make_attend(
     make_products = make_matrix_products if matrices else make_vector_products
     lay, score, weigh = make_products(isa, rows, head_dim=head_dim, block_size=block_size, kv_bits=kv_bits)
     put_query = _make_put_query(head_dim, pairs, qk_norm, eps)
-    find_largest, exponentials = (
-        _make_find_largest(isa),
-        _exponentials(isa, pairs, short_power_of_two if matrices else power_of_two),
-    )
+    power = short_power_of_two if matrices else power_of_two
+    find_largest, exponentials = _make_find_largest(isa), _exponentials(isa, pairs, power)
     query_bytes, chunk_blocks = (2 if pairs else 4) * head_dim, chunk_tokens(block_size) // block_size
 
     def attend(
@@ -131,7 +129,7 @@ def make_attend(
 
 
 def _make_put_query(head_dim: int, pairs: bool, qk_norm: bool, eps: float) -> Any:
-    half, scale = head_dim // 2, float32(head_dim**-0.5 * _LOG2_E)  # which makes scores exponents of 2
+    half, scale = head_dim // 2, float32(head_dim**-0.5 * LOG2_E)  # which makes scores exponents of 2
     put = put_pairs if pairs else put_floats
 
     @njit(nogil=True, error_model="numpy")

@@ -105,11 +105,58 @@ def make_matrix_products(_: Isa, rows: int, *, head_dim: int, block_size: int, k
     """
     assert kv_bits == 16
     height = min(rows, TILE_ROWS)  # of a register
-    width, room = 4 * score_columns(block_size), chunk_tokens(block_size)
-    score_single, score_pair = tile_products(1), tile_products(2)
-    weigh_single, weigh_pair = tile_products(1, adding=True), tile_products(2, adding=True)
-    key_panel_bytes, value_panel_bytes = head_dim // 2 * _LINE, room // 2 * _LINE
-    query_bytes, out_bytes, of_chunk = 2 * head_dim, 4 * head_dim, 2 * head_dim * room
+    width = 4 * score_columns(block_size)
+    score_panel, weigh_panel = _make_product(adding=False), _make_product(adding=True)
+    key_panel_bytes, value_panel_bytes, of_chunk = _panel_sizes(head_dim, block_size)
+    query_bytes, out_bytes = 2 * head_dim, 4 * head_dim
+
+    @njit(nogil=True, error_model="numpy")
+    def score(count: int, queries: int, _: int, __: int, tokens: int, ___: int, scores: int, panels: int) -> None:
+        begin_tiles(height)
+        for panel in range((tokens + PANEL_COLUMNS - 1) // PANEL_COLUMNS):
+            score_panel(
+                count > height, queries, query_bytes, 2 * TILE_DEPTH, height * query_bytes,
+                panels + panel * key_panel_bytes, head_dim // TILE_DEPTH, scores + panel * _LINE, width,
+                height * width, 0,
+            )  # fmt: skip
+        end_tiles()
+
+    @njit(nogil=True, error_model="numpy")
+    def weigh(count: int, weights: int, _: int, __: int, ___: int, tokens: int, out: int, panels: int) -> None:
+        begin_tiles(height)
+        for panel in range(head_dim // PANEL_COLUMNS):
+            weigh_panel(
+                count > height, weights, width, 2 * TILE_DEPTH, height * width,
+                panels + of_chunk + panel * value_panel_bytes, (tokens + TILE_DEPTH - 1) // TILE_DEPTH,
+                out + panel * _LINE, out_bytes, height * out_bytes, 0,
+            )  # fmt: skip
+        end_tiles()
+
+    return _make_lay(head_dim, block_size), score, weigh
+
+
+def _panel_sizes(head_dim: int, block_size: int) -> tuple[int, int, int]:
+    """Bytes of a panel of keys, of one of values, and of a chunk's keys, or values, in panels."""
+    tokens = chunk_tokens(block_size)
+    return head_dim // 2 * _LINE, tokens // 2 * _LINE, 2 * head_dim * tokens
+
+
+def _make_product(*, adding: bool) -> Any:
+    single, pair = tile_products(1, adding=adding), tile_products(2, adding=adding)
+
+    @njit(nogil=True, error_model="numpy")
+    def product(both: bool, *arguments: int) -> None:
+        """`tile_products` of one tile of rows, or of two."""
+        if both:
+            pair(*arguments)
+        else:
+            single(*arguments)
+
+    return product
+
+
+def _make_lay(head_dim: int, block_size: int) -> Any:
+    key_panel_bytes, value_panel_bytes, of_chunk = _panel_sizes(head_dim, block_size)
 
     @njit(nogil=True, error_model="numpy")
     def lay(keys: int, values: int, table: int, block_bytes: int, tokens: int, panels: int) -> None:
@@ -137,33 +184,4 @@ def make_matrix_products(_: Isa, rows: int, *, head_dim: int, block_size: int, k
                 line = to + k // PANEL_COLUMNS * value_panel_bytes + 4 * (k % PANEL_COLUMNS)
                 pair_rows(first + 2 * k, second + 2 * k, line)
 
-    @njit(nogil=True, error_model="numpy")
-    def score(count: int, queries: int, _: int, __: int, tokens: int, ___: int, scores: int, panels: int) -> None:
-        begin_tiles(height)
-        for panel in range((tokens + PANEL_COLUMNS - 1) // PANEL_COLUMNS):
-            arguments = (
-                queries, query_bytes, 2 * TILE_DEPTH, height * query_bytes, panels + panel * key_panel_bytes,
-                head_dim // TILE_DEPTH, scores + panel * _LINE, width, height * width, 0,
-            )  # fmt: skip
-            if count > height:
-                score_pair(*arguments)
-            else:
-                score_single(*arguments)
-        end_tiles()
-
-    @njit(nogil=True, error_model="numpy")
-    def weigh(count: int, weights: int, _: int, __: int, ___: int, tokens: int, out: int, panels: int) -> None:
-        begin_tiles(height)
-        steps = (tokens + TILE_DEPTH - 1) // TILE_DEPTH
-        for panel in range(head_dim // PANEL_COLUMNS):
-            arguments = (
-                weights, width, 2 * TILE_DEPTH, height * width, panels + of_chunk + panel * value_panel_bytes, steps,
-                out + panel * _LINE, out_bytes, height * out_bytes, 0,
-            )  # fmt: skip
-            if count > height:
-                weigh_pair(*arguments)
-            else:
-                weigh_single(*arguments)
-        end_tiles()
-
-    return lay, score, weigh
+    return lay

@@ -11,6 +11,7 @@ from services.worker.engine.kernels.compiled.machine import floats
 from services.worker.engine.kernels.compiled.matrix_linear import make_matrix_linear
 from services.worker.engine.kernels.compiled.matrix_tiles import TILE_ROWS
 from services.worker.engine.kernels.compiled.rows import add
+from services.worker.engine.kernels.compiled.sharing import panels_of, share_out
 from services.worker.engine.kernels.compiled.team import done, next_item
 from services.worker.engine.kernels.compiled.tiles import (
     BFLOAT16_DOTS,
@@ -52,9 +53,6 @@ def make_linear(isa: Isa, bits: int) -> Any:
     Arguments: control, members, rank, groups of tiles; tiles and rows per tile; depth (k) of both; addresses of
     activations, their scales and sums; of the weights' words and scales and of the bias (0: none); panels; the address
     of out and the bytes of its rows; scratch memory for the sums of two tiles. out has room for whole tiles.
-
-    Threads share out the groups, each of which takes all panels. A single group's panels are shared out instead: each
-    thread begins with a run of its own, since memory is read fastest in order.
     """
     if isa.uses_matrices(bits):
         return make_matrix_linear()
@@ -72,16 +70,10 @@ def make_linear(isa: Isa, bits: int) -> Any:
         steps = depth // GROUP if quantized else depth // per_word
         panel_bytes = depth // per_word * columns * 4
         of_scales = group_scale_bytes * (depth // GROUP)
-        parts = members if groups == 1 else groups
-        most = (panels + members - 1) // members if groups == 1 else panels  # of a part
-        items = (most + widest - 1) // widest * parts
+        parts, items = share_out(panels, widest, groups, members)
         item = next_item(control, members, rank, parts, items)
         while item >= 0:
-            part = item % parts
-            group, first, end = part, 0, panels
-            if groups == 1:
-                group, first, end = 0, panels * part // parts, panels * (part + 1) // parts
-            start = first + widest * (item // parts)
+            group, start, end = panels_of(item, parts, panels, widest, groups)
             width = widest if start + widest <= end else 1
             for panel in range(start, min(start + widest, end), width):
                 w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4

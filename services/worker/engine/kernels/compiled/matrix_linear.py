@@ -15,6 +15,7 @@ from services.worker.engine.kernels.compiled.matrix_tiles import (
     tile_products,
 )
 from services.worker.engine.kernels.compiled.rows import add, add_to
+from services.worker.engine.kernels.compiled.sharing import panels_of, share_out
 from services.worker.engine.kernels.compiled.team import done, next_item
 
 _AHEAD_BYTES = 8192  # how far before its use a weight is asked for by the tiles that use it first
@@ -33,16 +34,13 @@ def make_matrix_linear() -> Any:
         control: int, members: int, rank: int, groups: int, tiles: int, rows: int, depth: int, x: int, x_scales: int,
         x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int, scratch: int,
     ) -> None:  # fmt: skip
-        panel_bytes, tile_bytes, out_tile_bytes = (
-            _WORD * depth * PANEL_COLUMNS,
-            _WORD * depth * rows,
-            rows * out_row_bytes,
-        )
-        parts, items = _shared_out(panels, groups, members)
+        panel_bytes, tile_bytes = _WORD * depth * PANEL_COLUMNS, _WORD * depth * rows
+        out_tile_bytes = rows * out_row_bytes
+        parts, items = share_out(panels, 1, groups, members)
         item = next_item(control, members, rank, parts, items)
         while item >= 0:
             begin_tiles(rows)
-            group, panel, end = _part(item, parts, panels, groups)
+            group, panel, end = panels_of(item, parts, panels, 1, groups)
             if panel < end:
                 weights, to = words + panel * panel_bytes, out + panel * _SUMS
                 for tile in range(group, tiles, 2 * groups):
@@ -81,12 +79,12 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
         to: int, scratch: int,
     ) -> None:  # fmt: skip
         tile_bytes, block = _WORD * hidden * rows, rows * PANEL_COLUMNS
-        parts, items = _shared_out(panels, groups, members)
+        parts, items = share_out(panels, 1, groups, members)
         gate, up = scratch, scratch + 8 * block
         item = next_item(control, members, rank, parts, items)
         while item >= 0:
             begin_tiles(rows)
-            group, panel, end = _part(item, parts, panels, groups)
+            group, panel, end = panels_of(item, parts, panels, 1, groups)
             if panel < end:
                 weights = words + panel * panel_bytes
                 for tile in range(group, tiles, 2 * groups):
@@ -151,20 +149,3 @@ def _fetch(tile: int, groups: int, tiles: int, panel_bytes: int) -> Any:
     if count <= _SHARES:
         return (_ALL, _AHEAD_BYTES) if before == 0 else (_NOTHING, 0)
     return (_SHARE, panel_bytes + before * (panel_bytes // _SHARES)) if before < _SHARES else (_NOTHING, 0)
-
-
-@njit(nogil=True, error_model="numpy")
-def _shared_out(panels: int, groups: int, members: int) -> Any:
-    """Parts and items of a phase: each group of tiles takes all panels, or threads share out a single group's."""
-    if groups == 1:
-        return members, (panels + members - 1) // members * members
-    return groups, panels * groups
-
-
-@njit(nogil=True, error_model="numpy")
-def _part(item: int, parts: int, panels: int, groups: int) -> Any:
-    """An item's group and panel, and where the panels of its part end: beyond, it is no work."""
-    part, number = item % parts, item // parts
-    if groups > 1:
-        return part, number, panels
-    return 0, panels * part // parts + number, panels * (part + 1) // parts

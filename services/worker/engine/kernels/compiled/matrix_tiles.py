@@ -18,6 +18,7 @@ from services.worker.engine.kernels.compiled.vectors import (
     I8,
     I16,
     I64,
+    LOG2_E,
     Builder,
     Value,
     absolute,
@@ -39,7 +40,6 @@ PANEL_COLUMNS = 32  # of two registers side by side
 _ROW_BYTES = _LINE_BYTES = 64
 _PANEL_ROW_BYTES = 4 * PANEL_COLUMNS
 STEP_BYTES = TILE_DEPTH // 2 * _PANEL_ROW_BYTES  # of a panel
-_LOG2_E = 1.4426950408889634
 _REGISTERS = 8
 # Registers: 0 to 3 for sums, of two rows of tiles and two columns; then a register for each row's activations and one
 # for each column's weights.
@@ -140,15 +140,14 @@ def swiglu_pairs(_: Any, gate: Any, up: Any, count: Any, out: Any) -> Any:
             offset = builder.mul(loop.index, I64(4 * TILE_ROWS))
             g, u = (load(builder, at(builder, pointer(builder, x), offset), F32, TILE_ROWS) for x in (gate, up))
             # silu(g) is g / (1 + e ** -g), which is g * e ** g / (1 + e ** g): whichever power is at most 1.
-            size = builder.fmul(absolute(builder, g), constant(F32, TILE_ROWS, -_LOG2_E))
+            size = builder.fmul(absolute(builder, g), constant(F32, TILE_ROWS, -LOG2_E))
             power = short_power_of_two(builder, size)
             one, zero = (constant(F32, TILE_ROWS, value) for value in (1.0, 0.0))
             share = builder.select(builder.fcmp_ordered("<", g, zero), power, one)
-            scaled = builder.fmul(
-                builder.fmul(g, u), builder.fmul(share, reciprocal(builder, builder.fadd(one, power)))
-            )
+            sigmoid = builder.fmul(share, reciprocal(builder, builder.fadd(one, power)))
+            gated = builder.fmul(builder.fmul(g, sigmoid), u)
             to = at(builder, pointer(builder, out), builder.mul(loop.index, I64(2 * TILE_ROWS)))
-            builder.store(builder.fptrunc(scaled, vector(BF16, TILE_ROWS)), to, align=2)
+            builder.store(builder.fptrunc(gated, vector(BF16, TILE_ROWS)), to, align=2)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), generate

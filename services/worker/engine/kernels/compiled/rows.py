@@ -27,6 +27,7 @@ from services.worker.engine.kernels.compiled.vectors import (
     I16,
     I32,
     I64,
+    LOG2_E,
     Builder,
     Value,
     absolute,
@@ -42,7 +43,7 @@ from services.worker.engine.kernels.compiled.vectors import (
 
 Floats = npt.NDArray[np.float32]
 
-_LOG2_E = float32(1.44269504)
+_LOG2_E = float32(LOG2_E)
 _LN2_HIGH, _LN2_LOW = float32(0.693359375), float32(-2.12194440e-4)  # Cephes' expf splits ln 2 in two
 _LEAST, _MOST = float32(-87.0), float32(88.0)  # beyond, the exponent of e ** x leaves the range
 

@@ -1,5 +1,6 @@
 """LLVM vector code in Python: the few operations that tiles are written with. Knows nothing of matrices."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class _BFloat16(ir.HalfType):  # type: ignore[misc]
 _BFloat16._create_instance()
 BF16 = _BFloat16()
 POINTER = ir.PointerType()
+LOG2_E = math.log2(math.e)
 _LINE_BYTES = 64
 
 # Of 2 ** x in -0.5..0.5, the highest power first: within a float32's last places, and within 1e-7.

@@ -87,3 +87,10 @@ def test_a_rows_result_does_not_depend_on_the_others(members: int) -> None:
     for rows in (1, 2, 15, 16, 17, 33, 64, 70):
         for groups in range(1, members + 1):
             assert torch.equal(gated(x[:rows], weight, bias, members=members, groups=groups), alone[:rows])
+
+
+def test_it_is_finite_where_gate_vanishes_and_up_is_huge() -> None:
+    x = torch.full((1, HIDDEN), 1.0)
+    weight = torch.zeros(2 * INTERMEDIATE, HIDDEN)
+    weight[:INTERMEDIATE, 0], weight[INTERMEDIATE:, 0] = -1e20, 1e20
+    assert torch.equal(gated(x, weight, None), torch.zeros(1, INTERMEDIATE, dtype=torch.bfloat16))
