@@ -68,13 +68,7 @@ def most_items(isa: Isa, shape: Shape, rows: int, members: int) -> int:
     return max(padded_columns(widest, isa) // isa.panel_columns + members, rows * max(shape.heads, SWIGLU_PARTS))
 
 
-def _make_run(isa: Isa, shape: Shape) -> Kernel:
-    layers, hidden, intermediate, query_size = shape.layers, shape.hidden, shape.intermediate, shape.query_size
-    columns, matrices = isa.panel_columns, shape.matrices
-    qkv_width, hidden_width, gate_up_width, vocabulary_width = (
-        padded_columns(n, isa) for n in (shape.qkv_size, hidden, 2 * intermediate, shape.vocabulary)
-    )
-
+def _make_multiply(columns: int) -> Any:
     @njit(nogil=True, error_model="numpy")
     def multiply(
         team: Any, linear: Any, frame: Any, product: int, x: int, depth: int, out: int, width: int, scratch: int
@@ -88,6 +82,16 @@ def _make_run(isa: Isa, shape: Shape) -> Kernel:
             weights[0], weights[1], weights[2], width // columns, out, 4 * width, scratch,
         )  # fmt: skip
         call_address(kernel, arguments)
+
+    return multiply
+
+
+def _make_run(isa: Isa, shape: Shape) -> Kernel:
+    layers, hidden, intermediate, query_size = shape.layers, shape.hidden, shape.intermediate, shape.query_size
+    matrices, multiply = shape.matrices, _make_multiply(isa.panel_columns)
+    qkv_width, hidden_width, gate_up_width, vocabulary_width = (
+        padded_columns(n, isa) for n in (shape.qkv_size, hidden, 2 * intermediate, shape.vocabulary)
+    )
 
     @njit(nogil=True, error_model="numpy")
     def gate(team: Any, linear: Any, frame: Any, at: int, layer: int, scratch: int) -> None:
