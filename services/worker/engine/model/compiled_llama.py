@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from services.worker.engine.batcher import Batch
+from services.worker.engine.kernels.compiled.compiling import compile_apart
 from services.worker.engine.kernels.compiled.frame import NO_WINDOW, Frame, Shape, scratch_bytes
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.library import Library, compiled_library
+from services.worker.engine.kernels.compiled.library import Library, kept_library
 from services.worker.engine.kernels.compiled.linear import TALLEST, tile_groups, tile_rows
 from services.worker.engine.kernels.compiled.packing import aligned_zeros, padded_columns
 from services.worker.engine.kernels.compiled.places import Places
 from services.worker.engine.kernels.compiled.plan import StepPlan, plan_step
-from services.worker.engine.kernels.compiled.step import make_kernels, most_items
+from services.worker.engine.kernels.compiled.step import most_items
 from services.worker.engine.kernels.compiled.team import new_control, stop
 from services.worker.engine.kernels.paged_kv import PagedKV
 from services.worker.engine.model.interface import ModelFacts, Quantization
@@ -235,7 +236,7 @@ def load_compiled_llama(
     """Reads the checkpoint while the kernels are compiled, or loaded from the folder `kernels`."""
     shape = _shape(config, isa, dtype, quantize, block_size)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="compiler") as compiler:
-        library = compiler.submit(compiled_library, lambda: make_kernels(isa, shape), f"{isa} {shape}", kernels)
+        library = compiler.submit(kept_library, lambda: compile_apart(isa, shape), f"{isa} {shape}", kernels)
         weights = read_packed_weights(folder, config, isa, dtype, quantize)
         return CompiledLlama(
             config, weights, isa, shape, library.result(), dtype=dtype, quantize=quantize, threads=threads

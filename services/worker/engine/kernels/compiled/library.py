@@ -4,6 +4,7 @@ What is kept is named by everything it depends on: the kernels' source, numba, t
 """
 
 import inspect
+import io
 import logging
 import os
 import tempfile
@@ -31,53 +32,80 @@ class Library:
     """Addresses of compiled functions by name; the code lives as long as this does."""
 
     addresses: Mapping[str, int]
-    keeps: tuple[Any, ...]
+    _engine: Any
 
 
-def compiled_library(sources: Callable[[], Sources], made_for: str, folder: Path | None) -> Library:
-    """The functions that `sources` gives, whose arguments are all int64, compiled now or loaded from `folder`.
+def kept_library(compile_: Callable[[], bytes], made_for: str, folder: Path | None) -> Library:
+    """What `compile_` gives, an archive as of `archive_of`, or gave before if that was kept in `folder`.
 
     `made_for` says what else than the kernels' source the functions depend on. A folder that cannot be read or written
     costs the time to compile, and is logged.
     """
     if folder is None:
-        return _compile(sources())[0]
+        return load_kernels(compile_())
     file = folder / f"{_name(made_for)}.zip"
     try:
-        return _load(file)
+        return load_kernels(file.read_bytes())
     except FileNotFoundError:
         log.info("compiling kernels for this processor")
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         log.warning("compiling kernels again, since %s cannot be used: %s", file, error)
-    library, code = _compile(sources())
+    archive = compile_()
     try:
-        _save(file, code)
+        _save(file, archive)
     except OSError as error:
         log.warning("compiled kernels cannot be kept, so each start compiles them: %s", error)
-    return library
+    return load_kernels(archive)
 
 
-@dataclass(frozen=True, slots=True)
-class _Code:
-    symbol: str
-    object_code: bytes
-    bitcode: bytes
-
-
-def _compile(sources: Sources) -> tuple[Library, dict[str, _Code]]:
+def compile_kernels(sources: Sources) -> dict[str, Any]:
+    """numba's compiled functions by name, of functions whose arguments are all int64."""
     done: dict[Callable[..., None], Any] = {}
     for function in sources.values():
-        if function not in done:
+        if function not in done:  # it may have two names
             arguments = len(inspect.signature(function).parameters)
             signature = types.void(*[types.int64] * arguments)
             done[function] = cfunc(signature, nopython=True, error_model="numpy")(function)
-    kernels = {name: done[function] for name, function in sources.items()}
-    code = {}
-    for name, kernel in kernels.items():
-        # numba's own way to keep code is tied to one source file per function, and cannot see what that imports.
-        _, _, (object_code, bitcode) = kernel._library.serialize_using_object_code()
-        code[name] = _Code(kernel.native_name, object_code, bitcode)
-    return Library({name: kernel.address for name, kernel in kernels.items()}, tuple(done.values())), code
+    return {name: done[function] for name, function in sources.items()}
+
+
+def archive_of(kernels: Mapping[str, Any]) -> bytes:
+    """The machine code of what `compile_kernels` gives."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as entries:
+        for name, kernel in kernels.items():
+            # numba's own way to keep code is tied to one source file per function, and cannot see what that imports.
+            _, _, (object_code, _) = kernel._library.serialize_using_object_code()
+            entries.writestr(f"{name}/symbol", kernel.native_name)
+            entries.writestr(f"{name}/object", object_code)
+    return archive.getvalue()
+
+
+def load_kernels(archive: bytes) -> Library:
+    """The functions in what `archive_of` gave, in this process or another. ValueError if it is no such archive.
+
+    They are linked among themselves alone. numba names what it compiles by numbers that begin anew in each process, so
+    that in an engine with others a function could be bound to one that is named alike and does something else.
+    """
+    rtsys.initialize(cpu_target.target_context)  # what array code refers to
+    engine = llvm.create_mcjit_compiler(
+        llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine()
+    )
+    symbols: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as entries:
+            for name in sorted({entry.split("/")[0] for entry in entries.namelist()}):
+                symbol = entries.read(f"{name}/symbol").decode()
+                if symbol not in symbols.values():
+                    engine.add_object_file(llvm.ObjectFileRef.from_data(entries.read(f"{name}/object")))
+                symbols[name] = symbol
+    except (zipfile.BadZipFile, KeyError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+    engine.finalize_object()
+    addresses = {name: engine.get_function_address(symbol) for name, symbol in symbols.items()}
+    if not all(addresses.values()):
+        raise ValueError("it lacks a function")
+    return Library(addresses, engine)
 
 
 def _name(made_for: str) -> str:
@@ -91,27 +119,8 @@ def _name(made_for: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _save(file: Path, code: Mapping[str, _Code]) -> None:
+def _save(file: Path, archive: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as unfinished:
-        with zipfile.ZipFile(unfinished, "w") as archive:
-            for name, each in code.items():
-                archive.writestr(f"{name}/symbol", each.symbol)
-                archive.writestr(f"{name}/object", each.object_code)
-                archive.writestr(f"{name}/bitcode", each.bitcode)
+        unfinished.write(archive)
     os.replace(unfinished.name, file)
-
-
-def _load(file: Path) -> Library:
-    rtsys.initialize(cpu_target.target_context)  # what array code refers to
-    codegen = cpu_target.target_context.codegen()
-    addresses, keeps = {}, []
-    with zipfile.ZipFile(file) as archive:
-        for name in sorted({entry.split("/")[0] for entry in archive.namelist()}):
-            code = archive.read(f"{name}/object"), archive.read(f"{name}/bitcode")
-            library = codegen.unserialize_library((name, "object", code))
-            addresses[name] = library.get_pointer_to_function(archive.read(f"{name}/symbol").decode())
-            keeps.append(library)
-    if not all(addresses.values()):
-        raise ValueError("it lacks a function")
-    return Library(addresses, tuple(keeps))
