@@ -14,7 +14,7 @@ from numba import njit
 from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes
 from services.worker.engine.kernels.compiled.attention_products import by_matrices
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.matrix_tiles import PANEL_COLUMNS, TILE_ROWS
+from services.worker.engine.kernels.compiled.matrix_linear import GATED_SUMS
 from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats, put_matrix, put_pairs
 
 Kernel = Callable[..., None]  # of int64s alone, to be compiled
@@ -122,7 +122,7 @@ def tall_rows(isa: Isa, kv_bits: int, head_dim: int) -> int:
 
 
 def row_scratch_bytes(isa: Isa, shape: Shape) -> int:
-    sums = max(isa.accumulators * isa.lanes, 2 * 2 * TILE_ROWS * PANEL_COLUMNS)
+    sums = max(isa.accumulators * isa.lanes, GATED_SUMS if isa.matrices else 0)
     return 4 * max(shape.hidden, shape.intermediate, shape.head_dim, sums)
 
 

@@ -9,6 +9,7 @@ from services.worker.engine.kernels.compiled.matrix_tiles import (
     PANEL_COLUMNS,
     STEP_BYTES,
     TILE_DEPTH,
+    TILE_ROWS,
     begin_tiles,
     end_tiles,
     swiglu_pairs,
@@ -24,6 +25,8 @@ _NOTHING, _SHARE, _ALL = range(3)
 _STEP_LINES = STEP_BYTES // 64
 _SUMS = 4 * PANEL_COLUMNS  # bytes of a row of a panel's sums
 _WORD = 2  # bytes of an activation
+_PAIRS = 8  # of tiles that meet gate's panel before up's
+GATED_SUMS = (_PAIRS + 1) * 2 * TILE_ROWS * PANEL_COLUMNS  # float32 in scratch memory
 
 
 def make_matrix_linear() -> Any:
@@ -67,9 +70,10 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
     """The product of gate and up and SwiGLU of it, as the activations of the product down. Sums never leave the cache.
 
     Arguments: control, members, rank, groups of tiles; tiles and rows per tile; addresses of activations, of the
-    weights' words, gate's panels before up's, and of the bias (0: none), of the activations to write; scratch memory.
+    weights' words, gate's panels before up's, and of the bias (0: none), of the activations to write; scratch memory of
+    GATED_SUMS float32.
     """
-    multiply = _make_multiply()
+    multiply, gate_tiles = _make_multiply(), _make_gate_tiles(intermediate)
     assert PANEL_COLUMNS == TILE_DEPTH  # what a panel leaves is a step of the product down
     panels = intermediate // PANEL_COLUMNS
     panel_bytes, up_bytes = _WORD * hidden * PANEL_COLUMNS, _WORD * hidden * intermediate
@@ -78,31 +82,31 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
         control: int, members: int, rank: int, groups: int, tiles: int, rows: int, x: int, words: int, bias: int,
         to: int, scratch: int,
     ) -> None:  # fmt: skip
-        tile_bytes, block = _WORD * hidden * rows, rows * PANEL_COLUMNS
+        tile_bytes, pair_bytes = _WORD * hidden * rows, 2 * rows * _SUMS
+        apart, ups = groups * tile_bytes, scratch + _PAIRS * pair_bytes
         parts, items = share_out(panels, 1, groups, members)
-        gate, up = scratch, scratch + 8 * block
         item = next_item(control, members, rank, parts, items)
         while item >= 0:
             begin_tiles(rows)
             group, panel, end = panels_of(item, parts, panels, 1, groups)
-            if panel < end:
-                weights = words + panel * panel_bytes
-                for tile in range(group, tiles, 2 * groups):
-                    pair = tile + groups < tiles
-                    fetch = _fetch(tile, groups, tiles, panel_bytes)
-                    at, apart = x + tile * tile_bytes, groups * tile_bytes
-                    multiply(pair, fetch, rows, hidden, at, apart, weights, gate, _SUMS, 4 * block)
-                    multiply(pair, fetch, rows, hidden, at, apart, weights + up_bytes, up, _SUMS, 4 * block)
-                    count = 2 if pair else 1
-                    if bias:
-                        for row in range(count * rows):
-                            of_gate = floats(bias + panel * _SUMS, PANEL_COLUMNS)
-                            add_to(floats(gate + row * _SUMS, PANEL_COLUMNS), of_gate)
-                            of_up = floats(bias + 4 * intermediate + panel * _SUMS, PANEL_COLUMNS)
-                            add_to(floats(up + row * _SUMS, PANEL_COLUMNS), of_up)
-                    for n in range(count):
-                        there = to + _WORD * ((tile + n * groups) * rows * intermediate + panel * block)
-                        swiglu_pairs(gate + 4 * n * block, up + 4 * n * block, block, there)
+            first = group if panel < end else tiles
+            weights = words + panel * panel_bytes
+            # Gate's panel meets several pairs of tiles before up's does, and so stays in the nearest cache meanwhile.
+            while first < tiles:
+                last, gates = min(tiles, first + 2 * groups * _PAIRS), scratch
+                for tile in range(first, last, 2 * groups):
+                    pair, fetch = tile + groups < tiles, _fetch(tile, groups, tiles, panel_bytes)
+                    at = x + tile * tile_bytes
+                    multiply(pair, fetch, rows, hidden, at, apart, weights, gates, _SUMS, rows * _SUMS)
+                    gates += pair_bytes
+                gates = scratch
+                for tile in range(first, last, 2 * groups):
+                    pair, fetch = tile + groups < tiles, _fetch(tile, groups, tiles, panel_bytes)
+                    at = x + tile * tile_bytes
+                    multiply(pair, fetch, rows, hidden, at, apart, weights + up_bytes, ups, _SUMS, rows * _SUMS)
+                    gate_tiles(2 if pair else 1, rows, gates, ups, bias, panel, to, tile, groups)
+                    gates += pair_bytes
+                first = last
             end_tiles()
             done(control, members, rank, item)
             item = next_item(control, members, rank, parts, items)
@@ -110,10 +114,31 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
     return gated
 
 
+def _make_gate_tiles(intermediate: int) -> Any:
+    @njit(nogil=True, error_model="numpy")
+    def gate_tiles(
+        count: int, rows: int, gates: int, ups: int, bias: int, panel: int, to: int, tile: int, groups: int
+    ) -> None:
+        """SwiGLU of the sums of `count` tiles with one panel of gate and one of up."""
+        if bias:
+            of_gate = floats(bias + panel * _SUMS, PANEL_COLUMNS)
+            of_up = floats(bias + 4 * intermediate + panel * _SUMS, PANEL_COLUMNS)
+            for row in range(count * rows):
+                add_to(floats(gates + row * _SUMS, PANEL_COLUMNS), of_gate)
+                add_to(floats(ups + row * _SUMS, PANEL_COLUMNS), of_up)
+        block = rows * PANEL_COLUMNS
+        for n in range(count):
+            there = to + _WORD * ((tile + n * groups) * rows * intermediate + panel * block)
+            swiglu_pairs(gates + 4 * n * block, ups + 4 * n * block, block, there)
+
+    return gate_tiles
+
+
 def _make_multiply() -> Any:
-    single, pair = tile_products(1), tile_products(2)
-    single_ahead, pair_ahead = (tile_products(tiles, fetched_lines=_STEP_LINES) for tiles in (1, 2))
-    pair_beside = tile_products(2, fetched_lines=_STEP_LINES // _SHARES)
+    single, pair = tile_products(1), tile_products(2, passing=True)
+    single_ahead = tile_products(1, fetched_lines=_STEP_LINES)
+    pair_ahead = tile_products(2, passing=True, fetched_lines=_STEP_LINES)
+    pair_beside = tile_products(2, passing=True, fetched_lines=_STEP_LINES // _SHARES)
 
     @njit(nogil=True, error_model="numpy")
     def multiply(

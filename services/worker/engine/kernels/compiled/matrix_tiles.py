@@ -76,15 +76,16 @@ def end_tiles(_: Any) -> Any:
     return types.void(), generate
 
 
-def tile_products(tiles: int, *, adding: bool = False, fetched_lines: int = 0) -> Any:
+def tile_products(tiles: int, *, adding: bool = False, passing: bool = False, fetched_lines: int = 0) -> Any:
     """Intrinsic (activations, row_bytes, step_bytes, apart, panel, steps, out, out_row_bytes, out_apart, ahead):
     out = activations x panel of `steps` times TILE_DEPTH k, for `tiles` tiles of rows, 1 or 2.
 
     A step's activations, TILE_DEPTH of a row in a run, are `row_bytes` from row to row, `step_bytes` from step to step
     and `apart` bytes from the first tile to the second; so is `out`, [rows][PANEL_COLUMNS] float32. `adding`: to what
-    out holds. Each step has `fetched_lines` more lines of memory from `ahead` on fetched into the cache; no memory need
-    be there.
+    out holds. `passing`: activations stay out of the first-level cache, so that the panel can stay there. Each step has
+    `fetched_lines` more lines of memory from `ahead` on fetched into the cache; no memory need be there.
     """
+    load_activations = "tileloaddt164" if passing else "tileloadd64"
 
     @intrinsic
     def multiply(
@@ -118,7 +119,7 @@ def tile_products(tiles: int, *, adding: bool = False, fetched_lines: int = 0) -
                     _tile(builder, "tileloadd64", I8(_WEIGHTS + column), where, I64(_PANEL_ROW_BYTES))
                     for tile in range(tiles):
                         if column == 0:
-                            _tile(builder, "tileloadd64", I8(_ACTIVATIONS + tile), rows[tile], row_bytes)
+                            _tile(builder, load_activations, I8(_ACTIVATIONS + tile), rows[tile], row_bytes)
                         registers = 2 * tile + column, _ACTIVATIONS + tile, _WEIGHTS + column
                         _tile(builder, "tdpbf16ps", *map(I8, registers))
             for register, where in places:

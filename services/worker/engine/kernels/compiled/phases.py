@@ -181,11 +181,57 @@ def make_write_kv(isa: Isa, shape: Shape) -> Kernel:
 
 def make_attention(isa: Isa, shape: Shape) -> Kernel:
     """Attention of every slice, its outputs stored as the next product's activations."""
+    attend_items = _make_attend_items(isa, shape)
+
+    def attend(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
+        frame = longs(at, FRAME_FIELDS)
+        groups, total = frame[Frame.GROUPS], 0
+        for turn in range(groups):
+            home = (rank + turn) % groups
+            mine = claim(control, rank, home)
+            total += attend_items(control, members, rank, frame, layer, scratch, home, mine, 0)[0]
+        mine = help_out(control, members, rank, total)
+        while mine >= 0:  # in steps of one group
+            mine = attend_items(control, members, rank, frame, layer, scratch, 0, mine, total)[1]
+
+    return attend
+
+
+def _make_attend_items(isa: Isa, shape: Shape) -> Any:
+    group, kv_heads = shape.heads // shape.kv_heads, shape.kv_heads
+    tall, attend_tile = tall_rows(isa, shape.kv_bits, shape.head_dim), _make_attend_tile(isa, shape)
+    row_bytes = row_scratch_bytes(isa, shape)  # at the start of scratch, for the other phases
+
+    @njit(nogil=True, error_model="numpy")
+    def attend_items(
+        control: int, members: int, rank: int, frame: Any, layer: int, scratch: int, home: int, mine: int, total: int
+    ) -> Any:
+        """Does item number `mine` of the group `home` and what the thread gets then: by claiming or, when all `total`
+        of the phase are claimed, by helping. How many the group has, and what was got last.
+        """
+        item, rows, groups = 0, frame[Frame.TILE_ROWS], frame[Frame.GROUPS]
+        for slice_ in range(frame[Frame.SLICES]):
+            first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
+            queries = (first_rows[1] - first_rows[0]) * group
+            tiles = 1 if queries == group else (queries + tall - 1) // tall
+            for tile in range(tiles - 1, -1, -1):  # the longest work first
+                if (first_rows[0] + tile * tall // group) // rows % groups != home:
+                    continue
+                for head in range(kv_heads):
+                    if item == mine:
+                        attend_tile(frame, layer, slice_, head, tile * tall, scratch + row_bytes)
+                        done(control, members, rank, item)
+                        mine = help_out(control, members, rank, total) if total else claim(control, rank, home)
+                    item += 1
+        return item, mine
+
+    return attend_items
+
+
+def _make_attend_tile(isa: Isa, shape: Shape) -> Any:
     head_dim, heads, kv_heads, block_size = shape.head_dim, shape.heads, shape.kv_heads, shape.block_size
     group, half, query_size = heads // kv_heads, head_dim // 2, shape.query_size
-    tall = tall_rows(isa, shape.kv_bits, shape.head_dim)
-    row_bytes = row_scratch_bytes(isa, shape)  # at the start of scratch, for the other phases
-    put = shape.put
+    tall, put = tall_rows(isa, shape.kv_bits, shape.head_dim), shape.put
     token_bytes = 4 * padded_columns(shape.qkv_size, isa)
     head_bytes = head_dim * block_size * shape.kv_bits // 8
 
@@ -213,38 +259,4 @@ def make_attention(isa: Isa, shape: Shape) -> Kernel:
             out = scratch + 4 * (query - first) * head_dim
             put(out, head_dim, k, row, frame[Frame.TILE_ROWS], query_size, x, scales, sums)
 
-    @njit(nogil=True, error_model="numpy")
-    def attend_items(
-        control: int, members: int, rank: int, frame: Any, layer: int, scratch: int, home: int, mine: int, total: int
-    ) -> Any:
-        """Does item number `mine` of the group `home` and what the thread gets then: by claiming or, when all `total`
-        of the phase are claimed, by helping. How many the group has, and what was got last.
-        """
-        item, rows, groups = 0, frame[Frame.TILE_ROWS], frame[Frame.GROUPS]
-        for slice_ in range(frame[Frame.SLICES]):
-            first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
-            queries = (first_rows[1] - first_rows[0]) * group
-            tiles = 1 if queries == group else (queries + tall - 1) // tall
-            for tile in range(tiles - 1, -1, -1):  # the longest work first
-                if (first_rows[0] + tile * tall // group) // rows % groups != home:
-                    continue
-                for head in range(kv_heads):
-                    if item == mine:
-                        attend_tile(frame, layer, slice_, head, tile * tall, scratch + row_bytes)
-                        done(control, members, rank, item)
-                        mine = help_out(control, members, rank, total) if total else claim(control, rank, home)
-                    item += 1
-        return item, mine
-
-    def attend(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
-        frame = longs(at, FRAME_FIELDS)
-        groups, total = frame[Frame.GROUPS], 0
-        for turn in range(groups):
-            home = (rank + turn) % groups
-            mine = claim(control, rank, home)
-            total += attend_items(control, members, rank, frame, layer, scratch, home, mine, 0)[0]
-        mine = help_out(control, members, rank, total)
-        while mine >= 0:  # in steps of one group
-            mine = attend_items(control, members, rank, frame, layer, scratch, 0, mine, total)[1]
-
-    return attend
+    return attend_tile
