@@ -27,7 +27,7 @@ from services.worker.engine.kernels.compiled.attention_products import (
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import floats, store_float32
 from services.worker.engine.kernels.compiled.matrix_tiles import TILE_DEPTH
-from services.worker.engine.kernels.compiled.rows import Floats, exp, norm, put_floats, put_pairs, rotate
+from services.worker.engine.kernels.compiled.rows import Floats, copy, exp, norm, put_floats, put_pairs, rotate
 from services.worker.engine.kernels.compiled.vectors import (
     BF16,
     F32,
@@ -138,7 +138,7 @@ def _make_put_query(head_dim: int, pairs: bool, qk_norm: bool, eps: float) -> An
         if qk_norm:
             norm(floats(query, head_dim), floats(q_norm, head_dim), eps, temp)
         else:
-            temp[:] = floats(query, head_dim)
+            copy(floats(query, head_dim), temp)
         rotate(temp, floats(cos + token * half * 4, half), floats(sin + token * half * 4, half))
         _scale(temp, scale)
         put(temp.ctypes.data, head_dim, 0, 0, 1, head_dim, to, 0, 0)

@@ -20,7 +20,7 @@ from services.worker.engine.kernels.compiled.frame import (
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import call_address, float_of_bits, floats, halves, longs
 from services.worker.engine.kernels.compiled.packing import padded_columns
-from services.worker.engine.kernels.compiled.rows import add, add_to, bfloat16_bits, norm, rotate, swiglu
+from services.worker.engine.kernels.compiled.rows import add, add_to, bfloat16_bits, copy, norm, rotate, swiglu
 from services.worker.engine.kernels.compiled.team import claim, done, help_out, next_item
 from services.worker.engine.kernels.compiled.tiles import GROUP
 
@@ -117,7 +117,7 @@ def _make_begin_row(shape: Shape) -> Any:
     def begin_row(frame: Any, row: int, out: Any) -> None:
         token = longs(frame[Frame.TOKENS], frame[Frame.ROWS])[row]
         if bits == 32:
-            out[:] = floats(frame[Frame.EMBEDDING] + 4 * token * hidden, hidden)
+            copy(floats(frame[Frame.EMBEDDING] + 4 * token * hidden, hidden), out)
         else:
             source = halves(frame[Frame.EMBEDDING] + 2 * token * hidden, hidden)
             for i in range(hidden):
@@ -159,7 +159,7 @@ def make_write_kv(isa: Isa, shape: Shape) -> Kernel:
             if qk_norm:
                 norm(product, floats(frame[Frame.QK_NORMS] + 4 * (2 * layer + 1) * head_dim, head_dim), eps, key)
             else:
-                key[:] = product
+                copy(product, key)
             rotate(key, cos, sin)
             store(pool + (head * per_head + slot) * element, key, block_size)
             value = floats(source + 4 * (kv_heads + head) * head_dim, head_dim)

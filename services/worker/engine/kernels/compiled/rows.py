@@ -68,6 +68,13 @@ def exp(x: float) -> float:
     return p * float_of_bits((int32(power) + int32(127)) << int32(23))
 
 
+@njit(nogil=True, error_model="numpy")
+def copy(x: Floats, out: Floats) -> None:
+    """out = x, in other memory. numba's own assignment asks whether they overlap, and then copies one by one."""
+    for i in range(len(x)):
+        out[i] = x[i]
+
+
 @njit(nogil=True, error_model="numpy", fastmath=_FAST)
 def add(x: Floats, y: Floats, out: Floats) -> None:
     """out = x + y, in other memory than both: LLVM's vector code is for arrays that do not overlap."""
