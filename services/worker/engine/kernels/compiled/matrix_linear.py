@@ -19,9 +19,9 @@ from services.worker.engine.kernels.compiled.rows import add, add_to
 from services.worker.engine.kernels.compiled.sharing import panels_of, share_out
 from services.worker.engine.kernels.compiled.team import done, next_item
 
-_AHEAD_BYTES = 8192  # how far before its use a weight is asked for by the tiles that use it first
-_SHARES = 4  # of a panel that is fetched while others compute
-_NOTHING, _SHARE, _ALL = range(3)
+_AHEAD_BYTES = 8192  # how far before its use a weight is asked for by a tile that uses it alone
+_FEW_SHARES, _MANY_SHARES = 8, 16  # of a panel that is fetched while others compute
+_NOTHING, _LARGE, _SMALL, _ALL = range(4)  # what a tile, or pair, fetches: a share, or as much as it uses
 _STEP_LINES = STEP_BYTES // 64
 _SUMS = 4 * PANEL_COLUMNS  # bytes of a row of a panel's sums
 _WORD = 2  # bytes of an activation
@@ -138,7 +138,9 @@ def _make_multiply() -> Any:
     single, pair = tile_products(1), tile_products(2, passing=True)
     single_ahead = tile_products(1, fetched_lines=_STEP_LINES)
     pair_ahead = tile_products(2, passing=True, fetched_lines=_STEP_LINES)
-    pair_beside = tile_products(2, passing=True, fetched_lines=_STEP_LINES // _SHARES)
+    pair_large, pair_small = (
+        tile_products(2, passing=True, fetched_lines=_STEP_LINES // shares) for shares in (_FEW_SHARES, _MANY_SHARES)
+    )
 
     @njit(nogil=True, error_model="numpy")
     def multiply(
@@ -151,8 +153,10 @@ def _make_multiply() -> Any:
         arguments = (x, run, run * rows, apart, weights, steps, out, out_row_bytes, out_apart, weights + further)
         if both and share == _ALL:
             pair_ahead(*arguments)
-        elif both and share == _SHARE:
-            pair_beside(*arguments)
+        elif both and share == _LARGE:
+            pair_large(*arguments)
+        elif both and share == _SMALL:
+            pair_small(*arguments)
         elif both:
             pair(*arguments)
         elif share == _ALL:
@@ -167,10 +171,13 @@ def _make_multiply() -> Any:
 def _fetch(tile: int, groups: int, tiles: int, panel_bytes: int) -> Any:
     """What weights are fetched while a tile, or pair, uses a panel: how much of it, and how many bytes further.
 
-    Where few tiles use a panel, the first have it from memory, and ask for what they use next. Where many do, the first
-    fetch a share of the next panel each.
+    A single one has the weights from memory, and asks for what it uses next. Of several, the first fetch a share of the
+    next panel each: the smaller, the less they wait for it.
     """
     before, count = tile // groups // 2, (tiles + 2 * groups - 1) // (2 * groups)
-    if count <= _SHARES:
-        return (_ALL, _AHEAD_BYTES) if before == 0 else (_NOTHING, 0)
-    return (_SHARE, panel_bytes + before * (panel_bytes // _SHARES)) if before < _SHARES else (_NOTHING, 0)
+    if count == 1:
+        return _ALL, _AHEAD_BYTES
+    shares = _FEW_SHARES if count < _MANY_SHARES else _MANY_SHARES
+    if before >= shares:
+        return _NOTHING, 0
+    return _LARGE if shares == _FEW_SHARES else _SMALL, panel_bytes + before * (panel_bytes // shares)
