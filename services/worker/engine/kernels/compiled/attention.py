@@ -48,16 +48,21 @@ from services.worker.engine.kernels.compiled.vectors import (
     vector,
 )
 
+_CHUNKS_LAID = 4  # that are kept for the tiles to come, which often have the same keys before them
 _RUN = 4  # vectors of scores that are compared at once
 _LN2 = float32(np.log(2.0))
 _UNSEEN = float32(-np.inf)
 
 
 def attention_scratch_bytes(isa: Isa, rows: int, kv_bits: int, head_dim: int, block_size: int) -> int:
-    """What a tile of `rows` queries needs: outputs, queries, a row's largest score and sum; scores; panels."""
+    """What a tile of `rows` queries needs: outputs, queries, a row's largest score and sum; scores."""
     rows, at_once = tile_queries(isa, rows, kv_bits, head_dim)
-    panels = panels_bytes(head_dim, block_size) if by_matrices(isa, kv_bits, head_dim) else 0
-    return 4 * rows * (2 * head_dim + 2) + 4 * at_once * score_columns(block_size) + panels
+    return 4 * rows * (2 * head_dim + 2) + 4 * at_once * score_columns(block_size)
+
+
+def laid_bytes(isa: Isa, kv_bits: int, head_dim: int, block_size: int) -> int:
+    """What a thread needs for the chunks that it has laid out, whatever the tiles: a multiple of 64."""
+    return _CHUNKS_LAID * panels_bytes(head_dim, block_size) if by_matrices(isa, kv_bits, head_dim) else 0
 
 
 def make_attend(
@@ -65,10 +70,11 @@ def make_attend(
 ) -> Any:
     """`attend(...)` for tiles of `rows` queries; query i is head i % group of the sequence's token i // group.
 
-    Arguments: the first query of the tile, of how many; the first token's position; window; addresses of that token's
-    queries of this KV head in the qkv product, of its bytes per token, of the query norm's weight, of cosines and sines
-    [tokens][head_dim / 2]; of the sequence's block table, of the head's keys and values in block 0; bytes per block;
-    address of scratch memory. The outputs, [rows][head_dim], are left at its start.
+    Arguments: the phase's number; the first query of the tile, of how many; the first token's position; window;
+    addresses of that token's queries of this KV head in the qkv product, of its bytes per token, of the query norm's
+    weight, of cosines and sines [tokens][head_dim / 2]; of the sequence's block table, of the head's keys and values in
+    block 0; bytes per block; addresses of `laid_bytes` that are the thread's own, and of scratch memory. The outputs,
+    [rows][head_dim], are left at its start.
     """
     pairs = isa.activation_bits(kv_bits) == 16
     matrices, columns = by_matrices(isa, kv_bits, head_dim), score_columns(block_size)
@@ -80,16 +86,16 @@ def make_attend(
     put_query = _make_put_query(head_dim, pairs, qk_norm, eps)
     power = short_power_of_two if matrices else power_of_two
     find_largest, exponentials = _make_find_largest(isa), _exponentials(isa, pairs, power)
+    panel_bytes = panels_bytes(head_dim, block_size)
     query_bytes, chunk_blocks = (2 if pairs else 4) * head_dim, chunk_tokens(block_size) // block_size
 
     def attend(
-        first: int, queries: int, start: int, window: int, qkv: int, token_bytes: int, q_norm: int, cos: int, sin: int,
-        table: int, keys: int, values: int, block_bytes: int, scratch: int,
+        phase: int, first: int, queries: int, start: int, window: int, qkv: int, token_bytes: int, q_norm: int,
+        cos: int, sin: int, table: int, keys: int, values: int, block_bytes: int, laid: int, scratch: int,
     ) -> None:  # fmt: skip
         packed = scratch + 4 * rows * head_dim
         largest, sums = floats(packed + 4 * rows * head_dim, rows), floats(packed + 4 * rows * (head_dim + 1), rows)
         scores = packed + 4 * rows * (head_dim + 2)
-        panels = scores + 4 * at_once * columns
         count = min(rows, queries - first)
         for row in range(count):
             token, head = (first + row) // group, (first + row) % group
@@ -104,8 +110,9 @@ def make_attend(
         while block < end_block:
             end_of_chunk = min((block // chunk_blocks + 1) * chunk_blocks, end_block)
             before, blocks_at = block * block_size, table + 4 * block
+            panels = laid + block // chunk_blocks % _CHUNKS_LAID * panel_bytes
             width = (end_of_chunk - block) * block_size
-            lay(keys, values, blocks_at, block_bytes, min(end - before, width), panels)
+            lay(phase, keys, values, blocks_at, block_bytes, min(end - before, width), panels)
             for top in range(0, count, at_once):
                 some = min(at_once, count - top)
                 tokens = min(start + (first + top + some - 1) // group + 1 - before, width)

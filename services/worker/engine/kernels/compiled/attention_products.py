@@ -1,7 +1,8 @@
 """The two products of attention, of a tile's queries with a chunk of the context: by vectors, or by matrices.
 
 Both are made for tiles with room for `rows` queries (see `tile_queries`):
-`lay(keys, values, table, block_bytes, tokens, panels)` prepares a chunk of so many tokens;
+`lay(phase, keys, values, table, block_bytes, tokens, panels)` prepares a chunk of so many tokens, unless that was the
+last it did with these panels in this phase;
 `score(count, queries, keys, table, tokens, block_bytes, scores, panels)` writes the scores of its first `tokens` keys,
 [queries][score_columns], of the first `count` of the queries that are taken at once, and something for the others;
 `weigh(count, weights, values, table, block_bytes, tokens, out, panels)` adds their weighted values to out,
@@ -21,7 +22,7 @@ from services.worker.engine.kernels.compiled.attention_tiles import (
     weigh_values,
 )
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.machine import halves, load_int32
+from services.worker.engine.kernels.compiled.machine import fetching, halves, load_int32, longs, store_int32
 from services.worker.engine.kernels.compiled.matrix_tiles import (
     PANEL_COLUMNS,
     TILE_DEPTH,
@@ -34,6 +35,8 @@ from services.worker.engine.kernels.compiled.matrix_tiles import (
 from services.worker.engine.kernels.compiled.tiles import FLOAT32
 
 _CHUNK_TOKENS = 512  # about so many
+_BLOCKS_AHEAD = 2  # how far before its use a block's keys are asked for
+_NAME = 3  # int64s that name what panels hold, before the chunk's block numbers: phase, keys, tokens
 _MAX_BLOCKS = 4  # whose scores one tile of vectors computes at once
 _LINE = 4 * PANEL_COLUMNS  # bytes of a panel's row
 
@@ -50,8 +53,9 @@ def score_columns(block_size: int) -> int:
 
 
 def panels_bytes(head_dim: int, block_size: int) -> int:
-    """Of a chunk's keys, its values, and a row of zeros."""
-    return 2 * head_dim * (2 * chunk_tokens(block_size) + 1)
+    """Of a chunk's keys, its values, a row of zeros, and what chunk it is."""
+    size = 2 * head_dim * (2 * chunk_tokens(block_size) + 1) + 8 * _NAME + 4 * chunk_tokens(block_size) // block_size
+    return -(-size // 64) * 64
 
 
 def by_matrices(isa: Isa, kv_bits: int, head_dim: int) -> bool:
@@ -81,7 +85,7 @@ def make_vector_products(isa: Isa, rows: int, *, head_dim: int, block_size: int,
     parts = columns // vectors
 
     @njit(nogil=True, error_model="numpy")
-    def lay(_: int, __: int, ___: int, ____: int, _____: int, ______: int) -> None:
+    def lay(_: int, __: int, ___: int, ____: int, _____: int, ______: int, _______: int) -> None:
         return
 
     @njit(nogil=True, error_model="numpy")
@@ -157,14 +161,22 @@ def _make_product(*, adding: bool) -> Any:
 
 def _make_lay(head_dim: int, block_size: int) -> Any:
     key_panel_bytes, value_panel_bytes, of_chunk = _panel_sizes(head_dim, block_size)
+    fetch = fetching(2 * head_dim * block_size)
 
     @njit(nogil=True, error_model="numpy")
-    def lay(keys: int, values: int, table: int, block_bytes: int, tokens: int, panels: int) -> None:
+    def lay(phase: int, keys: int, values: int, table: int, block_bytes: int, tokens: int, panels: int) -> None:
         """Keys as [tokens / PANEL_COLUMNS][head_dim / 2][PANEL_COLUMNS] words of two k, and values as
         [head_dim / PANEL_COLUMNS][tokens / 2][PANEL_COLUMNS] words of two tokens, zeros after the last.
         """
+        last = (tokens - 1) // block_size
+        if not _rename(panels + 2 * of_chunk + 2 * head_dim, phase, keys, tokens, table, last + 1):
+            return
         for token in range(0, tokens, TILE_ROWS):
-            block = keys + load_int32(table + 4 * (token // block_size)) * block_bytes
+            at = load_int32(table + 4 * (token // block_size)) * block_bytes
+            if token % block_size == 0:  # no processor foresees where the next block is
+                fetch(values + at)
+                fetch(keys + load_int32(table + 4 * min(token // block_size + _BLOCKS_AHEAD, last)) * block_bytes)
+            block = keys + at
             source = block + 2 * (token % block_size)
             to = panels + token // PANEL_COLUMNS * key_panel_bytes + 4 * (token % PANEL_COLUMNS)
             for k in range(0, head_dim, 2):
@@ -185,3 +197,16 @@ def _make_lay(head_dim: int, block_size: int) -> Any:
                 pair_rows(first + 2 * k, second + 2 * k, line)
 
     return lay
+
+
+@njit(nogil=True, error_model="numpy")
+def _rename(name: int, phase: int, keys: int, tokens: int, table: int, blocks: int) -> bool:
+    """Names what panels hold from now on; False if it is what they hold already."""
+    facts, numbers = longs(name, _NAME), name + 8 * _NAME
+    same = facts[0] == phase and facts[1] == keys and facts[2] == tokens
+    facts[0], facts[1], facts[2] = phase, keys, tokens
+    for block in range(blocks):
+        number = load_int32(table + 4 * block)
+        same = same and load_int32(numbers + 4 * block) == number
+        store_int32(numbers + 4 * block, number)
+    return not same

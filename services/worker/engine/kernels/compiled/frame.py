@@ -11,7 +11,7 @@ from typing import Any
 
 from numba import njit
 
-from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes
+from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes, laid_bytes
 from services.worker.engine.kernels.compiled.attention_products import by_matrices
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.matrix_linear import GATED_SUMS
@@ -127,7 +127,8 @@ def row_scratch_bytes(isa: Isa, shape: Shape) -> int:
 
 
 def scratch_bytes(isa: Isa, shape: Shape) -> int:
-    """What one thread needs: a row or a tile's sums, and a tile of attention."""
+    """What one thread needs: a row or a tile's sums, chunks of keys and values, and a tile of attention."""
     row = row_scratch_bytes(isa, shape)
     tile_rows = max(tall_rows(isa, shape.kv_bits, shape.head_dim), shape.heads // shape.kv_heads)
-    return row + attention_scratch_bytes(isa, tile_rows, shape.kv_bits, shape.head_dim, shape.block_size)
+    laid = laid_bytes(isa, shape.kv_bits, shape.head_dim, shape.block_size)
+    return row + laid + attention_scratch_bytes(isa, tile_rows, shape.kv_bits, shape.head_dim, shape.block_size)

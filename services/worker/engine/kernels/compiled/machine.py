@@ -6,7 +6,16 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from services.worker.engine.kernels.compiled.vectors import F32, I32, I64, Builder, Value, call, pointer
+from services.worker.engine.kernels.compiled.vectors import (
+    F32,
+    I32,
+    I64,
+    Builder,
+    Value,
+    call,
+    fetch_lines,
+    pointer,
+)
 
 SEMAPHORE_BYTES = 32  # sizeof(sem_t) with glibc and musl on 64-bit machines
 
@@ -109,6 +118,20 @@ def atomic_load(_: Any, address: Any) -> Any:
         return builder.load_atomic(pointer(builder, arguments[0]), "seq_cst", 8, typ=I64)
 
     return types.int64(types.int64), generate
+
+
+def fetching(size: int) -> Any:
+    """Intrinsic (address): has so many bytes come to the second-level cache; no memory need be there."""
+
+    @intrinsic
+    def fetch(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Builder, __: Any, arguments: Any) -> Value:
+            fetch_lines(builder, pointer(builder, arguments[0]), size)
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return fetch
 
 
 @intrinsic

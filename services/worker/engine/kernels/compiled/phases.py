@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit, uint32
 
+from services.worker.engine.kernels.compiled.attention import laid_bytes
 from services.worker.engine.kernels.compiled.frame import (
     FRAME_FIELDS,
     Frame,
@@ -21,7 +22,7 @@ from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import call_address, float_of_bits, floats, halves, longs
 from services.worker.engine.kernels.compiled.packing import padded_columns
 from services.worker.engine.kernels.compiled.rows import add, add_to, bfloat16_bits, copy, norm, rotate, swiglu
-from services.worker.engine.kernels.compiled.team import claim, done, help_out, next_item
+from services.worker.engine.kernels.compiled.team import claim, done, help_out, next_item, phase_of
 from services.worker.engine.kernels.compiled.tiles import GROUP
 
 SWIGLU_PARTS = 4  # that a tile's columns are shared out by, at most
@@ -209,17 +210,17 @@ def _make_attend_items(isa: Isa, shape: Shape) -> Any:
         """Does item number `mine` of the group `home` and what the thread gets then: by claiming or, when all `total`
         of the phase are claimed, by helping. How many the group has, and what was got last.
         """
-        item, rows, groups = 0, frame[Frame.TILE_ROWS], frame[Frame.GROUPS]
-        for slice_ in range(frame[Frame.SLICES]):
-            first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
-            queries = (first_rows[1] - first_rows[0]) * group
-            tiles = 1 if queries == group else (queries + tall - 1) // tall
-            for tile in range(tiles - 1, -1, -1):  # the longest work first
-                if (first_rows[0] + tile * tall // group) // rows % groups != home:
-                    continue
-                for head in range(kv_heads):
+        item, rows, groups, phase = 0, frame[Frame.TILE_ROWS], frame[Frame.GROUPS], phase_of(control, rank)
+        for head in range(kv_heads):  # what has the same keys before it follows one another
+            for slice_ in range(frame[Frame.SLICES]):
+                first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
+                queries = (first_rows[1] - first_rows[0]) * group
+                tiles = 1 if queries == group else (queries + tall - 1) // tall
+                for tile in range(tiles - 1, -1, -1):  # the longest work first
+                    if (first_rows[0] + tile * tall // group) // rows % groups != home:
+                        continue
                     if item == mine:
-                        attend_tile(frame, layer, slice_, head, tile * tall, scratch + row_bytes)
+                        attend_tile(phase, frame, layer, slice_, head, tile * tall, scratch + row_bytes)
                         done(control, members, rank, item)
                         mine = help_out(control, members, rank, total) if total else claim(control, rank, home)
                     item += 1
@@ -234,9 +235,11 @@ def _make_attend_tile(isa: Isa, shape: Shape) -> Any:
     tall, put = tall_rows(isa, shape.kv_bits, shape.head_dim), shape.put
     token_bytes = 4 * padded_columns(shape.qkv_size, isa)
     head_bytes = head_dim * block_size * shape.kv_bits // 8
+    of_laid = laid_bytes(isa, shape.kv_bits, head_dim, block_size)
 
     @njit(nogil=True, error_model="numpy")
-    def attend_tile(frame: Any, layer: int, slice_: int, head: int, first: int, scratch: int) -> None:
+    def attend_tile(phase: int, frame: Any, layer: int, slice_: int, head: int, first: int, laid: int) -> None:
+        scratch = laid + of_laid
         start_row, end_row = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
         start = longs(frame[Frame.POSITIONS] + 8 * start_row, 1)[0]
         queries = (end_row - start_row) * group
@@ -248,8 +251,8 @@ def _make_attend_tile(isa: Isa, shape: Shape) -> Any:
         keys = frame[Frame.KV] + (2 * layer * kv_heads + head) * head_bytes
         values = keys + kv_heads * head_bytes
         arguments = (
-            first, queries, start, window, qkv, token_bytes, q_norm, cos, sin, table, keys, values,
-            frame[Frame.KV_BLOCK_BYTES], scratch,
+            phase, first, queries, start, window, qkv, token_bytes, q_norm, cos, sin, table, keys, values,
+            frame[Frame.KV_BLOCK_BYTES], laid, scratch,
         )  # fmt: skip
         call_address(frame[Frame.ATTEND_TOKEN] if queries == group else frame[Frame.ATTEND_TILE], arguments)
         x = place(frame, Frame.X, 4 * layer + 1)

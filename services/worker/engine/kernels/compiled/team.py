@@ -58,6 +58,12 @@ def new_control(members: int, items: int = 0) -> npt.NDArray[np.int64]:
 
 
 @njit(nogil=True, error_model="numpy")
+def phase_of(control: int, rank: int) -> int:
+    """The number of the thread's phase, which no other phase of the team ever has."""
+    return _notes(control, rank)[_AT]
+
+
+@njit(nogil=True, error_model="numpy")
 def claim(control: int, rank: int, part: int) -> int:
     """The number, from 0, of the item of a part that is now this thread's; it may lie beyond the last item."""
     phase, counter = _notes(control, rank)[_AT], _member(control, part) + 8 * _COUNTER

@@ -1,14 +1,18 @@
 """Attention tiles against the plain kernels: every slice of a mixed batch, over scattered blocks."""
 
+import itertools
 from dataclasses import dataclass
+from functools import cache
+from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
 from services.worker.engine.batcher import Batch, Slice
-from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes, make_attend
+from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes, laid_bytes, make_attend
 from services.worker.engine.kernels.compiled.attention_products import chunk_tokens
 from services.worker.engine.kernels.compiled.frame import NO_WINDOW, tall_rows
 from services.worker.engine.kernels.compiled.packing import aligned_zeros
@@ -21,6 +25,8 @@ from tests.services.worker.engine.tiny_models import make_sequence
 BLOCKS, KV_HEADS = 256, 2
 CPU = torch.device("cpu")
 EPS = 1e-6
+NUMBERS = itertools.count(1)
+PHASES: WeakKeyDictionary[PagedKV, int] = WeakKeyDictionary()  # by pool, whose contents do not change meanwhile
 CHUNK = chunk_tokens(16)
 # (context with this step, tokens of this step): decodes, fresh prefills, ones that resume at, in and after a block, and
 # the same around the end of a chunk
@@ -60,6 +66,14 @@ ALL_HEADS = (
 )  # fmt: skip
 
 
+@cache
+def laid_memory(heads: Heads) -> npt.NDArray[np.float32]:
+    """What tiles find there that others have left."""
+    laid = aligned_zeros((laid_bytes(ISA, heads.kv_bits, heads.head_dim, heads.block_size) // 4,), np.float32)
+    laid[:] = np.nan
+    return laid
+
+
 def attend_tile(
     heads: Heads, piece: Slice, queries: Tensor, kv: PagedKV, window: int, head: int, first: int, height: int
 ) -> Tensor:
@@ -71,13 +85,15 @@ def attend_tile(
     size = attention_scratch_bytes(ISA, height, heads.kv_bits, heads.head_dim, heads.block_size)
     scratch = aligned_zeros((-(-size // 4),), np.float32)
     scratch[:] = np.nan  # whatever was there before
+    laid = laid_memory(heads)
     qkv = np.ascontiguousarray(queries[:, head * heads.group :].numpy())
     half = heads.head_dim // 2
     cos, sin = np.ones((piece.length, half), np.float32), np.zeros((piece.length, half), np.float32)
     layer, table = kv.layers[0], np.array(piece.sequence.blocks, np.int32)
+    phase = PHASES.setdefault(kv, next(NUMBERS))
     kernel(
-        first, piece.length * heads.group, piece.start, window, qkv, qkv.strides[0], 0, cos, sin, table,
-        layer.key[0, head].data_ptr(), layer.value[0, head].data_ptr(), kv.block_bytes, scratch,
+        phase, first, piece.length * heads.group, piece.start, window, qkv, qkv.strides[0], 0, cos, sin, table,
+        layer.key[0, head].data_ptr(), layer.value[0, head].data_ptr(), kv.block_bytes, laid, scratch,
     )  # fmt: skip
     return torch.from_numpy(scratch[: height * heads.head_dim].reshape(height, -1))
 
