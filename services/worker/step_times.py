@@ -37,6 +37,7 @@ def main() -> None:
     folder = model_store.resolve(settings.model, root=settings.store)
     runner = build_runner(settings, folder)
     runner.warm_up()
+    runner.kv.storage.zero_()  # what was never written is one page of zeros to the system, and soon in a cache
     facts = runner.facts
     kind = " ".join(
         part

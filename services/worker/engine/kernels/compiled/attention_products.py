@@ -8,7 +8,7 @@ last it did with these panels in this phase;
 `weigh(count, weights, values, table, block_bytes, tokens, out, panels)` adds their weighted values to out,
 [queries][head_dim]; the weights lie where the scores were.
 `keys` and `values` are the addresses of a head's in block 0, `table` that of the chunk's first block number. `panels`
-is memory to work in.
+is the thread's own memory, which keeps what was laid out there until the phase ends.
 """
 
 from typing import Any
@@ -103,7 +103,7 @@ def make_vector_products(isa: Isa, rows: int, *, head_dim: int, block_size: int,
 
 
 def make_matrix_products(_: Isa, rows: int, *, head_dim: int, block_size: int, kv_bits: int) -> Any:
-    """Keys and values of bfloat16 are laid out as panels for each tile, which is why a tile should have many queries.
+    """Keys and values of bfloat16 are laid out as panels, which is why a tile should have many queries.
 
     A chunk has to begin at a multiple of TILE_DEPTH tokens, since so many are summed at once.
     """
@@ -169,7 +169,7 @@ def _make_lay(head_dim: int, block_size: int) -> Any:
         [head_dim / PANEL_COLUMNS][tokens / 2][PANEL_COLUMNS] words of two tokens, zeros after the last.
         """
         last = (tokens - 1) // block_size
-        if not _rename(panels + 2 * of_chunk + 2 * head_dim, phase, keys, tokens, table, last + 1):
+        if not _takes_name(panels + 2 * of_chunk + 2 * head_dim, phase, keys, tokens, table, last + 1):
             return
         for token in range(0, tokens, TILE_ROWS):
             at = load_int32(table + 4 * (token // block_size)) * block_bytes
@@ -200,8 +200,8 @@ def _make_lay(head_dim: int, block_size: int) -> Any:
 
 
 @njit(nogil=True, error_model="numpy")
-def _rename(name: int, phase: int, keys: int, tokens: int, table: int, blocks: int) -> bool:
-    """Names what panels hold from now on; False if it is what they hold already."""
+def _takes_name(name: int, phase: int, keys: int, tokens: int, table: int, blocks: int) -> bool:
+    """Names what panels are to hold from now on; False if they hold it already."""
     facts, numbers = longs(name, _NAME), name + 8 * _NAME
     same = facts[0] == phase and facts[1] == keys and facts[2] == tokens
     facts[0], facts[1], facts[2] = phase, keys, tokens

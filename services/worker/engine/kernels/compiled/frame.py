@@ -20,7 +20,7 @@ from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats, 
 Kernel = Callable[..., None]  # of int64s alone, to be compiled
 
 NO_WINDOW = 1 << 40
-_MATRIX_QUERIES = 192  # in a tile of attention by matrices: it lays out a chunk's keys and values anew for so many
+_MATRIX_QUERIES = 192  # in a tile of attention by matrices: a chunk's keys and values are read from panels for so many
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ class Library:
     """Addresses of compiled functions by name; the code lives as long as this does."""
 
     addresses: Mapping[str, int]
-    _engine: Any
+    _engine: Any  # which the code ends with
 
 
 def kept_library(compile_: Callable[[], bytes], made_for: str, folder: Path | None) -> Library:

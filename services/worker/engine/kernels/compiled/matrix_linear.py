@@ -19,7 +19,7 @@ from services.worker.engine.kernels.compiled.rows import add, add_to
 from services.worker.engine.kernels.compiled.sharing import panels_of, share_out
 from services.worker.engine.kernels.compiled.team import done, next_item
 
-_AHEAD_BYTES = 8192  # how far before its use a weight is asked for by a tile that uses it alone
+_AHEAD_BYTES = 8192  # how far before its use a weight is asked for by a tile, or pair, that uses it alone
 _FEW_SHARES, _MANY_SHARES = 8, 16  # of a panel that is fetched while others compute
 _NOTHING, _LARGE, _SMALL, _ALL = range(4)  # what a tile, or pair, fetches: a share, or as much as it uses
 _STEP_LINES = STEP_BYTES // 64

@@ -216,7 +216,7 @@ def _make_attend_items(isa: Isa, shape: Shape) -> Any:
                 first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
                 queries = (first_rows[1] - first_rows[0]) * group
                 tiles = 1 if queries == group else (queries + tall - 1) // tall
-                for tile in range(tiles - 1, -1, -1):  # the longest work first
+                for tile in range(tiles - 1, -1, -1):  # the longest work first, of a head
                     if (first_rows[0] + tile * tall // group) // rows % groups != home:
                         continue
                     if item == mine:
@@ -239,7 +239,7 @@ def _make_attend_tile(isa: Isa, shape: Shape) -> Any:
 
     @njit(nogil=True, error_model="numpy")
     def attend_tile(phase: int, frame: Any, layer: int, slice_: int, head: int, first: int, laid: int) -> None:
-        scratch = laid + of_laid
+        scratch = laid + of_laid  # behind the chunks that this thread has laid out
         start_row, end_row = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
         start = longs(frame[Frame.POSITIONS] + 8 * start_row, 1)[0]
         queries = (end_row - start_row) * group

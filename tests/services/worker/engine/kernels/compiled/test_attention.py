@@ -13,7 +13,7 @@ from torch import Tensor
 
 from services.worker.engine.batcher import Batch, Slice
 from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes, laid_bytes, make_attend
-from services.worker.engine.kernels.compiled.attention_products import chunk_tokens
+from services.worker.engine.kernels.compiled.attention_products import by_matrices, chunk_tokens
 from services.worker.engine.kernels.compiled.frame import NO_WINDOW, tall_rows
 from services.worker.engine.kernels.compiled.packing import aligned_zeros
 from services.worker.engine.kernels.paged_kv import LayerShape, PagedKV
@@ -153,3 +153,20 @@ def test_a_querys_result_does_not_depend_on_its_slice(heads: Heads, window: int)
         for token in (0, 1, piece.length // 2, piece.length - 1):
             alone = Slice(piece.sequence, piece.start + token, 1)
             assert torch.equal(attend_slice(heads, alone, queries[token : token + 1], kv, window)[0], together[token])
+
+
+@pytest.mark.parametrize("heads", ALL_HEADS, ids=str)
+def test_what_was_laid_out_serves_until_the_phase_ends(heads: Heads) -> None:
+    torch.manual_seed(2)
+    kv, slices = random_slices(heads)
+    piece = slices[6]
+    queries = torch.randn(1, KV_HEADS * heads.group, heads.head_dim)
+
+    def attend() -> Tensor:
+        return attend_tile(heads, piece, queries, kv, NO_WINDOW, 0, 0, heads.group)[: heads.group]
+
+    before = attend()
+    kv.storage.mul_(-0.5)  # as no step does within a phase
+    assert torch.equal(attend(), before) == by_matrices(ISA, heads.kv_bits, heads.head_dim)
+    PHASES[kv] = next(NUMBERS)
+    assert not torch.equal(attend(), before)
