@@ -73,7 +73,7 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
     weights' words, gate's panels before up's, and of the bias (0: none), of the activations to write; scratch memory of
     GATED_SUMS float32.
     """
-    multiply, gate_tiles = _make_multiply(), _make_gate_tiles(intermediate)
+    multiply_tiles, gate_tiles = _make_multiply_tiles(hidden), _make_gate_tiles(intermediate)
     assert PANEL_COLUMNS == TILE_DEPTH  # what a panel leaves is a step of the product down
     panels = intermediate // PANEL_COLUMNS
     panel_bytes, up_bytes = _WORD * hidden * PANEL_COLUMNS, _WORD * hidden * intermediate
@@ -82,8 +82,8 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
         control: int, members: int, rank: int, groups: int, tiles: int, rows: int, x: int, words: int, bias: int,
         to: int, scratch: int,
     ) -> None:  # fmt: skip
-        tile_bytes, pair_bytes = _WORD * hidden * rows, 2 * rows * _SUMS
-        apart, ups = groups * tile_bytes, scratch + _PAIRS * pair_bytes
+        pair_bytes = 2 * rows * _SUMS
+        ups = scratch + _PAIRS * pair_bytes
         parts, items = share_out(panels, 1, groups, members)
         item = next_item(control, members, rank, parts, items)
         while item >= 0:
@@ -95,16 +95,12 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
             while first < tiles:
                 last, gates = min(tiles, first + 2 * groups * _PAIRS), scratch
                 for tile in range(first, last, 2 * groups):
-                    pair, fetch = tile + groups < tiles, _fetch(tile, groups, tiles, panel_bytes)
-                    at = x + tile * tile_bytes
-                    multiply(pair, fetch, rows, hidden, at, apart, weights, gates, _SUMS, rows * _SUMS)
+                    multiply_tiles(tile, groups, tiles, rows, x, weights, gates)
                     gates += pair_bytes
                 gates = scratch
                 for tile in range(first, last, 2 * groups):
-                    pair, fetch = tile + groups < tiles, _fetch(tile, groups, tiles, panel_bytes)
-                    at = x + tile * tile_bytes
-                    multiply(pair, fetch, rows, hidden, at, apart, weights + up_bytes, ups, _SUMS, rows * _SUMS)
-                    gate_tiles(2 if pair else 1, rows, gates, ups, bias, panel, to, tile, groups)
+                    count = multiply_tiles(tile, groups, tiles, rows, x, weights + up_bytes, ups)
+                    gate_tiles(count, rows, gates, ups, bias, panel, to, tile, groups)
                     gates += pair_bytes
                 first = last
             end_tiles()
@@ -112,6 +108,20 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
             item = next_item(control, members, rank, parts, items)
 
     return gated
+
+
+def _make_multiply_tiles(depth: int) -> Any:
+    multiply, panel_bytes = _make_multiply(), _WORD * depth * PANEL_COLUMNS
+
+    @njit(nogil=True, error_model="numpy")
+    def multiply_tiles(tile: int, groups: int, tiles: int, rows: int, x: int, weights: int, sums: int) -> int:
+        """The next two tiles of the group, or the last one, with one panel: how many they were."""
+        pair, tile_bytes = tile + groups < tiles, _WORD * depth * rows
+        fetch, at = _fetch(tile, groups, tiles, panel_bytes), x + tile * tile_bytes
+        multiply(pair, fetch, rows, depth, at, groups * tile_bytes, weights, sums, _SUMS, rows * _SUMS)
+        return 2 if pair else 1
+
+    return multiply_tiles
 
 
 def _make_gate_tiles(intermediate: int) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit, uint32
 
 from services.worker.engine.kernels.compiled.attention import laid_bytes
+from services.worker.engine.kernels.compiled.attention_products import by_matrices
 from services.worker.engine.kernels.compiled.frame import (
     FRAME_FIELDS,
     Frame,
@@ -202,6 +203,8 @@ def _make_attend_items(isa: Isa, shape: Shape) -> Any:
     group, kv_heads = shape.heads // shape.kv_heads, shape.kv_heads
     tall, attend_tile = tall_rows(isa, shape.kv_bits, shape.head_dim), _make_attend_tile(isa, shape)
     row_bytes = row_scratch_bytes(isa, shape)  # at the start of scratch, for the other phases
+    # What reads the same keys follows one another where they are laid out; else what reads what lies side by side.
+    heads_at_once = 1 if by_matrices(isa, shape.kv_bits, shape.head_dim) else kv_heads
 
     @njit(nogil=True, error_model="numpy")
     def attend_items(
@@ -211,19 +214,20 @@ def _make_attend_items(isa: Isa, shape: Shape) -> Any:
         of the phase are claimed, by helping. How many the group has, and what was got last.
         """
         item, rows, groups, phase = 0, frame[Frame.TILE_ROWS], frame[Frame.GROUPS], phase_of(control, rank)
-        for head in range(kv_heads):  # what has the same keys before it follows one another
+        for first_head in range(0, kv_heads, heads_at_once):
             for slice_ in range(frame[Frame.SLICES]):
                 first_rows = longs(frame[Frame.FIRST_ROWS] + 8 * slice_, 2)
                 queries = (first_rows[1] - first_rows[0]) * group
                 tiles = 1 if queries == group else (queries + tall - 1) // tall
-                for tile in range(tiles - 1, -1, -1):  # the longest work first, of a head
+                for tile in range(tiles - 1, -1, -1):  # the longest work first
                     if (first_rows[0] + tile * tall // group) // rows % groups != home:
                         continue
-                    if item == mine:
-                        attend_tile(phase, frame, layer, slice_, head, tile * tall, scratch + row_bytes)
-                        done(control, members, rank, item)
-                        mine = help_out(control, members, rank, total) if total else claim(control, rank, home)
-                    item += 1
+                    for head in range(first_head, first_head + heads_at_once):
+                        if item == mine:
+                            attend_tile(phase, frame, layer, slice_, head, tile * tall, scratch + row_bytes)
+                            done(control, members, rank, item)
+                            mine = help_out(control, members, rank, total) if total else claim(control, rank, home)
+                        item += 1
         return item, mine
 
     return attend_items
