@@ -45,8 +45,9 @@ class WorkerSettings(CommonSettings):
     implementation: Literal["auto", "compiled", "native", "transformers", "echo"] = "auto"
     # How long each step of an echo takes, in milliseconds.
     echo_step_ms: float = Field(default=0.0, ge=0.0)
-    # Bits per weight of the compiled path. int8 and int4 share a scale among 32 weights, as GGUF's Q8_0 and Q4_1, whose
-    # values they keep; activations are then 8 bits in the products. Faster, and less exact than none.
+    # Bits per weight of the compiled path; activations are then 8 bits in the products. int8 has one scale for an
+    # output's weights, which are transformed first; int4 one for 32, as GGUF's Q4_1, whose values it keeps. Faster, and
+    # less exact than none.
     quantize: Literal["none", "int8", "int4"] = "none"
     # What the compiled path is compiled for. auto: the best that the processor has; baseline runs on any x86-64.
     instruction_set: Literal["auto", "amx", "avx512_bf16", "avx512", "avx2", "baseline"] = "auto"

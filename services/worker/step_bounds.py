@@ -40,6 +40,7 @@ class StepNeeds:
     config: LlamaConfig
     weight_bytes: int
     kv_element_bytes: int
+    weight_bits: int
     weight_kind: str  # of the numbers that are multiplied with weights, one of _KINDS
     attention_kind: str
 
@@ -61,6 +62,7 @@ def step_needs(folder: Path, facts: ModelFacts, isa: Isa) -> StepNeeds:
         config,
         weight_bytes=matrix_bytes(config, isa, bits, head_bits),
         kv_element_bytes=facts.dtype.itemsize,
+        weight_bits=bits,
         weight_kind=_KINDS[isa.activation_bits(bits)],
         attention_kind=_KINDS[isa.activation_bits(8 * facts.dtype.itemsize)],
     )
@@ -70,9 +72,9 @@ def make_probes(needs: StepNeeds, isa: Isa, threads: int) -> dict[str, Probe]:
     """By the same names as the needs; each uses so many threads."""
     pool, memory = ThreadPoolExecutor(threads), np.ones(_READ_BYTES, np.uint8)
     probes = {"memory": Probe(partial(read_memory, memory, pool, threads), _READ_BYTES)}
-    bits_of = {kind: bits for bits, kind in _KINDS.items()}
-    for kind in (needs.weight_kind, needs.attention_kind):
-        multiply = partial(make_products(isa, bits_of[kind]), pool, threads)
+    of_keys = needs.attention_kind, 8 * needs.kv_element_bytes
+    for kind, bits in ((needs.weight_kind, needs.weight_bits), of_keys):
+        multiply = partial(make_products(isa, bits), pool, threads)
         probes[kind] = Probe(multiply, multiply())
     return probes
 

@@ -18,20 +18,21 @@ from tests.services.worker.engine.kernels.compiled.calling import ISA
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 64,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 1,
     "max_position_embeddings": 64,
 }
-WEIGHTS = 2 * (3 * 32 * 32 + 32 * 32 + 3 * 32 * 64) + 64 * 32  # no matrix has columns that a panel has to add
+WEIGHTS = 2 * (3 * 64 * 64 + 64 * 64 + 3 * 64 * 64) + 64 * 64  # no matrix has columns that a panel has to add
+COLUMNS = 2 * (3 * 64 + 64 + 2 * 64 + 64) + 64
 AVX512 = Isa("avx512", lanes=16, accumulators=24, vnni=True, byte_pairs=False, bfloat16_dots=False)
 AVX512_BF16 = Isa("avx512_bf16", lanes=16, accumulators=24, vnni=True, byte_pairs=False, bfloat16_dots=True)
 
 
 def needs_of(folder: Path, isa: Isa, dtype: torch.dtype, quantization: Quantization = "none") -> StepNeeds:
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    facts = ModelFacts("compiled", 64, 64, (LayerShape(1, 32, 32),) * 2, 0, dtype, torch.device("cpu"), quantization)
+    facts = ModelFacts("compiled", 64, 64, (LayerShape(1, 64, 64),) * 2, 0, dtype, torch.device("cpu"), quantization)
     return step_needs(folder, facts, isa)
 
 
@@ -42,13 +43,13 @@ def decode(context: int) -> Batch:
 
 def test_in_bfloat16_weights_and_keys_meet_in_one_kind_of_product(tmp_path: Path) -> None:
     needs = needs_of(tmp_path, AVX512_BF16, torch.bfloat16).of(decode(10))
-    assert needs == {"memory": 2 * WEIGHTS + 10 * 2 * 2 * 32 * 2, "bfloat16": WEIGHTS + 2 * 10 * 2 * 32}
+    assert needs == {"memory": 2 * WEIGHTS + 10 * 2 * 2 * 64 * 2, "bfloat16": WEIGHTS + 2 * 10 * 2 * 64}
 
 
 def test_quantized_weights_are_multiplied_as_bytes_and_keys_as_what_they_are(tmp_path: Path) -> None:
     needs = needs_of(tmp_path, AVX512, torch.float32, "int8").of(decode(10))
-    with_scales = WEIGHTS + WEIGHTS // 32 * 2
-    assert needs == {"memory": with_scales + 10 * 2 * 2 * 32 * 4, "bytes": WEIGHTS, "float32": 2 * 10 * 2 * 32}
+    with_scales = WEIGHTS + 4 * COLUMNS
+    assert needs == {"memory": with_scales + 10 * 2 * 2 * 64 * 4, "bytes": WEIGHTS, "float32": 2 * 10 * 2 * 64}
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])

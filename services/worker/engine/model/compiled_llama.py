@@ -257,8 +257,6 @@ def _shape(config: LlamaConfig, isa: Isa, dtype: torch.dtype, quantize: Quantiza
         qk_norm=config.qk_norm,
         block_size=block_size,
         weight_bits=of_layers,
-        activation_bits=isa.activation_bits(of_layers),
-        matrices=isa.uses_matrices(of_layers),
         head_bits=of_head,
         kv_bits=8 * dtype.itemsize,
         embedding_bits=8 * dtype.itemsize,

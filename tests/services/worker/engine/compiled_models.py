@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.worker.engine.batcher import Batch, Slice
+from services.worker.engine.kernels.compiled.hadamard import transformed, transformed_back
 from services.worker.engine.kernels.compiled.isa import Isa, choose_isa
 from services.worker.engine.kernels.compiled.packing import Arena, pack, packed_bytes, unpack
 from services.worker.engine.kernels.compiled.tiles import GROUP
@@ -85,8 +86,12 @@ def load_twin(folder: Path, precision: Precision, scratch: Path, isa: Isa | None
     (scratch / "config.json").write_bytes((folder / "config.json").read_bytes())
     isa = isa or choose_isa()
     rounds_attention = isa.activation_bits(8 * precision.dtype.itemsize) == 16
-    kernels = RoundingKernels(_ROUNDING[isa.activation_bits(precision.bits)], rounds_attention=rounds_attention)
-    return load_llama(scratch, parse_llama_config(read_config(scratch)), kernels, torch.float32, CPU)
+    kernels = RoundingKernels(
+        _rounding(isa, precision.bits), _rounding(isa, max(precision.bits, 8)), rounds_attention=rounds_attention
+    )
+    model = load_llama(scratch, parse_llama_config(read_config(scratch)), kernels, torch.float32, CPU)
+    kernels.last_norm = model._weights.norm
+    return model
 
 
 def _as_kept(name: str, weight: Tensor, precision: Precision) -> Tensor:
@@ -128,13 +133,23 @@ class RoundingKernels(TwinKernels):
     The latter to bfloat16, and as they are before they are divided by their sum: relative to the largest.
     """
 
-    def __init__(self, round_: Callable[[Tensor], Tensor], *, rounds_attention: bool) -> None:
+    def __init__(
+        self,
+        round_: Callable[[Tensor], Tensor],
+        round_for_head: Callable[[Tensor], Tensor],
+        *,
+        rounds_attention: bool,
+    ) -> None:
         self._round = round_
+        self._round_for_head = round_for_head
+        self.last_norm: Tensor | None = None  # before the head
         self._rounds_attention = rounds_attention
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed = super().rms_norm(x, weight, eps)
-        return self._round(normed) if x.ndim == 2 else normed  # norms of heads have a dimension more
+        if x.ndim == 3:  # of attention's heads
+            return normed
+        return self._round_for_head(normed) if weight is self.last_norm else self._round(normed)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return self._round(super().swiglu(gate_up))
@@ -150,7 +165,8 @@ class RoundingKernels(TwinKernels):
         softcap: float | None = None,
     ) -> Tensor:
         if not self._rounds_attention:
-            return self._round(super().attend(query, layer, step, scale=scale, window=window, softcap=softcap))
+            out = super().attend(query, layer, step, scale=scale, window=window, softcap=softcap)
+            return self._round(out.flatten(1)).view_as(out)
         query, out = to_bfloat16(query * scale * math.log2(math.e)), torch.empty_like(query)
         for group in step.groups:
             key, value = (_context(pool.float(), group) for pool in (layer.key.transpose(2, 3), layer.value))
@@ -161,7 +177,7 @@ class RoundingKernels(TwinKernels):
             weights = torch.exp2(scores - scores.amax(-1, keepdim=True))
             outputs = to_bfloat16(weights) @ value / weights.sum(-1, keepdim=True)
             out[group.rows] = outputs.transpose(1, 2).flatten(0, 1)
-        return self._round(out)
+        return self._round(out.flatten(1)).view_as(out)
 
 
 def _context(pool: Tensor, group: AttentionGroup) -> Tensor:
@@ -169,18 +185,30 @@ def _context(pool: Tensor, group: AttentionGroup) -> Tensor:
     return pool[group.tables].transpose(1, 2).flatten(2, 3)[:, :, : group.context_length]
 
 
-def to_eight_bits(x: Tensor) -> Tensor:
+def groups_to_eight_bits(x: Tensor) -> Tensor:
     """Each group's nearest of 255 evenly spaced values up to its largest magnitude."""
-    groups = x.unflatten(-1, (-1, GROUP))
-    step = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return ((groups / step).round() * step).flatten(-2)
+    return _to_eight_bits(x.unflatten(-1, (-1, GROUP))).flatten(-2)
+
+
+def rows_to_eight_bits(x: Tensor) -> Tensor:
+    """Likewise of whole rows, while they are transformed."""
+    return transformed_back(_to_eight_bits(transformed(x)))
+
+
+def _to_eight_bits(x: Tensor) -> Tensor:
+    step = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (x / step).round() * step
 
 
 def to_bfloat16(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).float()
 
 
-_ROUNDING: dict[int, Callable[[Tensor], Tensor]] = {32: lambda x: x, 16: to_bfloat16, 8: to_eight_bits}
+def _rounding(isa: Isa, bits: int) -> Callable[[Tensor], Tensor]:
+    """What happens to activations before they meet weights of so many bits."""
+    if bits == 8:
+        return rows_to_eight_bits
+    return {32: lambda x: x, 16: to_bfloat16, 8: groups_to_eight_bits}[isa.activation_bits(bits)]
 
 
 class Pool:

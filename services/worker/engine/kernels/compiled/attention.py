@@ -15,6 +15,7 @@ from numba import float32, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from services.worker.engine.kernels.compiled.activations import put_floats, put_pairs
 from services.worker.engine.kernels.compiled.attention_products import (
     by_matrices,
     chunk_tokens,
@@ -27,7 +28,7 @@ from services.worker.engine.kernels.compiled.attention_products import (
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import floats, store_float32
 from services.worker.engine.kernels.compiled.matrix_tiles import TILE_DEPTH
-from services.worker.engine.kernels.compiled.rows import Floats, copy, exp, norm, put_floats, put_pairs, rotate
+from services.worker.engine.kernels.compiled.rows import Floats, copy, exp, norm, rotate
 from services.worker.engine.kernels.compiled.vectors import (
     BF16,
     F32,

@@ -11,7 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.tiles import FloatFormat, FloatTile
+from services.worker.engine.kernels.compiled.tiles import Tile, WeightFormat
 from services.worker.engine.kernels.compiled.vectors import (
     F32,
     I16,
@@ -44,13 +44,13 @@ def _pair_with_zero(builder: Builder, where: Value, lanes: int, _: int) -> list[
     return [builder.zext(load(builder, where, I16, lanes), vector(I32, lanes))]
 
 
-BFLOAT16_ROWS = FloatFormat(2, 1, _decode_bfloat16)  # keys and values
-BFLOAT16_ROW_DOTS = FloatFormat(2, 1, _pair_rows, 2, I32, add_pair_products)  # the same, with activations in pairs
+BFLOAT16_ROWS = WeightFormat(2, 1, _decode_bfloat16)  # keys and values
+BFLOAT16_ROW_DOTS = WeightFormat(2, 1, _pair_rows, 2, I32, add_pair_products)  # the same, with activations in pairs
 _LAST_ROW = replace(BFLOAT16_ROW_DOTS, decode=_pair_with_zero)  # which has no other to go with
 
 
 def query_keys(
-    isa: Isa, rows: int, blocks: int, *, head_dim: int, block_size: int, out_tokens: int, keys: FloatFormat
+    isa: Isa, rows: int, blocks: int, *, head_dim: int, block_size: int, out_tokens: int, keys: WeightFormat
 ) -> Any:
     """Intrinsic (queries, base, table, left, block_bytes, out): the scores of `blocks` blocks of keys.
 
@@ -59,7 +59,7 @@ def query_keys(
     taken again. out is [rows][blocks * block_size] within rows of `out_tokens`.
     """
     vectors = block_size // isa.lanes
-    tile = FloatTile(isa.lanes, rows, blocks * vectors, keys, 4 // keys.depth * head_dim, 4)
+    tile = Tile(isa.lanes, rows, blocks * vectors, keys, 4 // keys.depth * head_dim, 4)
 
     @intrinsic
     def score(_: Any, queries: Any, base: Any, table: Any, left: Any, block_bytes: Any, out: Any) -> Any:
@@ -83,7 +83,7 @@ def query_keys(
 
 
 def weigh_values(
-    isa: Isa, rows: int, vectors: int, *, head_dim: int, block_size: int, weight_tokens: int, values: FloatFormat
+    isa: Isa, rows: int, vectors: int, *, head_dim: int, block_size: int, weight_tokens: int, values: WeightFormat
 ) -> Any:
     """Intrinsic (weights, base, table, block_bytes, tokens, out): out += weights x values.
 
@@ -92,7 +92,7 @@ def weigh_values(
     base + table[i] * block_bytes; `base` points at the first of the `vectors` vectors of columns that are computed. out
     is [rows][vectors * lanes] within rows of `head_dim`. Only `tokens` tokens' values are read.
     """
-    tile = FloatTile(isa.lanes, rows, vectors, values, 4 * weight_tokens, 4)
+    tile = Tile(isa.lanes, rows, vectors, values, 4 * weight_tokens, 4)
     depth, row_bytes = values.depth, head_dim * values.element_bytes
 
     @intrinsic
@@ -102,7 +102,7 @@ def weigh_values(
             sums = tile.zeros(builder)
             tile.read(builder, sums, pointer(builder, out), I64(4 * head_dim))
 
-            def add_block(tile: FloatTile, index: Value, token: Value, steps: Value, unroll: int) -> None:
+            def add_block(tile: Tile, index: Value, token: Value, steps: Value, unroll: int) -> None:
                 start = at(
                     builder, _block(builder, base, table, index, block_bytes), builder.mul(token, I64(row_bytes))
                 )

@@ -11,11 +11,11 @@ from typing import Any
 
 from numba import njit
 
+from services.worker.engine.kernels.compiled.activations import put_scratch
 from services.worker.engine.kernels.compiled.attention import attention_scratch_bytes, laid_bytes
 from services.worker.engine.kernels.compiled.attention_products import by_matrices
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.matrix_linear import GATED_SUMS
-from services.worker.engine.kernels.compiled.rows import put_bytes, put_floats, put_matrix, put_pairs
 
 Kernel = Callable[..., None]  # of int64s alone, to be compiled
 
@@ -38,8 +38,6 @@ class Shape:
     qk_norm: bool
     block_size: int
     weight_bits: int  # 32, 16, 8, 4
-    activation_bits: int  # that products round activations to: 32, 16, 8
-    matrices: bool  # whether activations lie as AMX reads them
     head_bits: int  # of the head: quantized like the layers or whole like them, but not necessarily with as many bits
     kv_bits: int  # 32 or 16
     embedding_bits: int  # 32 or 16
@@ -51,10 +49,6 @@ class Shape:
     @property
     def qkv_size(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-    @property
-    def put(self) -> Any:
-        return put_matrix if self.matrices else {32: put_floats, 16: put_pairs, 8: put_bytes}[self.activation_bits]
 
 
 class Frame(IntEnum):
@@ -88,6 +82,7 @@ class Frame(IntEnum):
     HIDDEN = auto()  # float32 [T, hidden]: what the norms before QKV and before gate and up leave
     DELTA = auto()  # float32 [padded T, padded hidden]: what is still to be added to it
     PRODUCT = auto()  # float32: the product of QKV, or of gate and up
+    ATTENDED = auto()  # float32 [T, query_size]: what attention leaves, where activations are put by whole rows
     X = auto()  # activations as tiles read them
     X_GATED = auto()  # those of the product down, which SwiGLU leaves
     X_SCALES = auto()
@@ -102,8 +97,9 @@ class Frame(IntEnum):
     ATTEND = auto()
     ATTEND_TOKEN = auto()
     ATTEND_TILE = auto()
+    PUT_ATTENDED = auto()  # where activations are put by whole rows
     SWIGLU_ROWS = auto()
-    GATED_LINEAR = auto()  # where activations are matrices, in place of SWIGLU_ROWS and LINEAR of gate and up
+    GATED_LINEAR = auto()  # with `gates_at_once`, in place of SWIGLU_ROWS and LINEAR of gate and up
     NORM_SAMPLED = auto()
 
 
@@ -121,9 +117,16 @@ def tall_rows(isa: Isa, kv_bits: int, head_dim: int) -> int:
     return _MATRIX_QUERIES if by_matrices(isa, kv_bits, head_dim) else isa.accumulators // 2
 
 
+def gates_at_once(isa: Isa, shape: Shape) -> bool:
+    """Whether gate, up and SwiGLU are one phase."""
+    return shape.weight_bits == 16 and isa.uses_matrices(16)
+
+
 def row_scratch_bytes(isa: Isa, shape: Shape) -> int:
+    deepest = max(shape.hidden, shape.intermediate, shape.query_size)
+    row = deepest + max(put_scratch(bits, deepest) for bits in (shape.weight_bits, shape.head_bits))
     sums = max(isa.accumulators * isa.lanes, GATED_SUMS if isa.matrices else 0)
-    return 4 * max(shape.hidden, shape.intermediate, shape.head_dim, sums)
+    return 4 * max(row, sums)
 
 
 def scratch_bytes(isa: Isa, shape: Shape) -> int:

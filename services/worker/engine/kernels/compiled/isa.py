@@ -12,7 +12,7 @@ _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 # Best first.
 _NEEDS: dict[IsaName, tuple[str, ...]] = {
-    "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+    "amx": (*_AVX512, "avx512bf16", "amx-tile", "amx-bf16", "amx-int8"),
     "avx512_bf16": (*_AVX512, "avx512bf16"),
     "avx512": _AVX512,
     "avx2": _AVX2,
@@ -32,7 +32,7 @@ class Isa:
     vnni: bool  # whether one instruction multiplies 4 bytes per lane and adds them up
     byte_pairs: bool  # whether, without that, one multiplies 4 unsigned by 4 signed bytes and adds them up in pairs
     bfloat16_dots: bool  # whether one instruction multiplies 2 bfloat16 per lane and adds them up
-    matrices: bool = False  # whether one multiplies 16 rows of 32 bfloat16 by 16 columns
+    matrices: bool = False  # whether one multiplies 16 rows of 32 bfloat16, or 64 bytes, by 16 columns
 
     @property
     def panel_columns(self) -> int:
@@ -47,7 +47,7 @@ class Isa:
 
     def uses_matrices(self, weight_bits: int) -> bool:
         """Whether activations meet weights of so many bits as whole matrices."""
-        return self.matrices and self.activation_bits(weight_bits) == 16
+        return self.matrices and weight_bits in (8, 16)
 
 
 def has_bfloat16() -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from numba import njit
 
-from services.worker.engine.kernels.compiled.integer_tiles import integer_panels
+from services.worker.engine.kernels.compiled.integer_tiles import byte_panels, nibble_panels
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.machine import floats
 from services.worker.engine.kernels.compiled.matrix_linear import make_matrix_linear
@@ -16,6 +16,7 @@ from services.worker.engine.kernels.compiled.team import done, next_item
 from services.worker.engine.kernels.compiled.tiles import (
     BFLOAT16_DOTS,
     BFLOAT16_PAIRS,
+    BYTE_RUN,
     FLOAT32,
     GROUP,
     float_panels,
@@ -55,21 +56,22 @@ def make_linear(isa: Isa, bits: int) -> Any:
     of out and the bytes of its rows; scratch memory for the sums of two tiles. out has room for whole tiles.
     """
     if isa.uses_matrices(bits):
-        return make_matrix_linear()
+        return make_matrix_linear(bits)
     columns, width_of, multiply = isa.panel_columns, njit(_panels), _make_multiply(isa, bits)
     accumulators = isa.accumulators
-    per_word, quantized = 32 // bits, bits in (4, 8)
-    activation_bytes = isa.activation_bits(bits) // 8
-    group_scale_bytes = {8: 2 * columns, 4: 2 * 2 * columns}.get(bits, 0)
+    per_word, activation_bytes = 32 // bits, isa.activation_bits(bits) // 8
+    grain, grouped = BYTE_RUN if bits == 8 else GROUP, bits == 4
 
     def linear(
         control: int, members: int, rank: int, groups: int, tiles: int, rows: int, depth: int, x: int, x_scales: int,
         x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int, scratch: int,
     ) -> None:  # fmt: skip
         widest = max(1, width_of(rows, accumulators))
-        steps = depth // GROUP if quantized else depth // per_word
-        panel_bytes = depth // per_word * columns * 4
-        of_scales = group_scale_bytes * (depth // GROUP)
+        deep = (depth + grain - 1) // grain * grain
+        steps = deep // GROUP if grouped else deep // per_word
+        panel_bytes = deep // per_word * columns * 4
+        of_scales = deep // GROUP * 2 * 2 * columns if grouped else 4 * columns
+        of_rows = 4 * rows * (deep // GROUP if grouped else 1)
         parts, items = share_out(panels, widest, groups, members)
         item = next_item(control, members, rank, parts, items)
         while item >= 0:
@@ -78,8 +80,7 @@ def make_linear(isa: Isa, bits: int) -> Any:
             for panel in range(start, min(start + widest, end), width):
                 w, s, o = words + panel * panel_bytes, scales + panel * of_scales, out + panel * columns * 4
                 for tile in range(group, tiles, groups):
-                    at = x + tile * depth * rows * activation_bytes
-                    of_group = tile * (depth // GROUP) * rows * 4
+                    at = x + tile * deep * rows * activation_bytes
                     # The first tile has these weights from memory, the others from the cache: they have time to
                     # fetch the next ones.
                     before = tile // groups
@@ -92,8 +93,8 @@ def make_linear(isa: Isa, bits: int) -> Any:
                     if bias:
                         to, row_bytes = scratch, width * columns * 4
                     multiply(
-                        rows, width, at, x_scales + of_group, x_sums + of_group, w, s, panel_bytes, of_scales,
-                        steps, to, row_bytes, ahead,
+                        rows, width, at, x_scales + tile * of_rows, x_sums + tile * of_rows, w, s, panel_bytes,
+                        of_scales, steps, to, row_bytes, ahead,
                     )  # fmt: skip
                     if bias:
                         biases = floats(bias + panel * columns * 4, width * columns)
@@ -152,9 +153,9 @@ def _make_multiply(isa: Isa, bits: int) -> Any:
 
 @cache
 def _tile(isa: Isa, rows: int, bits: int, panels: int) -> Any:
-    """A tile behind one signature: that of `integer_panels`."""
+    """A tile behind one signature: that of `nibble_panels`."""
     if bits in (4, 8):
-        return integer_panels(isa, rows, panels, bits)
+        return nibble_panels(isa, rows, panels) if bits == 4 else byte_panels(isa, rows, panels)
     halves = BFLOAT16_DOTS if isa.bfloat16_dots else BFLOAT16_PAIRS
     multiply = float_panels(isa, rows, panels, halves if bits == 16 else FLOAT32)
 

@@ -7,11 +7,13 @@ from numba import njit
 from services.worker.engine.kernels.compiled.machine import floats
 from services.worker.engine.kernels.compiled.matrix_tiles import (
     PANEL_COLUMNS,
+    RUN_BYTES,
     STEP_BYTES,
     TILE_DEPTH,
     TILE_ROWS,
     begin_tiles,
     end_tiles,
+    scale_sums,
     swiglu_pairs,
     tile_products,
 )
@@ -20,50 +22,78 @@ from services.worker.engine.kernels.compiled.sharing import panels_of, share_out
 from services.worker.engine.kernels.compiled.team import done, next_item
 
 _AHEAD_BYTES = 8192  # how far before its use a weight is asked for by a tile, or pair, that uses it alone
+_FEW_PANELS = 4  # at once, by a tile or pair that uses them alone: fewer items to get
 _FEW_SHARES, _MANY_SHARES = 8, 16  # of a panel that is fetched while others compute
 _NOTHING, _LARGE, _SMALL, _ALL = range(4)  # what a tile, or pair, fetches: a share, or as much as it uses
 _STEP_LINES = STEP_BYTES // 64
 _SUMS = 4 * PANEL_COLUMNS  # bytes of a row of a panel's sums
-_WORD = 2  # bytes of an activation
+_WORD = 2  # bytes of a bfloat16
 _PAIRS = 8  # of tiles that meet gate's panel before up's
 GATED_SUMS = (_PAIRS + 1) * 2 * TILE_ROWS * PANEL_COLUMNS  # float32 in scratch memory
 
 
-def make_matrix_linear() -> Any:
-    """`linear(...)` as `make_linear` has it, for activations as `put_matrix` leaves them."""
-    multiply = _make_multiply()
+def make_matrix_linear(bits: int) -> Any:
+    """`linear(...)` as `make_linear` has it, for activations in runs of RUN_BYTES; of 16 bits or 8."""
+    multiply, finish = _make_multiply(bits), _make_finish(bits)
+    word = bits // 8
+    direct = bits == 16  # whether sums are what is wanted
 
     def linear(
         control: int, members: int, rank: int, groups: int, tiles: int, rows: int, depth: int, x: int, x_scales: int,
         x_sums: int, words: int, scales: int, bias: int, panels: int, out: int, out_row_bytes: int, scratch: int,
     ) -> None:  # fmt: skip
-        panel_bytes, tile_bytes = _WORD * depth * PANEL_COLUMNS, _WORD * depth * rows
-        out_tile_bytes = rows * out_row_bytes
-        parts, items = share_out(panels, 1, groups, members)
+        row_bytes = (word * depth + RUN_BYTES - 1) // RUN_BYTES * RUN_BYTES
+        panel_bytes, tile_bytes, out_tile_bytes = row_bytes * PANEL_COLUMNS, row_bytes * rows, rows * out_row_bytes
+        widest = _FEW_PANELS if tiles <= 2 * groups else 1
+        parts, items = share_out(panels, widest, groups, members)
         item = next_item(control, members, rank, parts, items)
         while item >= 0:
             begin_tiles(rows)
-            group, panel, end = panels_of(item, parts, panels, 1, groups)
-            if panel < end:
+            group, first_panel, end = panels_of(item, parts, panels, widest, groups)
+            for panel in range(first_panel, min(first_panel + widest, end)):
                 weights, to = words + panel * panel_bytes, out + panel * _SUMS
+                of_columns = scales + panel * _SUMS
+                biases = bias + panel * _SUMS if bias else 0
                 for tile in range(group, tiles, 2 * groups):
                     pair = tile + groups < tiles
                     fetch = _fetch(tile, groups, tiles, panel_bytes)
                     at, sums = x + tile * tile_bytes, to + tile * out_tile_bytes
                     apart, out_apart = groups * tile_bytes, groups * out_tile_bytes
-                    if bias:
-                        multiply(pair, fetch, rows, depth, at, apart, weights, scratch, _SUMS, rows * _SUMS)
-                        biases = floats(bias + panel * _SUMS, PANEL_COLUMNS)
-                        for row in range(2 * rows if pair else rows):
-                            sum_ = sums + row // rows * out_apart + row % rows * out_row_bytes
-                            add(floats(scratch + row * _SUMS, PANEL_COLUMNS), biases, floats(sum_, PANEL_COLUMNS))
-                    else:
-                        multiply(pair, fetch, rows, depth, at, apart, weights, sums, out_row_bytes, out_apart)
+                    if direct and not bias:
+                        multiply(pair, fetch, rows, row_bytes, at, apart, weights, sums, out_row_bytes, out_apart)
+                        continue
+                    multiply(pair, fetch, rows, row_bytes, at, apart, weights, scratch, _SUMS, rows * _SUMS)
+                    for n in range(2 if pair else 1):
+                        first = 4 * (tile + n * groups) * rows
+                        finish(
+                            scratch + n * rows * _SUMS, rows, x_scales + first, x_sums + first, of_columns, biases,
+                            sums + n * out_apart, out_row_bytes,
+                        )  # fmt: skip
             end_tiles()
             done(control, members, rank, item)
             item = next_item(control, members, rank, parts, items)
 
     return linear
+
+
+def _make_finish(bits: int) -> Any:
+    @njit(nogil=True, error_model="numpy")
+    def finish(
+        sums: int, rows: int, x_scales: int, x_sums: int, scales: int, bias: int, out: int, out_row_bytes: int
+    ) -> None:
+        """A tile's outputs of its sums with a panel. bias: 0 if there is none."""
+        if bits == 8:
+            scale_sums(sums, rows, x_scales, x_sums, scales, out, out_row_bytes)
+        if bias:
+            biases = floats(bias, PANEL_COLUMNS)
+            for row in range(rows):
+                to = floats(out + row * out_row_bytes, PANEL_COLUMNS)
+                if bits == 8:
+                    add_to(to, biases)
+                else:
+                    add(floats(sums + row * _SUMS, PANEL_COLUMNS), biases, to)
+
+    return finish
 
 
 def make_gated_linear(hidden: int, intermediate: int) -> Any:
@@ -111,14 +141,14 @@ def make_gated_linear(hidden: int, intermediate: int) -> Any:
 
 
 def _make_multiply_tiles(depth: int) -> Any:
-    multiply, panel_bytes = _make_multiply(), _WORD * depth * PANEL_COLUMNS
+    multiply, row_bytes = _make_multiply(16), _WORD * depth
 
     @njit(nogil=True, error_model="numpy")
     def multiply_tiles(tile: int, groups: int, tiles: int, rows: int, x: int, weights: int, sums: int) -> int:
         """The next two tiles of the group, or the last one, with one panel: how many they were."""
-        pair, tile_bytes = tile + groups < tiles, _WORD * depth * rows
-        fetch, at = _fetch(tile, groups, tiles, panel_bytes), x + tile * tile_bytes
-        multiply(pair, fetch, rows, depth, at, groups * tile_bytes, weights, sums, _SUMS, rows * _SUMS)
+        pair, tile_bytes = tile + groups < tiles, row_bytes * rows
+        fetch, at = _fetch(tile, groups, tiles, row_bytes * PANEL_COLUMNS), x + tile * tile_bytes
+        multiply(pair, fetch, rows, row_bytes, at, groups * tile_bytes, weights, sums, _SUMS, rows * _SUMS)
         return 2 if pair else 1
 
     return multiply_tiles
@@ -144,23 +174,22 @@ def _make_gate_tiles(intermediate: int) -> Any:
     return gate_tiles
 
 
-def _make_multiply() -> Any:
-    single, pair = tile_products(1), tile_products(2, passing=True)
-    single_ahead = tile_products(1, fetched_lines=_STEP_LINES)
-    pair_ahead = tile_products(2, passing=True, fetched_lines=_STEP_LINES)
-    pair_large, pair_small = (
-        tile_products(2, passing=True, fetched_lines=_STEP_LINES // shares) for shares in (_FEW_SHARES, _MANY_SHARES)
+def _make_multiply(bits: int) -> Any:
+    few, many = _STEP_LINES // _FEW_SHARES, _STEP_LINES // _MANY_SHARES
+    single, single_ahead = (tile_products(1, bits=bits, fetched_lines=lines) for lines in (0, _STEP_LINES))
+    pair, pair_ahead, pair_large, pair_small = (
+        tile_products(2, bits=bits, passing=True, fetched_lines=lines) for lines in (0, _STEP_LINES, few, many)
     )
 
     @njit(nogil=True, error_model="numpy")
     def multiply(
-        both: bool, fetch: Any, rows: int, depth: int, x: int, apart: int, weights: int, out: int,
+        both: bool, fetch: Any, rows: int, row_bytes: int, x: int, apart: int, weights: int, out: int,
         out_row_bytes: int, out_apart: int,
     ) -> None:  # fmt: skip
         """One tile's rows, or two tiles', with one panel. `fetch`: see `_fetch`."""
         share, further = fetch
-        run, steps = _WORD * TILE_DEPTH, depth // TILE_DEPTH
-        arguments = (x, run, run * rows, apart, weights, steps, out, out_row_bytes, out_apart, weights + further)
+        steps, step_bytes = row_bytes // RUN_BYTES, RUN_BYTES * rows
+        arguments = (x, RUN_BYTES, step_bytes, apart, weights, steps, out, out_row_bytes, out_apart, weights + further)
         if both and share == _ALL:
             pair_ahead(*arguments)
         elif both and share == _LARGE:

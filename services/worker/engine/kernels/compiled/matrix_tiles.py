@@ -1,8 +1,9 @@
 """AMX: registers that hold 16 rows of 64 bytes, and products of two of them. The fastest that some processors multiply.
 
-One instruction adds 16 rows of 32 bfloat16 times 32 rows of 16 columns to 16 rows of 16 float32. An output is summed in
-the same order however many of the rows are used, and of however many registers, so that a row's result does not depend
-on the others. Panels of packed weights (see `packing`) are read as they are, 32 k at a time.
+One instruction adds 16 rows of 32 bfloat16 times 32 rows of 16 columns to 16 rows of 16 float32, or 16 rows of 64 bytes
+times 64 rows of 16 columns to as many int32. An output is summed in the same order however many of the rows are used,
+and of however many registers, so that a row's result does not depend on the others. Panels of packed weights (see
+`packing`) are read as they are, a step of 32 or 64 k at a time.
 """
 
 from typing import Any
@@ -12,11 +13,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from services.worker.engine.kernels.compiled.integer_tiles import less_offset, scaled
 from services.worker.engine.kernels.compiled.vectors import (
     BF16,
     F32,
     I8,
     I16,
+    I32,
     I64,
     LOG2_E,
     Builder,
@@ -37,9 +40,9 @@ from services.worker.engine.kernels.compiled.vectors import (
 TILE_ROWS = 16
 TILE_DEPTH = 32  # bfloat16 in a row of a register
 PANEL_COLUMNS = 32  # of two registers side by side
-_ROW_BYTES = _LINE_BYTES = 64
+RUN_BYTES = _LINE_BYTES = 64  # of a row of a register
 _PANEL_ROW_BYTES = 4 * PANEL_COLUMNS
-STEP_BYTES = TILE_DEPTH // 2 * _PANEL_ROW_BYTES  # of a panel
+STEP_BYTES = RUN_BYTES * PANEL_COLUMNS  # of a panel
 _REGISTERS = 8
 # Registers: 0 to 3 for sums, of two rows of tiles and two columns; then a register for each row's activations and one
 # for each column's weights.
@@ -56,7 +59,7 @@ def begin_tiles(_: Any, rows: Any) -> Any:
         builder.store(ir.Constant(ir.ArrayType(I8, 64), [1] + [0] * 63), settings)
         rows, base = builder.trunc(arguments[0], I8), pointer(builder, builder.ptrtoint(settings, I64))
         for register in range(_REGISTERS):
-            builder.store(I16(_ROW_BYTES), at(builder, base, I64(16 + 2 * register)), align=1)
+            builder.store(I16(RUN_BYTES), at(builder, base, I64(16 + 2 * register)), align=1)
             of_register = I8(TILE_ROWS) if register >= _WEIGHTS else rows
             builder.store(of_register, at(builder, base, I64(48 + register)), align=1)
         _tile(builder, "ldtilecfg", base)
@@ -76,16 +79,20 @@ def end_tiles(_: Any) -> Any:
     return types.void(), generate
 
 
-def tile_products(tiles: int, *, adding: bool = False, passing: bool = False, fetched_lines: int = 0) -> Any:
+def tile_products(
+    tiles: int, *, bits: int = 16, adding: bool = False, passing: bool = False, fetched_lines: int = 0
+) -> Any:
     """Intrinsic (activations, row_bytes, step_bytes, apart, panel, steps, out, out_row_bytes, out_apart, ahead):
-    out = activations x panel of `steps` times TILE_DEPTH k, for `tiles` tiles of rows, 1 or 2.
+    out = activations x panel of `steps` times RUN_BYTES of k, for `tiles` tiles of rows, 1 or 2.
 
-    A step's activations, TILE_DEPTH of a row in a run, are `row_bytes` from row to row, `step_bytes` from step to step
-    and `apart` bytes from the first tile to the second; so is `out`, [rows][PANEL_COLUMNS] float32. `adding`: to what
-    out holds. `passing`: activations stay out of the first-level cache, so that the panel can stay there. Each step has
-    `fetched_lines` more lines of memory from `ahead` on fetched into the cache; no memory need be there.
+    A step's activations, RUN_BYTES of a row, are `row_bytes` from row to row, `step_bytes` from step to step and
+    `apart` bytes from the first tile to the second; so is `out`, [rows][PANEL_COLUMNS]. With 16 bits all factors are
+    bfloat16, and out is float32; with 8 activations are signed and weights unsigned bytes, and out is int32. `adding`:
+    to what out holds. `passing`: activations stay out of the first-level cache, so that the panel can stay there. Each
+    step has `fetched_lines` more lines of memory from `ahead` on fetched into the cache; no memory need be there.
     """
     load_activations = "tileloaddt164" if passing else "tileloadd64"
+    product = {16: "tdpbf16ps", 8: "tdpbsud"}[bits]
 
     @intrinsic
     def multiply(
@@ -115,13 +122,13 @@ def tile_products(tiles: int, *, adding: bool = False, passing: bool = False, fe
                     offset = builder.mul(loop.index, I64(fetched_lines * _LINE_BYTES))
                     fetch_lines(builder, at(builder, pointer(builder, ahead), offset), fetched_lines * _LINE_BYTES)
                 for column in range(2):
-                    where = at(builder, first, I64(_ROW_BYTES * column))
+                    where = at(builder, first, I64(RUN_BYTES * column))
                     _tile(builder, "tileloadd64", I8(_WEIGHTS + column), where, I64(_PANEL_ROW_BYTES))
                     for tile in range(tiles):
                         if column == 0:
                             _tile(builder, load_activations, I8(_ACTIVATIONS + tile), rows[tile], row_bytes)
                         registers = 2 * tile + column, _ACTIVATIONS + tile, _WEIGHTS + column
-                        _tile(builder, "tdpbf16ps", *map(I8, registers))
+                        _tile(builder, product, *map(I8, registers))
             for register, where in places:
                 _tile(builder, "tilestored64", I8(register), where, out_row_bytes)
             return context.get_dummy_value()
@@ -129,6 +136,31 @@ def tile_products(tiles: int, *, adding: bool = False, passing: bool = False, fe
         return types.void(*[types.int64] * 10), generate
 
     return multiply
+
+
+@intrinsic
+def scale_sums(
+    _: Any, sums: Any, rows: Any, row_scales: Any, row_sums: Any, column_scales: Any, out: Any, out_row_bytes: Any
+) -> Any:
+    """out = what sums of bytes stand for: [rows][PANEL_COLUMNS] int32 as float32, in rows of `out_row_bytes`.
+
+    As `byte_panels` has it, `row_scales` and `row_sums` are those of the rows' activations.
+    """
+
+    def generate(context: Any, builder: Builder, __: Any, arguments: Any) -> Value:
+        _, rows, *_, out_row_bytes = arguments
+        sums, _, row_scales, row_sums, column_scales, out, _ = (pointer(builder, address) for address in arguments)
+        steps = load(builder, column_scales, F32, PANEL_COLUMNS)
+        with cgutils.for_range(builder, rows, intp=I64) as loop:
+            source = at(builder, sums, builder.mul(loop.index, I64(_PANEL_ROW_BYTES)))
+            of_row = builder.mul(loop.index, I64(4))
+            products = load(builder, source, I32, PANEL_COLUMNS)
+            products = less_offset(builder, products, at(builder, row_sums, of_row))
+            values = scaled(builder, products, at(builder, row_scales, of_row), steps)
+            builder.store(values, at(builder, out, builder.mul(loop.index, out_row_bytes)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), generate
 
 
 @intrinsic

@@ -14,8 +14,8 @@ from services.worker.engine.kernels.compiled.integer_tiles import byte_products
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.matrix_tiles import (
     PANEL_COLUMNS,
+    RUN_BYTES,
     STEP_BYTES,
-    TILE_DEPTH,
     TILE_ROWS,
     begin_tiles,
     end_tiles,
@@ -35,19 +35,19 @@ from services.worker.engine.kernels.compiled.vectors import (
 )
 
 TURNS = 1 << 20  # of a thread's loop; at most 4 products a turn and lane, which float32 still counts exactly
-MATRIX_TURNS = 1 << 17  # likewise, with TILE_DEPTH products a turn and sum
+MATRIX_TURNS = 1 << 17  # likewise, with 32 products a turn and sum, or 64 of bytes
 _PANEL_STEPS = 8
 _ONE = 0x3F80  # as bfloat16
 
 
-def make_products(isa: Isa, activation_bits: int) -> Callable[[ThreadPoolExecutor, int], int]:
+def make_products(isa: Isa, weight_bits: int) -> Callable[[ThreadPoolExecutor, int], int]:
     """`multiply(pool, count)`: `count` threads multiply and add as tiles do, with as many sums as fit into registers.
 
-    `activation_bits` says what is multiplied: 32 float32, 16 pairs of bfloat16, 8 bytes. All numbers are ones, so that
+    `weight_bits` says what is multiplied: what tiles multiply with weights of so many. All numbers are ones, so that
     the sums tell how many products there were: that is what it returns.
     """
-    matrices = isa.matrices and activation_bits == 16
-    run = _matrix_products() if matrices else _vector_products(isa, activation_bits)
+    matrices = isa.uses_matrices(weight_bits)
+    run = _matrix_products(weight_bits) if matrices else _vector_products(isa, isa.activation_bits(weight_bits))
     turns = MATRIX_TURNS if matrices else TURNS
 
     def multiply_all(pool: ThreadPoolExecutor, count: int) -> int:
@@ -79,24 +79,25 @@ def _vector_products(isa: Isa, activation_bits: int) -> Callable[[int], int]:
     return run
 
 
-def _matrix_products() -> Callable[[int], int]:
-    """Of a panel with two tiles of rows, which stay in the nearest cache. A turn is a step of their k."""
-    multiply = tile_products(2, adding=True)
+def _matrix_products(bits: int) -> Callable[[int], int]:
+    """Of a panel with two tiles of rows, which stay in the nearest cache. A turn is a step."""
+    multiply = tile_products(2, bits=bits, adding=True)
 
     @njit(types.void(types.int64, types.int64, types.int64, types.int64), nogil=True)
     def repeat(turns: int, x: int, panel: int, out: int) -> None:
-        row_bytes, out_bytes = 2 * TILE_DEPTH, 4 * PANEL_COLUMNS
+        out_bytes = 4 * PANEL_COLUMNS
         begin_tiles(TILE_ROWS)
         for _ in range(turns // _PANEL_STEPS):
             multiply(
-                x, row_bytes, 0, TILE_ROWS * row_bytes, panel, _PANEL_STEPS, out, out_bytes, TILE_ROWS * out_bytes, 0
+                x, RUN_BYTES, 0, TILE_ROWS * RUN_BYTES, panel, _PANEL_STEPS, out, out_bytes, TILE_ROWS * out_bytes, 0
             )
         end_tiles()
 
     def run(turns: int) -> int:
-        x = np.full((2 * TILE_ROWS, TILE_DEPTH), _ONE, np.uint16)
-        panel = np.full((_PANEL_STEPS, STEP_BYTES // 2), _ONE, np.uint16)
-        out = np.zeros((2 * TILE_ROWS, PANEL_COLUMNS), np.float32)
+        one, sum_type = (np.uint16(_ONE), np.float32) if bits == 16 else (np.uint8(1), np.int32)
+        x = np.full(2 * TILE_ROWS * RUN_BYTES * 8 // bits, one)
+        panel = np.full(_PANEL_STEPS * STEP_BYTES * 8 // bits, one)
+        out = np.zeros((2 * TILE_ROWS, PANEL_COLUMNS), sum_type)
         repeat(turns, x.ctypes.data, panel.ctypes.data, out.ctypes.data)
         return int(out.sum(dtype=np.float64))
 

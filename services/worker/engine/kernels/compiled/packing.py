@@ -13,8 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from services.worker.engine.kernels.compiled.hadamard import transformed, transformed_back
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.tiles import GROUP
+from services.worker.engine.kernels.compiled.tiles import BYTE_RUN, GROUP
 
 Words = npt.NDArray[np.uint32]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -26,12 +27,12 @@ _ALIGNMENT = 64
 class PackedLinear:
     """A weight matrix [columns, k] as panels.
 
-    `scales` is float16 [panels, groups, 1, panel_columns] for 8-bit weights, [panels, groups, 2, panel_columns] (step,
-    then least value) for 4-bit ones, and empty otherwise.
+    8-bit weights are transformed along k (see `hadamard`). `scales` is float32 [panels, panel_columns] for them,
+    float16 [panels, groups, 2, panel_columns] (step, then least value) for 4-bit ones, and empty otherwise.
     """
 
     words: Words  # [panels, k / per_word, panel_columns]
-    scales: npt.NDArray[np.float16]
+    scales: npt.NDArray[np.floating[Any]]
     bits: int  # 32, 16, 8 or 4
 
     @property
@@ -59,8 +60,8 @@ class Arena:
 
 def packed_bytes(columns: int, depth: int, bits: int, isa: Isa) -> int:
     """What a matrix takes of an arena."""
-    padded, deep = padded_columns(columns, isa), padded_depth(depth)
-    scales = {8: 1, 4: 2}.get(bits, 0) * padded * (deep // GROUP) * 2
+    padded, deep = padded_columns(columns, isa), padded_depth(depth, bits)
+    scales = {8: 4 * padded, 4: 2 * padded * (deep // GROUP) * 2}.get(bits, 0)
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in (padded * deep * bits // 8, scales))
 
 
@@ -69,41 +70,44 @@ def padded_columns(columns: int, isa: Isa) -> int:
     return -(-columns // isa.panel_columns) * isa.panel_columns
 
 
-def padded_depth(depth: int) -> int:
+def padded_depth(depth: int, bits: int) -> int:
     """k of a matrix once packed."""
-    return -(-depth // GROUP) * GROUP
+    grain = BYTE_RUN if bits == 8 else GROUP
+    return -(-depth // grain) * grain
 
 
 def pack(weight: Tensor, bits: int, isa: Isa, arena: Arena) -> PackedLinear:
-    """Packs `weight` [columns, k] of any floating-point type with `bits` per weight, into `arena`."""
-    scales = np.empty((0, 0, 0, 0), np.float16)
+    """Packs `weight` [columns, k] of any floating-point type with `bits` per weight, into `arena`.
+
+    With 8 bits k is a multiple of GROUP.
+    """
+    scales: npt.NDArray[np.floating[Any]] = np.empty((0, 0), np.float32)
     if bits == 8:
-        numbers, step = quantize_bytes(_padded(weight.float(), isa))
-        rows, scales = numbers.numpy(), _scale_panels([step], isa)
+        numbers, step = quantize_bytes(_padded(transformed(weight.float()), bits, isa))
+        rows, scales = numbers.numpy(), step.numpy().reshape(-1, isa.panel_columns)
     elif bits == 4:
-        numbers, step, least = quantize_nibbles(_padded(weight.float(), isa))
+        numbers, step, least = quantize_nibbles(_padded(weight.float(), bits, isa))
         eights = numbers.numpy().reshape(len(numbers), -1, 2, 4)
         rows = (eights[:, :, 0] | eights[:, :, 1] << 4).reshape(len(numbers), -1)
         scales = _scale_panels([step, least], isa)
     elif bits == 16:
-        rows = _padded(weight.to(torch.bfloat16), isa).view(torch.uint16).numpy()
+        rows = _padded(weight.to(torch.bfloat16), bits, isa).view(torch.uint16).numpy()
     else:
-        rows = _padded(weight.float(), isa).numpy()
+        rows = _padded(weight.float(), bits, isa).numpy()
     words = rows.view(np.uint32)
     panels = words.reshape(-1, isa.panel_columns, words.shape[1]).transpose(0, 2, 1)
     return PackedLinear(arena.copy(panels), arena.copy(scales), bits)
 
 
 def quantize_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest of 255 evenly spaced values up to each group's largest magnitude, as GGUF's Q8_0 has it.
+    """Nearest of 255 evenly spaced values up to each column's largest magnitude.
 
-    weight float32 [columns, k], k a multiple of GROUP; returns numbers 1..255 uint8 [columns, k], 128 standing for 0,
-    and the step, float16 [columns, groups]. Weights that came from a Q8_0 file keep their values exactly.
+    weight float32 [columns, k]; returns numbers 1..255 uint8 [columns, k], 128 standing for 0, and the step, float32
+    [columns].
     """
-    groups = weight.view(len(weight), -1, GROUP)
-    step = (groups.abs().amax(dim=-1) / 127).half()
-    numbers = (groups / _divisor(step)[..., None]).round_().clamp_(-127, 127).add_(128)
-    return numbers.to(torch.uint8).flatten(1), step
+    step = weight.abs().amax(dim=-1) / 127
+    numbers = (weight / _divisor(step)[..., None]).round_().clamp_(-127, 127).add_(128)
+    return numbers.to(torch.uint8), step
 
 
 def quantize_nibbles(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,15 +130,14 @@ def unpack(packed: PackedLinear, columns: int, depth: int) -> Tensor:
         return torch.from_numpy(words.view(np.float32))[:columns, :depth]
     if packed.bits == 16:
         return torch.from_numpy(words.view(np.uint16)).view(torch.bfloat16).float()[:columns, :depth]
+    if packed.bits == 8:
+        numbers = torch.from_numpy(words.view(np.uint8)).float() - 128
+        return transformed_back((numbers * torch.from_numpy(packed.scales.reshape(-1, 1)))[:columns, :depth])
     scales = packed.scales.astype(np.float32).transpose(0, 3, 1, 2).reshape(len(words), packed.scales.shape[1], -1)
     step, least = scales[..., :1], scales[..., 1:]
-    if packed.bits == 8:
-        weights = (words.view(np.uint8).reshape(len(words), -1, GROUP).astype(np.float32) - 128) * step
-    else:
-        fours = words.view(np.uint8).reshape(len(words), -1, 1, 4)
-        numbers = np.concatenate((fours & 15, fours >> 4), axis=2).reshape(len(words), -1, GROUP)
-        weights = numbers * step + least
-    return torch.from_numpy(weights.reshape(len(words), -1))[:columns, :depth]
+    fours = words.view(np.uint8).reshape(len(words), -1, 1, 4)
+    nibbles = np.concatenate((fours & 15, fours >> 4), axis=2).reshape(len(words), -1, GROUP)
+    return torch.from_numpy((nibbles * step + least).reshape(len(words), -1))[:columns, :depth]
 
 
 def _divisor(step: Tensor) -> Tensor:
@@ -148,9 +151,9 @@ def _scale_panels(kinds: list[Tensor], isa: Isa) -> npt.NDArray[np.float16]:
     return stacked.reshape(-1, isa.panel_columns, *stacked.shape[1:]).transpose(0, 2, 3, 1)
 
 
-def _padded(weight: Tensor, isa: Isa) -> Tensor:
+def _padded(weight: Tensor, bits: int, isa: Isa) -> Tensor:
     columns, depth = weight.shape
-    out = weight.new_zeros(padded_columns(columns, isa), padded_depth(depth))
+    out = weight.new_zeros(padded_columns(columns, isa), padded_depth(depth, bits))
     out[:columns, :depth] = weight
     return out
 

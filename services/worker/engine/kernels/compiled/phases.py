@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit, uint32
 
+from services.worker.engine.kernels.compiled.activations import make_put, puts_whole_rows
 from services.worker.engine.kernels.compiled.attention import laid_bytes
 from services.worker.engine.kernels.compiled.attention_products import by_matrices
 from services.worker.engine.kernels.compiled.frame import (
@@ -31,7 +32,7 @@ SWIGLU_PARTS = 4  # that a tile's columns are shared out by, at most
 
 def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
     """Adds what the last product left to add, and stores the norm as the next one's activations."""
-    begin_row, put = _make_begin_row(shape), shape.put
+    begin_row, put = _make_begin_row(shape), make_put(isa, shape.weight_bits, shape.hidden)
     hidden, width, eps = shape.hidden, padded_columns(shape.hidden, isa), shape.eps
 
     def norm_rows(control: int, members: int, rank: int, at: int, which: int, scratch: int) -> None:
@@ -61,9 +62,10 @@ def make_norm_rows(isa: Isa, shape: Shape) -> Kernel:
 
 
 def make_swiglu_rows(isa: Isa, shape: Shape) -> Kernel:
-    put = shape.put
+    put = make_put(isa, shape.weight_bits, shape.intermediate)
     intermediate, width = shape.intermediate, padded_columns(2 * shape.intermediate, isa)
-    parts = next(n for n in range(SWIGLU_PARTS, 0, -1) if intermediate % (n * GROUP) == 0 or n == 1)
+    most = 1 if puts_whole_rows(shape.weight_bits) else SWIGLU_PARTS
+    parts = next(n for n in range(most, 0, -1) if intermediate % (n * GROUP) == 0 or n == 1)
     size = intermediate // parts
 
     def swiglu_rows(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
@@ -89,7 +91,7 @@ def make_swiglu_rows(isa: Isa, shape: Shape) -> Kernel:
 
 def make_norm_sampled(isa: Isa, shape: Shape) -> Kernel:
     """The last norm, of the rows that sample alone."""
-    put = shape.put
+    put = make_put(isa, shape.head_bits, shape.hidden)
     hidden, width, eps, last = shape.hidden, padded_columns(shape.hidden, isa), shape.eps, 2 * shape.layers
 
     def norm_sampled(control: int, members: int, rank: int, at: int, which: int, scratch: int) -> None:
@@ -182,7 +184,7 @@ def make_write_kv(isa: Isa, shape: Shape) -> Kernel:
 
 
 def make_attention(isa: Isa, shape: Shape) -> Kernel:
-    """Attention of every slice, its outputs stored as the next product's activations."""
+    """Attention of every slice, its outputs stored as the next product's activations, or for `make_put_attended`."""
     attend_items = _make_attend_items(isa, shape)
 
     def attend(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
@@ -235,8 +237,8 @@ def _make_attend_items(isa: Isa, shape: Shape) -> Any:
 
 def _make_attend_tile(isa: Isa, shape: Shape) -> Any:
     head_dim, heads, kv_heads, block_size = shape.head_dim, shape.heads, shape.kv_heads, shape.block_size
-    group, half, query_size = heads // kv_heads, head_dim // 2, shape.query_size
-    tall, put = tall_rows(isa, shape.kv_bits, shape.head_dim), shape.put
+    group, half = heads // kv_heads, head_dim // 2
+    tall, put = tall_rows(isa, shape.kv_bits, shape.head_dim), _make_put_head(isa, shape)
     token_bytes = 4 * padded_columns(shape.qkv_size, isa)
     head_bytes = head_dim * block_size * shape.kv_bits // 8
     of_laid = laid_bytes(isa, shape.kv_bits, head_dim, block_size)
@@ -259,11 +261,49 @@ def _make_attend_tile(isa: Isa, shape: Shape) -> Any:
             frame[Frame.KV_BLOCK_BYTES], laid, scratch,
         )  # fmt: skip
         call_address(frame[Frame.ATTEND_TOKEN] if queries == group else frame[Frame.ATTEND_TILE], arguments)
-        x = place(frame, Frame.X, 4 * layer + 1)
-        scales, sums = place(frame, Frame.X_SCALES, 4 * layer + 1), place(frame, Frame.X_SUMS, 4 * layer + 1)
         for query in range(first, min(first + (group if queries == group else tall), queries)):
             k, row = (head * group + query % group) * head_dim, start_row + query // group
             out = scratch + 4 * (query - first) * head_dim
-            put(out, head_dim, k, row, frame[Frame.TILE_ROWS], query_size, x, scales, sums)
+            put(frame, layer, out, k, row)
 
     return attend_tile
+
+
+def _make_put_head(isa: Isa, shape: Shape) -> Any:
+    """`put(frame, layer, values, k, row)`: what attention leaves of one head."""
+    head_dim, query_size, later = shape.head_dim, shape.query_size, puts_whole_rows(shape.weight_bits)
+    put = make_put(isa, shape.weight_bits, query_size)
+
+    @njit(nogil=True, error_model="numpy")
+    def put_head(frame: Any, layer: int, values: int, k: int, row: int) -> None:
+        product = 4 * layer + 1
+        if later:
+            to = place(frame, Frame.ATTENDED, product) + 4 * (row * query_size + k)
+            copy(floats(values, head_dim), floats(to, head_dim))
+            return
+        x, scales = place(frame, Frame.X, product), place(frame, Frame.X_SCALES, product)
+        sums = place(frame, Frame.X_SUMS, product)
+        put(values, head_dim, k, row, frame[Frame.TILE_ROWS], query_size, x, scales, sums)
+
+    return put_head
+
+
+def make_put_attended(isa: Isa, shape: Shape) -> Kernel:
+    """Stores what attention left as the next product's activations."""
+    size, put = shape.query_size, make_put(isa, shape.weight_bits, shape.query_size)
+
+    def put_attended(control: int, members: int, rank: int, at: int, layer: int, scratch: int) -> None:
+        frame, temp, product = longs(at, FRAME_FIELDS), floats(scratch, size), 4 * layer + 1
+        count, rows, groups = frame[Frame.ROWS], frame[Frame.TILE_ROWS], frame[Frame.GROUPS]
+        attended, x = place(frame, Frame.ATTENDED, product), place(frame, Frame.X, product)
+        scales, sums = place(frame, Frame.X_SCALES, product), place(frame, Frame.X_SUMS, product)
+        tiles = (count + rows - 1) // rows
+        tile = next_item(control, members, rank, groups, tiles)
+        while tile >= 0:
+            for row in range(tile * rows, min((tile + 1) * rows, count)):
+                copy(floats(attended + 4 * row * size, size), temp)
+                put(scratch, size, 0, row, rows, size, x, scales, sums)
+            done(control, members, rank, tile)
+            tile = next_item(control, members, rank, groups, tiles)
+
+    return put_attended

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from services.worker.engine.kernels.compiled.frame import Frame, Shape
+from services.worker.engine.kernels.compiled.activations import puts_whole_rows
+from services.worker.engine.kernels.compiled.frame import Frame, Shape, gates_at_once
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.linear import TALLEST
 from services.worker.engine.kernels.compiled.packing import aligned_zeros, padded_columns
@@ -36,10 +37,12 @@ class Places:
     def _make(cls, isa: Isa, shape: Shape, rows: int, places: int) -> "Places":
         deepest = max(shape.hidden, shape.query_size)
         scales = max(deepest, shape.intermediate) // GROUP + 1
+        gate_up = 0 if gates_at_once(isa, shape) else 2 * shape.intermediate
         widths = {  # in words of a row
             Frame.HIDDEN: shape.hidden,
             Frame.DELTA: padded_columns(shape.hidden, isa),
-            Frame.PRODUCT: padded_columns(max(shape.qkv_size, 0 if shape.matrices else 2 * shape.intermediate), isa),
+            Frame.PRODUCT: padded_columns(max(shape.qkv_size, gate_up), isa),
+            Frame.ATTENDED: shape.query_size if puts_whole_rows(shape.weight_bits) else 0,
             Frame.X: deepest,
             Frame.X_GATED: shape.intermediate,
             Frame.X_SCALES: scales,

@@ -8,12 +8,14 @@ from typing import Any
 
 from numba import njit
 
+from services.worker.engine.kernels.compiled.activations import puts_whole_rows
 from services.worker.engine.kernels.compiled.attention import make_attend
 from services.worker.engine.kernels.compiled.frame import (
     FRAME_FIELDS,
     Frame,
     Kernel,
     Shape,
+    gates_at_once,
     place,
     tall_rows,
 )
@@ -27,6 +29,7 @@ from services.worker.engine.kernels.compiled.phases import (
     make_attention,
     make_norm_rows,
     make_norm_sampled,
+    make_put_attended,
     make_swiglu_rows,
     make_write_kv,
 )
@@ -55,7 +58,9 @@ def make_kernels(isa: Isa, shape: Shape) -> dict[str, Kernel]:
         Frame.NORM_SAMPLED.name: make_norm_sampled(isa, shape),
         "RUN": _make_run(isa, shape),
     }
-    if shape.matrices:
+    if puts_whole_rows(shape.weight_bits):
+        kernels[Frame.PUT_ATTENDED.name] = make_put_attended(isa, shape)
+    if gates_at_once(isa, shape):
         kernels[Frame.GATED_LINEAR.name] = make_gated_linear(shape.hidden, shape.intermediate)
     else:
         kernels[Frame.SWIGLU_ROWS.name] = make_swiglu_rows(isa, shape)
@@ -88,7 +93,8 @@ def _make_multiply(columns: int) -> Any:
 
 def _make_run(isa: Isa, shape: Shape) -> Kernel:
     layers, hidden, intermediate, query_size = shape.layers, shape.hidden, shape.intermediate, shape.query_size
-    matrices, multiply = shape.matrices, _make_multiply(isa.panel_columns)
+    at_once, puts_later = gates_at_once(isa, shape), puts_whole_rows(shape.weight_bits)
+    multiply = _make_multiply(isa.panel_columns)
     qkv_width, hidden_width, gate_up_width, vocabulary_width = (
         padded_columns(n, isa) for n in (shape.qkv_size, hidden, 2 * intermediate, shape.vocabulary)
     )
@@ -97,7 +103,7 @@ def _make_run(isa: Isa, shape: Shape) -> Kernel:
     def gate(team: Any, linear: Any, frame: Any, at: int, layer: int, scratch: int) -> None:
         """Gate and up, and SwiGLU."""
         product = 4 * layer + 2
-        if matrices:
+        if at_once:
             weights = longs(frame[Frame.LINEARS] + 24 * product, 3)
             x, to = place(frame, Frame.X, product), place(frame, Frame.X_GATED, product + 1)
             arguments = (*team, *linear[1:], x, weights[0], weights[2], to, scratch)
@@ -120,6 +126,8 @@ def _make_run(isa: Isa, shape: Shape) -> Kernel:
             multiply(team, linear, frame, qkv, Frame.X, hidden, to, qkv_width, scratch)
             call_address(frame[Frame.WRITE_KV], (*team, at, layer, scratch))
             call_address(frame[Frame.ATTEND], (*team, at, layer, scratch))
+            if puts_later:
+                call_address(frame[Frame.PUT_ATTENDED], (*team, at, layer, scratch))
             to = place(frame, Frame.DELTA, out)
             multiply(team, linear, frame, out, Frame.X, query_size, to, hidden_width, scratch)
             call_address(frame[Frame.NORM_ROWS], (*team, at, 2 * layer + 1, scratch))

@@ -35,7 +35,8 @@ from services.worker.engine.kernels.compiled.vectors import (
     vector,
 )
 
-GROUP = 32  # successive k that share a scale in quantized weights and activations
+GROUP = 32  # successive k that share a scale in 4-bit weights, and in the activations that they meet
+BYTE_RUN = 64  # successive k of 8-bit weights, of which there are whole ones: a row of AMX's registers
 
 
 def _multiply_floats(builder: Builder, total: Value, x: Value, weight: Value) -> Value:
@@ -43,8 +44,8 @@ def _multiply_floats(builder: Builder, total: Value, x: Value, weight: Value) ->
 
 
 @dataclass(frozen=True, slots=True)
-class FloatFormat:
-    """How weights of a floating-point type lie in memory, and how they meet activations.
+class WeightFormat:
+    """How weights lie in memory, and how they meet activations.
 
     A step of the loop over k takes `depth` rows of memory; a vector of them is decoded to `parts` vectors, one for each
     successive word of activations.
@@ -69,23 +70,23 @@ def _decode_bfloat16_pairs(builder: Builder, where: Value, lanes: int, _: int) -
     return [builder.bitcast(part, vector(F32, lanes)) for part in (even, odd)]
 
 
-def _load_words(builder: Builder, where: Value, lanes: int, _: int) -> list[Value]:
+def load_words(builder: Builder, where: Value, lanes: int, _: int) -> list[Value]:
     return [load(builder, where, I32, lanes)]
 
 
-FLOAT32 = FloatFormat(4, 1, _decode_float32)
-BFLOAT16_PAIRS = FloatFormat(4, 2, _decode_bfloat16_pairs)  # packed weights
-BFLOAT16_DOTS = FloatFormat(4, 1, _load_words, 1, I32, add_pair_products)  # the same, with activations in pairs as well
+FLOAT32 = WeightFormat(4, 1, _decode_float32)
+BFLOAT16_PAIRS = WeightFormat(4, 2, _decode_bfloat16_pairs)  # packed weights
+BFLOAT16_DOTS = WeightFormat(4, 1, load_words, 1, I32, add_pair_products)  # the same, with activations in pairs as well
 
 
 @dataclass(frozen=True, slots=True)
-class FloatTile:
+class Tile:
     """The loop over k of one tile: `rows` times `vectors` accumulators."""
 
     lanes: int
     rows: int
     vectors: int
-    format: FloatFormat
+    format: WeightFormat
     x_row_bytes: int  # from a row's activation to the next row's
     x_word_bytes: int  # and to the row's next
 
@@ -146,11 +147,11 @@ class FloatTile:
                 yield sum_, at(builder, base, offset)
 
 
-def panel_tile(isa: Isa, rows: int, panels: int, weights: FloatFormat) -> FloatTile:
-    return FloatTile(isa.lanes, rows, panels * isa.panel_columns // isa.lanes, weights, 4, 4 * rows)
+def panel_tile(isa: Isa, rows: int, panels: int, weights: WeightFormat) -> Tile:
+    return Tile(isa.lanes, rows, panels * isa.panel_columns // isa.lanes, weights, 4, 4 * rows)
 
 
-def float_panels(isa: Isa, rows: int, panels: int, weights: FloatFormat) -> Any:
+def float_panels(isa: Isa, rows: int, panels: int, weights: WeightFormat) -> Any:
     """Intrinsic (activations, weights, panel_bytes, words, out, out_row_bytes, ahead): out = activations x panels.
 
     `panels` adjoining panels, `panel_bytes` apart, each of `words` words of k (an even number); out is

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.worker.engine.batcher import Batch, Slice
-from services.worker.engine.kernels.compiled.frame import Frame
+from services.worker.engine.kernels.compiled.activations import puts_whole_rows
+from services.worker.engine.kernels.compiled.frame import Frame, gates_at_once
 from services.worker.engine.kernels.compiled.isa import IsaName, choose_isa
 from services.worker.engine.kernels.compiled.team import new_control
 from services.worker.engine.kernels.paged_kv import PagedKV
@@ -242,7 +243,7 @@ def test_nor_do_they_with_windows_norms_of_heads_or_biases(case: str, precision:
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("precision", ["float32", "int4 bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4 bfloat16"])
 def test_any_number_of_threads_gives_the_same_bits(precision: str, compiled: Compiled) -> None:
     """More of them than processors, too, so that some are held up anywhere."""
     one, *more = (compiled("llama", precision, threads) for threads in (1, 2, 3))
@@ -260,6 +261,7 @@ def test_any_number_of_threads_gives_the_same_bits(precision: str, compiled: Com
         ("llama biases", "bfloat16"),
         ("llama", "bfloat16"),
         ("llama", "int4 bfloat16"),
+        ("llama biases", "int8"),
     ],
 )
 def test_a_phase_done_again_at_the_end_of_its_step_writes_the_same(
@@ -273,11 +275,12 @@ def test_a_phase_done_again_at_the_end_of_its_step_writes_the_same(
     step = model._step
     assert step._places is step._apart
     layers, frame, addresses = step._shape.layers, step._frame, step._library.addresses
-    matrices = step._shape.matrices
+    at_once, puts_later = gates_at_once(step._isa, step._shape), puts_whole_rows(step._shape.weight_bits)
     phases = [("NORM_SAMPLED", layers)]
     for layer in reversed(range(layers)):
-        phases += [] if matrices else [("SWIGLU_ROWS", layer)]
-        phases += [("NORM_ROWS", 2 * layer + 1), ("ATTEND", layer), ("WRITE_KV", layer), ("NORM_ROWS", 2 * layer)]
+        phases += [] if at_once else [("SWIGLU_ROWS", layer)]
+        phases += [("NORM_ROWS", 2 * layer + 1)] + [("PUT_ATTENDED", layer)] * puts_later
+        phases += [("ATTEND", layer), ("WRITE_KV", layer), ("NORM_ROWS", 2 * layer)]
     written = (torch.from_numpy(step._apart.memory), pool.kv.storage.view(torch.uint8), logits)
     expected = [each.clone() for each in written]
 
@@ -290,14 +293,14 @@ def test_a_phase_done_again_at_the_end_of_its_step_writes_the_same(
 
     for name, which in phases:
         again(name, frame.ctypes.data, which)
-    for layer in reversed(range(layers)) if matrices else ():
+    for layer in reversed(range(layers)) if at_once else ():
         product = 4 * layer + 2
         x, gated = (int(frame[field] + (product + n) * frame[Frame.PLACE_BYTES]) for n, field in _GATED_PLACES)
         words, _, bias = step._kept[Frame.LINEARS][product].tolist()
         again("GATED_LINEAR", 1, 1, 8, x, words, bias, gated)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int4 bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4 bfloat16"])
 def test_nan_that_others_left_in_the_pool_reaches_no_sequence(precision: str, compiled: Compiled) -> None:
     for case in ("llama", "mistral window"):
         model = compiled(case, precision)

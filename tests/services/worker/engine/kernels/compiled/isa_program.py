@@ -88,6 +88,7 @@ def instructions(assembly: str) -> dict[str, Any]:
         "byte dots": assembly.count("vpdpbusd"),
         "bfloat16 dots": assembly.count("vdpbf16ps"),
         "matrix products": assembly.count("tdpbf16ps"),
+        "byte matrices": assembly.count("tdpbsud"),
     }
 
 

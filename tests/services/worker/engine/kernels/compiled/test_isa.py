@@ -20,6 +20,7 @@ from tests.services.worker.engine.tiny_models import save_tiny
 HOST = llvm.get_host_cpu_features()
 AVX2 = ("avx2", "fma", "f16c")
 WIDE = ("amx", "avx512_bf16", "avx512")
+AMX = ("amx-tile", "amx-bf16", "amx-int8")
 AVX512 = (*AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
@@ -32,7 +33,7 @@ PRESENT: list[IsaName] = ["baseline"]
 PRESENT += ["avx2"] if has(AVX2) else []
 PRESENT += ["avx512"] if has(AVX512) else []
 PRESENT += ["avx512_bf16"] if has((*AVX512, "avx512bf16")) else []
-PRESENT += ["amx"] if has((*AVX512, "avx512bf16", "amx-tile", "amx-bf16")) and may_use_matrices() else []
+PRESENT += ["amx"] if has((*AVX512, "avx512bf16", *AMX)) and may_use_matrices() else []
 
 SIZES: dict[str, Any] = {
     "hidden_size": 96,
@@ -89,15 +90,17 @@ def test_an_instruction_set_is_used_and_computes_right(
         assert result["worst error"] < {"float32": 1e-4, "bfloat16": 2e-2}.get(precision, 0.1)
         assert result["xmm"] > 0
         assert (result.get("zmm", 0) > 0) == (name in WIDE)
-        assert (result.get("tmm", 0) > 0) == (name == "amx" and precision.endswith("bfloat16"))
+        assert (result.get("tmm", 0) > 0) == (name == "amx" and precision != "float32")
         assert (result.get("ymm", 0) > 0) or name != "avx2"
         assert (result["avx"] > 0) == (name != "baseline")
         if name == "baseline":
             assert "ymm" not in result
+        by_vnni = ("int4 bfloat16",) if name == "amx" else ("int8", "int4 bfloat16")
         vnni = name in WIDE and bool(HOST.get("avx512vnni"))
-        assert (result["byte dots"] > 0) == (vnni and precision.startswith("int"))
+        assert (result["byte dots"] > 0) == (vnni and precision in by_vnni)
         assert (result["bfloat16 dots"] > 0) == (name == "avx512_bf16" and precision.endswith("bfloat16"))
         assert (result["matrix products"] > 0) == (name == "amx" and precision.endswith("bfloat16"))
+        assert (result["byte matrices"] > 0) == (name == "amx" and precision.startswith("int"))  # int4's head, too
 
 
 def test_auto_takes_the_best() -> None:
@@ -115,6 +118,7 @@ def test_auto_takes_the_best() -> None:
     [
         ("amx", "amx-tile"),
         ("amx", "amx-bf16"),
+        ("amx", "amx-int8"),
         ("amx", "avx512bf16"),
         ("avx512_bf16", "avx512bf16"),
         ("avx512", "avx512bw"),
@@ -126,7 +130,7 @@ def test_what_the_machine_lacks_is_refused(
     name: IsaName, lacking: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features = llvm.get_host_cpu_features()
-    features.update({feature: feature != lacking for feature in (*AVX512, "avx512bf16", "amx-tile", "amx-bf16")})
+    features.update({feature: feature != lacking for feature in (*AVX512, "avx512bf16", *AMX)})
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
     monkeypatch.setattr(llvm, "get_host_cpu_name", lambda: "oldlake")
     with pytest.raises(
@@ -137,7 +141,7 @@ def test_what_the_machine_lacks_is_refused(
 
 def test_amx_that_the_system_does_not_grant_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = llvm.get_host_cpu_features()
-    features.update(dict.fromkeys((*AVX512, "avx512bf16", "amx-tile", "amx-bf16"), True))
+    features.update(dict.fromkeys((*AVX512, "avx512bf16", *AMX), True))
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
     monkeypatch.setattr(isa, "may_use_matrices", lambda: False)
     assert choose_isa().name == "avx512_bf16"

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from services.worker.engine.kernels.compiled.hadamard import transformed
 from services.worker.engine.kernels.compiled.linear import TALLEST, make_linear, tile_rows
 from services.worker.engine.kernels.compiled.packing import (
     Arena,
@@ -24,7 +25,7 @@ from services.worker.engine.kernels.compiled.packing import (
     unpack,
 )
 from services.worker.engine.kernels.compiled.team import new_control
-from services.worker.engine.kernels.compiled.tiles import GROUP
+from services.worker.engine.kernels.compiled.tiles import BYTE_RUN, GROUP
 from tests.services.worker.engine.kernels.compiled.calling import ISA, compiled
 
 BITS = (32, 16, 8, 4)
@@ -50,9 +51,9 @@ def random_product(rows: int, columns: int, depth: int, *, biased: bool = False,
     return Product(x, weight, torch.randn(columns, generator=generator) if biased else None)
 
 
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Signed bytes [rows, depth], ties to even, and the scale, a 127th of the largest, of each group."""
-    groups = x.unflatten(1, (-1, GROUP))
+def quantized(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Signed bytes [rows, depth], ties to even, and the scale, a 127th of the largest, of each group of so many k."""
+    groups = x.unflatten(1, (-1, group))
     largest = groups.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, 127.0 / largest, torch.zeros_like(largest))
     return (groups * inverse).round().to(torch.int8).flatten(1), (largest / 127.0).squeeze(-1)
@@ -68,13 +69,18 @@ def activations(x: Tensor, bits: int, height: int) -> tuple[Tensor, Tensor, Tens
     """x, scales and sums as the kernel reads them."""
     if ISA.activation_bits(bits) == 32:
         return in_tiles(x, height), torch.zeros(1), torch.zeros(1)
+    if bits == 8:
+        numbers, scales = quantized(x, x.shape[1])
+        per_row = [in_tiles(each[:, None], height) for each in (scales[:, 0], numbers.sum(-1, dtype=torch.int32))]
+        whole = torch.nn.functional.pad(numbers, (0, -x.shape[1] % BYTE_RUN))
+        return in_tiles(whole.unflatten(1, (-1, BYTE_RUN if ISA.matrices else 4)), height), *per_row
     if ISA.uses_matrices(bits):
         runs = x.to(torch.bfloat16).view(torch.int16).unflatten(1, (-1, GROUP))
         return in_tiles(runs, height), torch.zeros(1), torch.zeros(1)
     if ISA.activation_bits(bits) == 16:
         words = x.to(torch.bfloat16).view(torch.int32)
         return in_tiles(words, height), torch.zeros(1), torch.zeros(1)
-    numbers, scales = quantized(x)
+    numbers, scales = quantized(x, GROUP)
     sums = numbers.unflatten(1, (-1, GROUP)).sum(-1, dtype=torch.int32)
     return in_tiles(numbers.unflatten(1, (-1, 4)), height), in_tiles(scales, height), in_tiles(sums, height)
 
@@ -120,12 +126,13 @@ def exact_terms(product: Product, weights: PackedLinear) -> tuple[Tensor, ...]:
         weight = unpack(weights, columns, depth).double()
         x = product.x if ISA.activation_bits(weights.bits) == 32 else product.x.to(torch.bfloat16)
         return (x.double()[:, None] * weight,)
-    numbers, scales = quantized(product.x)
-    x = numbers.double().unflatten(1, (-1, GROUP))
     if weights.bits == 8:
-        bytes_, step = quantize_bytes(product.weight)
-        dots = torch.einsum("rgk,cgk->rcg", x, bytes_.double().unflatten(1, (-1, GROUP)) - 128)
-        return (dots * scales.double()[:, None] * step.double(),)
+        numbers, scales = quantized(product.x, depth)
+        bytes_, step = quantize_bytes(transformed(product.weight))
+        dots = numbers.double() @ (bytes_.double() - 128).T
+        return ((dots * scales.double() * step.double())[..., None],)
+    numbers, scales = quantized(product.x, GROUP)
+    x = numbers.double().unflatten(1, (-1, GROUP))
     nibbles, step, least = quantize_nibbles(product.weight)
     dots = torch.einsum("rgk,cgk->rcg", x, nibbles.double().unflatten(1, (-1, GROUP)))
     shares = x.sum(-1)[:, None] * scales.double()[:, None] * least.double()
