@@ -81,17 +81,17 @@ def _make_finish(bits: int) -> Any:
     def finish(
         sums: int, rows: int, x_scales: int, x_sums: int, scales: int, bias: int, out: int, out_row_bytes: int
     ) -> None:
-        """A tile's outputs of its sums with a panel. bias: 0 if there is none."""
+        """A tile's outputs of its sums with a panel. bias: 0 if there is none.
+
+        Nothing but what is final is written there, since a thread that was held up may do so once more.
+        """
         if bits == 8:
-            scale_sums(sums, rows, x_scales, x_sums, scales, out, out_row_bytes)
+            to, row_bytes = (sums, _SUMS) if bias else (out, out_row_bytes)
+            scale_sums(sums, rows, x_scales, x_sums, scales, to, row_bytes)
         if bias:
             biases = floats(bias, PANEL_COLUMNS)
             for row in range(rows):
-                to = floats(out + row * out_row_bytes, PANEL_COLUMNS)
-                if bits == 8:
-                    add_to(to, biases)
-                else:
-                    add(floats(sums + row * _SUMS, PANEL_COLUMNS), biases, to)
+                add(floats(sums + row * _SUMS, PANEL_COLUMNS), biases, floats(out + row * out_row_bytes, PANEL_COLUMNS))
 
     return finish
 
