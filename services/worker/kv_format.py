@@ -13,6 +13,8 @@ from services.worker.engine.model.checkpoint import weight_files
 
 _STRIDE_BYTES = 1024 * 1024
 _SAMPLE_BYTES = 4096
+# Of quantizations that have been other ones under the same name.
+_SCHEMES = {"int8": "int8 of rows, transformed"}
 
 
 def kv_format(
@@ -28,7 +30,7 @@ def kv_format(
         dtype,
         str(block_size),
         implementation,
-        f"quantization {quantization}",
+        f"quantization {_SCHEMES.get(quantization, quantization)}",
         "layout block,layer: k head,channel,token; v head,token,channel",
         *([f"numerics {numerics}"] if numerics else []),
     ):

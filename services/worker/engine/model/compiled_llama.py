@@ -20,7 +20,7 @@ from services.worker.engine.batcher import Batch
 from services.worker.engine.kernels.compiled.compiling import compile_apart
 from services.worker.engine.kernels.compiled.frame import NO_WINDOW, Frame, Shape, scratch_bytes
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.library import Library, kept_library
+from services.worker.engine.kernels.compiled.library import Library, kept_library, sources_digest
 from services.worker.engine.kernels.compiled.linear import TALLEST, tile_groups, tile_rows
 from services.worker.engine.kernels.compiled.packing import aligned_zeros, padded_columns
 from services.worker.engine.kernels.compiled.places import Places
@@ -205,9 +205,11 @@ class _Step:
 
 def _numerics(isa: Isa) -> str:
     """What decides how sums are rounded: the kernels add each row's products in one order, whatever else is computed
-    with them, but the compiler and the processor choose the instructions, and torch computes the rotary angles.
+    with them, but the compiler and the processor choose the instructions, and torch computes the rotary angles and
+    transforms 8-bit weights.
     """
-    return f"{isa.name}, {llvm.get_host_cpu_name()}, numba {numba.__version__}, torch {torch.__version__}"
+    versions = f"kernels {sources_digest()}, numba {numba.__version__}, torch {torch.__version__}"
+    return f"{isa.name}, {llvm.get_host_cpu_name()}, {versions}"
 
 
 def _dismiss(control: npt.NDArray[np.int64], helpers: list[threading.Thread], _: object) -> None:

@@ -42,7 +42,7 @@ def why_not_compiled(
         return f"{dtype} is neither float32 nor bfloat16"
     if block_size % isa.lanes:
         return f"the block size {block_size} is no multiple of {isa.lanes}, the {isa.name} vector"
-    grain = GROUP if quantize != "none" else isa.lanes
+    grain = GROUP if quantize == "int4" else isa.lanes
     if config.head_dim % grain:
         return f"the head size {config.head_dim} is no multiple of {grain}"
     sizes = (config.hidden_size, config.intermediate_size, config.heads * config.head_dim)

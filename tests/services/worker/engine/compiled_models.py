@@ -45,6 +45,7 @@ PRECISIONS = {
     "float32": Precision(torch.float32),
     "bfloat16": Precision(torch.bfloat16),
     "int8": Precision(torch.float32, "int8"),
+    "int8 bfloat16": Precision(torch.bfloat16, "int8"),
     "int4": Precision(torch.float32, "int4"),
     "int4 bfloat16": Precision(torch.bfloat16, "int4"),
 }

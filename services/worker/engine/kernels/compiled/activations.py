@@ -3,6 +3,7 @@
 A tile is [k][rows] words, each of 1 float32, 2 bfloat16 or 4 bytes of successive k; for AMX [runs][rows][64 bytes].
 """
 
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +15,7 @@ from services.worker.engine.kernels.compiled.hadamard import make_transform
 from services.worker.engine.kernels.compiled.isa import Isa, has_bfloat16
 from services.worker.engine.kernels.compiled.machine import floats, load_float32, store_float32, store_int32
 from services.worker.engine.kernels.compiled.packing import padded_depth
-from services.worker.engine.kernels.compiled.tiles import BYTE_RUN, GROUP
+from services.worker.engine.kernels.compiled.tiles import GROUP, RUN_BYTES
 from services.worker.engine.kernels.compiled.vectors import (
     BF16,
     F32,
@@ -44,7 +45,7 @@ def make_put(isa: Isa, bits: int, depth: int) -> Any:
     stores `count` float32 at address `values` as tiles read them, from `first_k` of row `row` of `depth` k.
 
     `rows` rows stand side by side in a tile; `x` is the address of the first tile. Where `puts_whole_rows`, they are
-    all of the row, and after them there is memory for `put_scratch` more.
+    all of the row, whatever the arguments say of them, and after them there is memory for `put_scratch` more.
     """
     if bits == 8:
         return _make_put_row(isa, depth)
@@ -176,6 +177,7 @@ def put_groups(
         store_int32(sums + place + 4 * group * rows, total)
 
 
+@cache
 def _make_put_row(isa: Isa, depth: int) -> Any:
     deep, transform = padded_depth(depth, 8), make_transform(depth)
     quantize_runs, quantize_words = _quantize_row(adjoining=True), _quantize_row(adjoining=False)
@@ -191,11 +193,11 @@ def _make_put_row(isa: Isa, depth: int) -> Any:
         transform(values, temp, out)
         if deep > depth:
             floats(out + 4 * depth, deep - depth)[:] = 0
-        to, run_bytes = x + row // rows * deep * rows, BYTE_RUN * rows
+        to, run_bytes = x + row // rows * deep * rows, RUN_BYTES * rows
         if matrices or rows == 1:
-            scale, total = quantize_runs(out, deep // BYTE_RUN, to + row % rows * BYTE_RUN, run_bytes, 0)
+            scale, total = quantize_runs(out, deep // RUN_BYTES, to + row % rows * RUN_BYTES, run_bytes, 0)
         else:
-            scale, total = quantize_words(out, deep // BYTE_RUN, to + row % rows * 4, run_bytes, 4 * rows)
+            scale, total = quantize_words(out, deep // RUN_BYTES, to + row % rows * 4, run_bytes, 4 * rows)
         store_float32(scales + 4 * row, scale)
         store_int32(sums + 4 * row, total)
 
@@ -203,7 +205,7 @@ def _make_put_row(isa: Isa, depth: int) -> Any:
 
 
 def _quantize_row(adjoining: bool) -> Any:
-    """Intrinsic (values, runs, out, run_bytes, word_bytes): `runs` times BYTE_RUN float32 as signed bytes.
+    """Intrinsic (values, runs, out, run_bytes, word_bytes): `runs` times RUN_BYTES float32 as signed bytes.
 
     From run to run they lie `run_bytes` apart, and within a run side by side or, where not `adjoining`, in words of 4
     that are `word_bytes` apart. Returns the scale, a 127th of the largest magnitude, and the sum of the bytes.
@@ -214,12 +216,12 @@ def _quantize_row(adjoining: bool) -> Any:
         def generate(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
             values, runs, out, run_bytes, word_bytes = arguments
             source, to = pointer(builder, values), pointer(builder, out)
-            most, sums = (cgutils.alloca_once(builder, vector(kind, BYTE_RUN)) for kind in (F32, I32))
-            builder.store(constant(F32, BYTE_RUN, 0.0), most)
-            builder.store(constant(I32, BYTE_RUN, 0), sums)
+            most, sums = (cgutils.alloca_once(builder, vector(kind, RUN_BYTES)) for kind in (F32, I32))
+            builder.store(constant(F32, RUN_BYTES, 0.0), most)
+            builder.store(constant(I32, RUN_BYTES, 0), sums)
 
             def run_of(index: Value) -> Value:
-                return load(builder, at(builder, source, builder.mul(index, I64(4 * BYTE_RUN))), F32, BYTE_RUN)
+                return load(builder, at(builder, source, builder.mul(index, I64(4 * RUN_BYTES))), F32, RUN_BYTES)
 
             with cgutils.for_range(builder, runs, intp=I64) as loop:
                 builder.store(larger(builder, absolute(builder, run_of(loop.index)), builder.load(most)), most)
@@ -227,14 +229,14 @@ def _quantize_row(adjoining: bool) -> Any:
             with cgutils.for_range(builder, runs, intp=I64) as loop:
                 numbers = _nearest(builder, run_of(loop.index), inverse)
                 builder.store(builder.add(builder.load(sums), numbers), sums)
-                bytes_ = builder.trunc(numbers, vector(I8, BYTE_RUN))
+                bytes_ = builder.trunc(numbers, vector(I8, RUN_BYTES))
                 run = at(builder, to, builder.mul(loop.index, run_bytes))
                 if adjoining:
                     builder.store(bytes_, run, align=1)
                 else:
                     _store_words(builder, bytes_, run, word_bytes)
-            total = call(builder, f"llvm.vector.reduce.add.v{BYTE_RUN}i32", I32, [builder.load(sums)])
-            # A row that is not finite is NaN throughout once transformed, which no byte can say: so its scale does.
+            total = call(builder, f"llvm.vector.reduce.add.v{RUN_BYTES}i32", I32, [builder.load(sums)])
+            # Of a row that is not finite nothing is finite once transformed, which no byte can say: so its scale does.
             first = builder.load(source, typ=F32)
             scale = builder.fadd(scale, builder.fsub(first, first))
             return context.make_tuple(builder, signature.return_type, [scale, total])

@@ -32,13 +32,13 @@ from services.worker.engine.kernels.compiled.vectors import (
     vector,
 )
 
-_LANES = 16  # of Hadamard's matrix, that a vector holds
+_LANES = 16  # of Hadamard's matrix, that are transformed as one vector
 _WIDE = 2 * _LANES  # float32 that are mixed together
 _FACTOR = 64  # of Hadamard's matrix, that weights are multiplied with at once
 
 
 def transformed(x: Tensor) -> Tensor:
-    """R x, for each last dimension of a float32 tensor: a multiple of 32."""
+    """R x, for each last dimension of a floating-point tensor: a multiple of 32."""
     odd, power = _factors(x.shape[-1])
     return _apply(_mixing(odd, power), x)
 
@@ -52,14 +52,15 @@ def transformed_back(x: Tensor) -> Tensor:
 def _apply(mixing: Tensor, x: Tensor) -> Tensor:
     odd, power = _factors(x.shape[-1])
     done = min(_FACTOR, power)
-    y = x.reshape(-1, done) @ _hadamard(done)
+    y = x.reshape(-1, done) @ _hadamard(done).to(x.dtype)
     while done < power:
         size = min(_FACTOR, power // done)
-        y = _hadamard(size) @ y.view(-1, size, done)
+        y = _hadamard(size).to(x.dtype) @ y.view(-1, size, done)
         done *= size
-    return (mixing @ y.view(-1, odd, power)).reshape(x.shape)
+    return (mixing.to(x.dtype) @ y.view(-1, odd, power)).reshape(x.shape)
 
 
+@cache
 def make_transform(depth: int) -> Any:
     """`transform(x, temp, out)`: out = R x, of `depth` float32 at an address; `temp` has room for as many."""
     odd, power = _factors(depth)
@@ -101,11 +102,11 @@ def _hadamard(size: int) -> Tensor:
 
 @cache
 def _mixing(odd: int, power: int) -> Tensor:
-    """The orthonormal DCT-II, [odd, odd], by what is missing for Hadamard's matrix of `power` to be orthonormal."""
+    """float64 [odd, odd]: the orthonormal DCT-II, by what Hadamard's matrix of `power` lacks to be orthonormal."""
     n = torch.arange(odd, dtype=torch.float64)
     matrix = torch.cos(math.pi / odd * (n + 0.5) * n[:, None]) * math.sqrt(2 / odd)
     matrix[0] /= math.sqrt(2)
-    return (matrix / math.sqrt(power)).float()
+    return matrix / math.sqrt(power)
 
 
 @intrinsic
@@ -159,9 +160,9 @@ def _mix(odd: int, power: int) -> Any:
                     with cgutils.for_range(builder, I64(odd), intp=I64) as term:
                         factor = at(builder, factors, builder.mul(term.index, I64(4)))
                         place = builder.add(column, builder.mul(term.index, I64(4 * power)))
-                        numbers_ = load(builder, at(builder, x, place), F32, _WIDE)
+                        terms = load(builder, at(builder, x, place), F32, _WIDE)
                         product = multiply_add(
-                            builder, numbers_, load_splat(builder, factor, F32, _WIDE), builder.load(total)
+                            builder, terms, load_splat(builder, factor, F32, _WIDE), builder.load(total)
                         )
                         builder.store(product, total)
                     place = builder.add(column, builder.mul(row.index, I64(4 * power)))

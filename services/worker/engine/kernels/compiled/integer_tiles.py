@@ -46,7 +46,7 @@ def byte_panels(isa: Isa, rows: int, panels: int) -> Any:
 
     activations are [words][rows] words of 4 signed bytes; `scales`, float32, and `sums`, int32, of a row's bytes are
     [rows]. Weights u are unsigned and stand for d * (u - 128), with a float32 d for each column at `weight_scales`.
-    Sums are exact. `ahead` is as in `float_panels`.
+    Sums are exact as long as int32 holds them, which it does up to 133,000 k. `ahead` is as in `float_panels`.
     """
     multiply_bytes = byte_products(isa)
     as_words = WeightFormat(4, 1, load_words, 1, I32, lambda builder, total, x, u: multiply_bytes(builder, total, u, x))

@@ -108,10 +108,16 @@ def load_kernels(archive: bytes) -> Library:
     return Library(addresses, engine)
 
 
-def _name(made_for: str) -> str:
+def sources_digest() -> str:
+    """32 hex digits that name the kernels' sources."""
     digest = sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _name(made_for: str) -> str:
+    digest = sha256(sources_digest().encode())
     processor = f"{llvm.get_host_cpu_name()} {llvm.get_host_cpu_features().flatten()}"
     compiled_for = f"{numba.config.CPU_NAME} {numba.config.CPU_FEATURES}"
     for part in (numba.__version__, llvmlite.__version__, processor, compiled_for, made_for):

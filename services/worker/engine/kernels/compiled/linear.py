@@ -16,9 +16,9 @@ from services.worker.engine.kernels.compiled.team import done, next_item
 from services.worker.engine.kernels.compiled.tiles import (
     BFLOAT16_DOTS,
     BFLOAT16_PAIRS,
-    BYTE_RUN,
     FLOAT32,
     GROUP,
+    RUN_BYTES,
     float_panels,
 )
 
@@ -60,7 +60,7 @@ def make_linear(isa: Isa, bits: int) -> Any:
     columns, width_of, multiply = isa.panel_columns, njit(_panels), _make_multiply(isa, bits)
     accumulators = isa.accumulators
     per_word, activation_bytes = 32 // bits, isa.activation_bits(bits) // 8
-    grain, grouped = BYTE_RUN if bits == 8 else GROUP, bits == 4
+    grain, grouped = RUN_BYTES if bits == 8 else GROUP, bits == 4
 
     def linear(
         control: int, members: int, rank: int, groups: int, tiles: int, rows: int, depth: int, x: int, x_scales: int,

@@ -7,7 +7,6 @@ from numba import njit
 from services.worker.engine.kernels.compiled.machine import floats
 from services.worker.engine.kernels.compiled.matrix_tiles import (
     PANEL_COLUMNS,
-    RUN_BYTES,
     STEP_BYTES,
     TILE_DEPTH,
     TILE_ROWS,
@@ -20,6 +19,7 @@ from services.worker.engine.kernels.compiled.matrix_tiles import (
 from services.worker.engine.kernels.compiled.rows import add, add_to
 from services.worker.engine.kernels.compiled.sharing import panels_of, share_out
 from services.worker.engine.kernels.compiled.team import done, next_item
+from services.worker.engine.kernels.compiled.tiles import RUN_BYTES
 
 _AHEAD_BYTES = 8192  # how far before its use a weight is asked for by a tile, or pair, that uses it alone
 _FEW_PANELS = 4  # at once, by a tile or pair that uses them alone: fewer items to get

@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from services.worker.engine.kernels.compiled.integer_tiles import less_offset, scaled
+from services.worker.engine.kernels.compiled.tiles import RUN_BYTES
 from services.worker.engine.kernels.compiled.vectors import (
     BF16,
     F32,
@@ -40,7 +41,7 @@ from services.worker.engine.kernels.compiled.vectors import (
 TILE_ROWS = 16
 TILE_DEPTH = 32  # bfloat16 in a row of a register
 PANEL_COLUMNS = 32  # of two registers side by side
-RUN_BYTES = _LINE_BYTES = 64  # of a row of a register
+_LINE_BYTES = 64
 _PANEL_ROW_BYTES = 4 * PANEL_COLUMNS
 STEP_BYTES = RUN_BYTES * PANEL_COLUMNS  # of a panel
 _REGISTERS = 8

@@ -14,13 +14,13 @@ from services.worker.engine.kernels.compiled.integer_tiles import byte_products
 from services.worker.engine.kernels.compiled.isa import Isa
 from services.worker.engine.kernels.compiled.matrix_tiles import (
     PANEL_COLUMNS,
-    RUN_BYTES,
     STEP_BYTES,
     TILE_ROWS,
     begin_tiles,
     end_tiles,
     tile_products,
 )
+from services.worker.engine.kernels.compiled.tiles import RUN_BYTES
 from services.worker.engine.kernels.compiled.vectors import (
     F32,
     I32,
@@ -43,8 +43,8 @@ _ONE = 0x3F80  # as bfloat16
 def make_products(isa: Isa, weight_bits: int) -> Callable[[ThreadPoolExecutor, int], int]:
     """`multiply(pool, count)`: `count` threads multiply and add as tiles do, with as many sums as fit into registers.
 
-    `weight_bits` says what is multiplied: what tiles multiply with weights of so many. All numbers are ones, so that
-    the sums tell how many products there were: that is what it returns.
+    `weight_bits` says what is multiplied: what tiles multiply with weights of so many; with 4 bits, bytes. All numbers
+    are ones, so that the sums tell how many products there were: that is what it returns.
     """
     matrices = isa.uses_matrices(weight_bits)
     run = _matrix_products(weight_bits) if matrices else _vector_products(isa, isa.activation_bits(weight_bits))

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from services.worker.engine.kernels.compiled.hadamard import transformed, transformed_back
 from services.worker.engine.kernels.compiled.isa import Isa
-from services.worker.engine.kernels.compiled.tiles import BYTE_RUN, GROUP
+from services.worker.engine.kernels.compiled.tiles import GROUP, RUN_BYTES
 
 Words = npt.NDArray[np.uint32]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 _ALIGNMENT = 64
+_COLUMNS_AT_ONCE = 4096  # that are transformed, which takes memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +73,7 @@ def padded_columns(columns: int, isa: Isa) -> int:
 
 def padded_depth(depth: int, bits: int) -> int:
     """k of a matrix once packed."""
-    grain = BYTE_RUN if bits == 8 else GROUP
+    grain = RUN_BYTES if bits == 8 else GROUP
     return -(-depth // grain) * grain
 
 
@@ -83,7 +84,7 @@ def pack(weight: Tensor, bits: int, isa: Isa, arena: Arena) -> PackedLinear:
     """
     scales: npt.NDArray[np.floating[Any]] = np.empty((0, 0), np.float32)
     if bits == 8:
-        numbers, step = quantize_bytes(_padded(transformed(weight.float()), bits, isa))
+        numbers, step = quantize_bytes(_padded(_transformed(weight), bits, isa))
         rows, scales = numbers.numpy(), step.numpy().reshape(-1, isa.panel_columns)
     elif bits == 4:
         numbers, step, least = quantize_nibbles(_padded(weight.float(), bits, isa))
@@ -97,6 +98,13 @@ def pack(weight: Tensor, bits: int, isa: Isa, arena: Arena) -> PackedLinear:
     words = rows.view(np.uint32)
     panels = words.reshape(-1, isa.panel_columns, words.shape[1]).transpose(0, 2, 1)
     return PackedLinear(arena.copy(panels), arena.copy(scales), bits)
+
+
+def _transformed(weight: Tensor) -> Tensor:
+    """float32. Summed in float64: in which order, torch decides anew for each number of threads, and no byte may hang
+    on that.
+    """
+    return torch.cat([transformed(part.double()).float() for part in torch.split(weight, _COLUMNS_AT_ONCE)])
 
 
 def quantize_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -270,17 +270,21 @@ def _make_attend_tile(isa: Isa, shape: Shape) -> Any:
 
 
 def _make_put_head(isa: Isa, shape: Shape) -> Any:
-    """`put(frame, layer, values, k, row)`: what attention leaves of one head."""
-    head_dim, query_size, later = shape.head_dim, shape.query_size, puts_whole_rows(shape.weight_bits)
-    put = make_put(isa, shape.weight_bits, query_size)
+    """`put(frame, layer, values, k, row)`: stores what attention leaves of one head."""
+    head_dim, query_size, bits = shape.head_dim, shape.query_size, shape.weight_bits
+
+    @njit(nogil=True, error_model="numpy")
+    def keep(frame: Any, layer: int, values: int, k: int, row: int) -> None:
+        to = place(frame, Frame.ATTENDED, 4 * layer + 1) + 4 * (row * query_size + k)
+        copy(floats(values, head_dim), floats(to, head_dim))
+
+    if puts_whole_rows(bits):
+        return keep
+    put = make_put(isa, bits, query_size)
 
     @njit(nogil=True, error_model="numpy")
     def put_head(frame: Any, layer: int, values: int, k: int, row: int) -> None:
         product = 4 * layer + 1
-        if later:
-            to = place(frame, Frame.ATTENDED, product) + 4 * (row * query_size + k)
-            copy(floats(values, head_dim), floats(to, head_dim))
-            return
         x, scales = place(frame, Frame.X, product), place(frame, Frame.X_SCALES, product)
         sums = place(frame, Frame.X_SUMS, product)
         put(values, head_dim, k, row, frame[Frame.TILE_ROWS], query_size, x, scales, sums)

@@ -36,7 +36,7 @@ from services.worker.engine.kernels.compiled.vectors import (
 )
 
 GROUP = 32  # successive k that share a scale in 4-bit weights, and in the activations that they meet
-BYTE_RUN = 64  # successive k of 8-bit weights, of which there are whole ones: a row of AMX's registers
+RUN_BYTES = 64  # of k that AMX multiplies at once; 8-bit weights are padded to whole runs of as many k
 
 
 def _multiply_floats(builder: Builder, total: Value, x: Value, weight: Value) -> Value:

@@ -18,6 +18,7 @@ from services.worker.engine.batcher import Batch, Slice
 from services.worker.engine.kernels.compiled.activations import puts_whole_rows
 from services.worker.engine.kernels.compiled.frame import Frame, gates_at_once
 from services.worker.engine.kernels.compiled.isa import IsaName, choose_isa
+from services.worker.engine.kernels.compiled.packing import padded_columns
 from services.worker.engine.kernels.compiled.team import new_control
 from services.worker.engine.kernels.paged_kv import PagedKV
 from services.worker.engine.model.compiled_llama import CompiledLlama
@@ -189,7 +190,7 @@ def test_logits_depend_on_the_tokens_alone(
     assert torch.equal(logits, alone[cuts[-1] - 1 :])
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4", "int4 bfloat16"])
+@pytest.mark.parametrize("precision", ["int8", "int8 bfloat16", "int4", "int4 bfloat16"])
 def test_quantized_equals_float32_on_the_values_of_its_weights(
     precision: str, compiled: Compiled, twins: Twins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +235,7 @@ def test_a_sequences_logits_do_not_depend_on_how_its_work_is_cut_up(
     assert torch.equal(together[-1], alone)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8 bfloat16"])
 @pytest.mark.parametrize("case", ["qwen3", "mistral window", "llama biases"])
 def test_nor_do_they_with_windows_norms_of_heads_or_biases(case: str, precision: str, compiled: Compiled) -> None:
     model = compiled(case, precision)
@@ -243,7 +244,7 @@ def test_nor_do_they_with_windows_norms_of_heads_or_biases(case: str, precision:
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8", "int4 bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "int8 bfloat16", "int4 bfloat16"])
 def test_any_number_of_threads_gives_the_same_bits(precision: str, compiled: Compiled) -> None:
     """More of them than processors, too, so that some are held up anywhere."""
     one, *more = (compiled("llama", precision, threads) for threads in (1, 2, 3))
@@ -261,7 +262,7 @@ def test_any_number_of_threads_gives_the_same_bits(precision: str, compiled: Com
         ("llama biases", "bfloat16"),
         ("llama", "bfloat16"),
         ("llama", "int4 bfloat16"),
-        ("llama biases", "int8"),
+        ("llama biases", "int8 bfloat16"),
     ],
 )
 def test_a_phase_done_again_at_the_end_of_its_step_writes_the_same(
@@ -291,6 +292,9 @@ def test_a_phase_done_again_at_the_end_of_its_step_writes_the_same(
         for ours, before in zip(written, expected, strict=True):
             assert torch.equal(ours, before), f"{name} with {arguments}"
 
+    for product in range(4 * layers, -1, -1):
+        if product % 4 != 2 or not at_once:
+            again(*_linear_again(step, product))
     for name, which in phases:
         again(name, frame.ctypes.data, which)
     for layer in reversed(range(layers)) if at_once else ():
@@ -300,7 +304,32 @@ def test_a_phase_done_again_at_the_end_of_its_step_writes_the_same(
         again("GATED_LINEAR", 1, 1, 8, x, words, bias, gated)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4 bfloat16"])
+def _linear_again(step: Any, product: int) -> tuple[Any, ...]:
+    """A product's kernel and its arguments, but for a team's and scratch memory, as the step calls it."""
+    frame, shape, isa = step._frame, step._shape, step._isa
+    head = product == 4 * shape.layers
+    depth, columns, read, written = {
+        0: (shape.hidden, shape.qkv_size, Frame.X, Frame.PRODUCT),
+        1: (shape.query_size, shape.hidden, Frame.X, Frame.DELTA),
+        2: (shape.hidden, 2 * shape.intermediate, Frame.X, Frame.PRODUCT),
+        3: (shape.intermediate, shape.hidden, Frame.X_GATED, Frame.DELTA),
+    }[product % 4]
+    count, rows = frame[Frame.ROWS], frame[Frame.TILE_ROWS]
+    if head:
+        columns, count, rows = shape.vocabulary, frame[Frame.SAMPLED], frame[Frame.SAMPLED_TILE_ROWS]
+    x, scales, sums, out = (
+        int(frame[field] + product * frame[Frame.PLACE_BYTES])
+        for field in (read, Frame.X_SCALES, Frame.X_SUMS, written)
+    )
+    width = padded_columns(columns, isa)
+    words, weight_scales, bias = step._kept[Frame.LINEARS][product].tolist()
+    return (
+        "HEAD_LINEAR" if head else "LINEAR", 1, int(-(-count // rows)), int(rows), depth, x, scales, sums, words,
+        weight_scales, bias, width // isa.panel_columns, int(frame[Frame.LOGITS]) if head else out, 4 * width,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8 bfloat16", "int4 bfloat16"])
 def test_nan_that_others_left_in_the_pool_reaches_no_sequence(precision: str, compiled: Compiled) -> None:
     for case in ("llama", "mistral window"):
         model = compiled(case, precision)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.worker.engine.kernels.compiled.hadamard import transformed
+from services.worker.engine.kernels.compiled.hadamard import transformed, transformed_back
 from services.worker.engine.kernels.compiled.linear import TALLEST, make_linear, tile_rows
 from services.worker.engine.kernels.compiled.packing import (
     Arena,
@@ -25,7 +25,7 @@ from services.worker.engine.kernels.compiled.packing import (
     unpack,
 )
 from services.worker.engine.kernels.compiled.team import new_control
-from services.worker.engine.kernels.compiled.tiles import BYTE_RUN, GROUP
+from services.worker.engine.kernels.compiled.tiles import GROUP, RUN_BYTES
 from tests.services.worker.engine.kernels.compiled.calling import ISA, compiled
 
 BITS = (32, 16, 8, 4)
@@ -72,8 +72,8 @@ def activations(x: Tensor, bits: int, height: int) -> tuple[Tensor, Tensor, Tens
     if bits == 8:
         numbers, scales = quantized(x, x.shape[1])
         per_row = [in_tiles(each[:, None], height) for each in (scales[:, 0], numbers.sum(-1, dtype=torch.int32))]
-        whole = torch.nn.functional.pad(numbers, (0, -x.shape[1] % BYTE_RUN))
-        return in_tiles(whole.unflatten(1, (-1, BYTE_RUN if ISA.matrices else 4)), height), *per_row
+        whole = torch.nn.functional.pad(numbers, (0, -x.shape[1] % RUN_BYTES))
+        return in_tiles(whole.unflatten(1, (-1, RUN_BYTES if ISA.matrices else 4)), height), *per_row
     if ISA.uses_matrices(bits):
         runs = x.to(torch.bfloat16).view(torch.int16).unflatten(1, (-1, GROUP))
         return in_tiles(runs, height), torch.zeros(1), torch.zeros(1)
@@ -128,7 +128,7 @@ def exact_terms(product: Product, weights: PackedLinear) -> tuple[Tensor, ...]:
         return (x.double()[:, None] * weight,)
     if weights.bits == 8:
         numbers, scales = quantized(product.x, depth)
-        bytes_, step = quantize_bytes(transformed(product.weight))
+        bytes_, step = quantize_bytes(transformed(product.weight.double()).float())
         dots = numbers.double() @ (bytes_.double() - 128).T
         return ((dots * scales.double() * step.double())[..., None],)
     numbers, scales = quantized(product.x, GROUP)
@@ -203,6 +203,20 @@ def test_a_bias_is_added_once_however_threads_share_the_columns(bits: int) -> No
         expected = multiply(product, weights, height=height)
         for groups in [1, 2] * 25:
             assert np.array_equal(multiply(product, weights, height=height, members=2, groups=groups), expected)
+
+
+@pytest.mark.parametrize("depth", [160, 1 << 16])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_sums_of_the_largest_bytes_are_exact(rows: int, depth: int) -> None:
+    """As far as int32 goes, and where pairs or fours of them could overflow or saturate."""
+    signs = torch.tensor([1.0, -1.0, 1.0])
+    weight = transformed_back(signs[:, None].expand(3, depth).double()).float()
+    x = signs.repeat(6)[:rows, None].expand(rows, depth).contiguous()
+    weights = packed(weight, 8)
+    bytes_ = torch.from_numpy(weights.words[0, : depth // 4].copy()).view(torch.uint8).unflatten(1, (-1, 4))
+    assert [set(bytes_[:, column].flatten().tolist()) for column in range(3)] == [{255}, {1}, {255}]
+    out = multiply(Product(x, weight, None), weights, height=tile_rows(ISA, 8, rows))
+    torch.testing.assert_close(torch.from_numpy(out), x[:, :1] * signs * depth, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

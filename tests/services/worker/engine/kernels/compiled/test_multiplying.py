@@ -4,8 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from services.worker.engine.kernels.compiled.matrix_tiles import PANEL_COLUMNS, RUN_BYTES, TILE_ROWS
+from services.worker.engine.kernels.compiled.matrix_tiles import PANEL_COLUMNS, TILE_ROWS
 from services.worker.engine.kernels.compiled.multiplying import MATRIX_TURNS, TURNS, make_products
+from services.worker.engine.kernels.compiled.tiles import RUN_BYTES
 from tests.services.worker.engine.kernels.compiled.calling import ISA
 
 KINDS = (4, 8, 16, 32) if ISA.bfloat16_dots else (4, 8, 32)

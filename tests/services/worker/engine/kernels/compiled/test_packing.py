@@ -119,10 +119,25 @@ def test_groups_of_equal_weights_keep_them(value: float) -> None:
 def test_what_is_missing_of_the_last_panel_is_zeros(bits: int) -> None:
     for isa in ISAS:
         wide = padded_columns(5, isa)
-        depth = 32 if bits == 8 else 40
-        weights = unpack(packed(torch.ones(5, depth), bits, isa), wide, depth if bits == 8 else 64)
+        depth, deep = (32, 32) if bits == 8 else (40, 64)  # of bytes: see the next test
+        weights = unpack(packed(torch.ones(5, depth), bits, isa), wide, deep)
+        assert weights.shape == (wide, deep)
         assert not weights[5:].any()
         assert not weights[:5, depth:].any()
+
+
+def test_8_bits_are_the_same_whatever_threads_transform_them() -> None:
+    weight = random_weight(300, 576, seed=1)
+    before, first = torch.get_num_threads(), packed(weight, 8, ISAS[0])
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            apart = torch.empty(300 * 576 + 1)[1:].view(300, 576).copy_(weight)  # not aligned as the first is
+            again = packed(apart, 8, ISAS[0])
+            assert np.array_equal(again.words, first.words)
+            assert np.array_equal(again.scales, first.scales)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_is_missing_of_the_last_run_of_bytes_stands_for_zeros() -> None:
