@@ -77,7 +77,8 @@ def quantize_group(_: Any, values: Any, out: Any, word_stride: Any) -> Any:
         scale, inverse = _scale(builder, largest_lane(builder, absolute(builder, x)))
         numbers = _nearest(builder, x, inverse)
         total = call(builder, f"llvm.vector.reduce.add.v{GROUP}i32", I32, [numbers])
-        _store_words(builder, builder.trunc(numbers, vector(I8, GROUP)), pointer(builder, out), word_stride)
+        words = builder.bitcast(builder.trunc(numbers, vector(I8, GROUP)), vector(I32, GROUP // 4))
+        _store_words(builder, words, pointer(builder, out), word_stride)
         return context.make_tuple(builder, signature.return_type, [scale, total])
 
     return types.Tuple((types.float32, types.int32))(types.int64, types.int64, types.int64), generate
@@ -115,10 +116,7 @@ def pair_run_apart(_: Any, values: Any, out: Any, word_stride: Any) -> Any:
 
     def generate(context: Any, builder: Builder, _: Any, arguments: Any) -> Value:
         values, out, word_stride = arguments
-        words = _pairs(builder, values)
-        for word in range(_RUN // 2):
-            where = at(builder, pointer(builder, out), builder.mul(word_stride, I64(word)))
-            builder.store(builder.extract_element(words, I32(word)), where, align=4)
+        _store_words(builder, _pairs(builder, values), pointer(builder, out), word_stride)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
@@ -234,7 +232,7 @@ def _quantize_row(adjoining: bool) -> Any:
                 if adjoining:
                     builder.store(bytes_, run, align=1)
                 else:
-                    _store_words(builder, bytes_, run, word_bytes)
+                    _store_words(builder, builder.bitcast(bytes_, vector(I32, RUN_BYTES // 4)), run, word_bytes)
             total = call(builder, f"llvm.vector.reduce.add.v{RUN_BYTES}i32", I32, [builder.load(sums)])
             # Of a row that is not finite nothing is finite once transformed, which no byte can say: so its scale does.
             first = builder.load(source, typ=F32)
@@ -261,9 +259,8 @@ def _nearest(builder: Builder, x: Value, inverse: Value) -> Value:
     return builder.fptosi(rounded, vector(I32, lanes))
 
 
-def _store_words(builder: Builder, bytes_: Value, out: Value, word_bytes: Value) -> None:
-    count = bytes_.type.count // 4
-    words = builder.bitcast(bytes_, vector(I32, count))
-    for word in range(count):
+def _store_words(builder: Builder, words: Value, out: Value, word_bytes: Value) -> None:
+    """Each int32 of a vector, `word_bytes` from one to the next."""
+    for word in range(words.type.count):
         where = at(builder, out, builder.mul(word_bytes, I64(word)))
         builder.store(builder.extract_element(words, I32(word)), where, align=4)
