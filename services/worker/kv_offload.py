@@ -1,7 +1,8 @@
 """Sends blocks worth keeping to the cache service, where they outlive this worker's pool and its process.
 
 Worth keeping, and when they are sent:
-- blocks that a second request has used already: soon, whatever the engine does;
+- blocks that a second request has used already: soon, but when no prompt is being computed. What shares a prefix often
+  comes together, and would else have its first tokens computed beside what was kept of it;
 - all blocks of a long prompt, and of what was produced after it: when the engine has had nothing to do for a moment.
   On a small machine every byte sent takes time from the model, and most long prompts never come again. A client that
   asks one thing after the other would else have each answered beside what was kept of the one before.
@@ -15,6 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _REST_S = 0.25  # without work, after which the engine is taken for idle
+_PATIENCE_S = 0.25  # for a step without a prompt, before a few blocks that are in use twice are sent
 _MOST_WAITING = 64
 _BLOCKS_AT_ONCE = 4
 _TIMEOUT_S = 30.0  # of one chain
@@ -81,6 +84,9 @@ class KvOffloader:
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        # Nobody's prompt was computed in the engine's last step, or waits for its next one.
+        self._calm = asyncio.Event()
+        self._calm.set()
         self._rest: asyncio.TimerHandle | None = None  # until it is idle
 
     def observe(self, turn: Turn) -> None:
@@ -93,6 +99,10 @@ class KvOffloader:
                 self._rest = None
         if not busy and self._rest is None and not self._idle.is_set():
             self._rest = asyncio.get_running_loop().call_later(_REST_S, self._idle.set)
+        if busy and _computes_prompts(turn):
+            self._calm.clear()
+        else:
+            self._calm.set()
         if turn.result is not None and self._caches:
             self._consider(turn.result)
 
@@ -174,7 +184,11 @@ class KvOffloader:
         """A few blocks at a time. Unless the chain is in use twice, what is left waits again once the engine works."""
         run = Run(chain.names, sent=kept)
         while not run.complete:
-            if not chain.hot and not self._idle.is_set():
+            if chain.hot:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_PATIENCE_S):
+                        await self._calm.wait()
+            elif not self._idle.is_set():
                 self._cold.append(chain)
                 return
             before = run.sent
@@ -182,6 +196,13 @@ class KvOffloader:
                 yield message
             if run.sent == before:
                 return  # evicted meanwhile
+
+
+def _computes_prompts(turn: Turn) -> bool:
+    """Whether there are prompts in this step, or to be in the next one."""
+    if turn.status.waiting or turn.status.pending_prefill_tokens:
+        return True
+    return turn.result is not None and not all(piece.is_decode for piece in turn.result.slices)
 
 
 async def _first_of(*events: asyncio.Event) -> None:

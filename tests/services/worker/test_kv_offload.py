@@ -38,6 +38,7 @@ class KeepingCache(RecordingCache):
 
     async def Store(self, request_iterator: Any, context: Any) -> cache_pb2.StoreResponse:
         self.stores += 1
+        self._news.set()
         if self.refuses:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
         assembler = BlockAssembler(1 << 20, "format")
@@ -108,6 +109,37 @@ async def test_a_short_prompt_is_kept_when_it_is_used_twice(stack: Stack) -> Non
     assert not cache.kept
     await run(stack, PROMPT[:9], request="second")
     await cache.until(lambda: list(cache.kept) == NAMES[:2])
+
+
+async def share_a_prompt_and_stop_after_its_step(stack: Stack) -> None:
+    """Two requests: the second one's prompt is computed, and nothing after it until `release`."""
+    await run(stack, PROMPT[:9], request="first")
+    stack.hold(after=1)
+    gateway = Gateway(stack.channel)
+    gateway.start("second", [2], PROMPT[:9], max_tokens=8)
+    await gateway.until(lambda: 2 in gateway.tokens)
+
+
+async def test_what_is_shared_waits_for_a_step_without_prompts(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_offload, "_PATIENCE_S", 3600.0)
+    cache = cache_of(stack)
+    await share_a_prompt_and_stop_after_its_step(stack)
+    await cache.until(lambda: cache.stores == 1)
+    for _ in range(20):  # in which time what is sent would arrive
+        await stack.health()
+    assert not cache.kept
+    stack.release()
+    await cache.until(lambda: list(cache.kept) == NAMES[:2])
+
+
+async def test_what_is_shared_is_kept_though_every_step_computes_prompts(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_offload, "_PATIENCE_S", 0.01)
+    cache = cache_of(stack)
+    await share_a_prompt_and_stop_after_its_step(stack)
+    await cache.until(lambda: list(cache.kept) == NAMES[:2])
+    stack.release()
 
 
 async def test_a_prompt_that_many_share_is_asked_for_once(stack: Stack) -> None:
