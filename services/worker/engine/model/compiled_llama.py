@@ -135,9 +135,10 @@ class _Step:
 
     def _place(self, plan: StepPlan) -> None:
         frame, rows, sampled = self._frame, len(plan.tokens), len(plan.sampled_rows)
-        height = tile_rows(self._isa, self._shape.weight_bits, rows)
+        isa, bits = self._isa, self._shape.weight_bits
+        height = tile_rows(isa, bits, rows)
         frame[Frame.ROWS], frame[Frame.TILE_ROWS] = rows, height
-        frame[Frame.GROUPS] = groups = tile_groups(-(-rows // height), self._threads)
+        frame[Frame.GROUPS] = groups = tile_groups(isa, bits, -(-rows // height), self._threads)
         helping = groups == 1 < self._threads and rows <= self._apart.rows
         self._use(self._apart if helping else self._shared)
         frame[Frame.SLICES] = len(plan.first_rows) - 1

@@ -25,7 +25,9 @@ from services.worker.engine.kernels.compiled.tiles import (
 _HEIGHTS = (1, 2, 3, 4, 6, 8, 12)  # rows of the tiles that are made
 TALLEST = max(*_HEIGHTS, TILE_ROWS)
 _TILE_COST = 0.5  # of starting another tile, in rows
-_GROUP_TILES = 2  # from so many on it pays that each thread reads all weights, to have its rows to itself
+# From so many tiles for each thread on it pays that each reads all weights, to have its rows to itself. AMX is through
+# with a panel sooner than it could be read twice.
+_GROUP_TILES, _MATRIX_GROUP_TILES = 2, 10
 _AHEAD_BYTES = 8192  # how far before its use a weight is asked for, where memory bounds a tile
 
 
@@ -38,9 +40,10 @@ def tile_rows(isa: Isa, bits: int, rows: int) -> int:
     return min(reversed(heights), key=lambda height: -(-rows // height) * (height + _TILE_COST))
 
 
-def tile_groups(tiles: int, members: int) -> int:
+def tile_groups(isa: Isa, bits: int, tiles: int, members: int) -> int:
     """How many groups so many tiles are shared out by, one for each thread where there are enough."""
-    return max(1, min(members, tiles // _GROUP_TILES))
+    least = _MATRIX_GROUP_TILES if isa.uses_matrices(bits) else _GROUP_TILES
+    return max(1, min(members, tiles // least))
 
 
 def _panels(rows: int, accumulators: int) -> int:
