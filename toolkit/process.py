@@ -22,7 +22,8 @@ from toolkit.restart_policy import RestartPolicy
 Probe = Callable[[], Awaitable[bool]]
 """Whether the process is ready. Answers within a second or two and never raises."""
 
-_PROBE_WHILE_READY_S = 1.0
+# Each probe takes some 5 ms of the processors that the models need: a connection is made for it.
+_PROBE_WHILE_READY_S = 5.0
 _PROBE_UNTIL_READY_S = 0.1
 
 
