@@ -63,6 +63,7 @@ class ModelRunner:
 
     def forward(self, batch: Batch) -> Tensor:
         """Computes the KV of every slice; float32 logits [rows that sample, vocabulary_size], in slice order."""
+        self.kv.reach(max(block for piece in batch.slices for block in _written_blocks(piece, self.block_size)))
         return self._model.forward(batch, self.kv)
 
     def warm_up(self) -> None:
@@ -75,6 +76,10 @@ class ModelRunner:
         sequence.blocks = list(range(-(-length // self.block_size)))
         self.forward(Batch((Slice(sequence, 0, length),)))
         self.forward(Batch((Slice(sequence, length - 1, 1),)))
+
+
+def _written_blocks(piece: Slice, block_size: int) -> list[int]:
+    return piece.sequence.blocks[piece.start // block_size : (piece.start + piece.length - 1) // block_size + 1]
 
 
 def build_model_runner(

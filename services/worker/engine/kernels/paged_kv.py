@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from services.worker.engine.kernels.touch_ahead import TouchAhead
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -64,6 +66,13 @@ class PagedKV:
         self.block_bytes = block_bytes(shapes, block_size, dtype)
         self.storage = _zeroed(num_blocks, self.block_bytes, dtype, device)
         self.layers = self._views(shapes)
+        on_cpu = device.type == "cpu"
+        self._ahead = TouchAhead(self.storage.view(torch.uint8).view(-1).numpy()) if on_cpu else None
+
+    def reach(self, block: int) -> None:
+        """This block is written next. What the system must do for those behind it, it does ahead of their use."""
+        if self._ahead is not None:
+            self._ahead.reach((block + 1) * self.block_bytes)
 
     def read(self, block: int) -> memoryview:
         """The bytes of a block, `block_bytes` of them; on a CPU a view of the pool itself."""
@@ -95,5 +104,5 @@ def _zeroed(num_blocks: int, block_bytes: int, dtype: torch.dtype, device: torch
     if device.type != "cpu":
         return torch.zeros(num_blocks, block_bytes // dtype.itemsize, dtype=dtype, device=device)
     # NumPy takes zero pages from the system as they are first touched: a big pool neither delays the start nor
-    # takes memory that it has not used yet. torch.zeros would write all of it.
+    # takes much memory that it has not used yet. torch.zeros would write all of it.
     return torch.from_numpy(np.zeros((num_blocks, block_bytes), dtype=np.uint8)).view(dtype)
