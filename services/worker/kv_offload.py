@@ -40,7 +40,8 @@ _REST_S = 0.25  # without work, after which the engine is taken for idle
 _PATIENCE_S = 0.25  # for a step without a prompt, before a few blocks that are in use twice are sent
 _MOST_WAITING = 64
 _BLOCKS_AT_ONCE = 4
-_TIMEOUT_S = 30.0  # of one chain
+_TIMEOUT_S = 30.0  # of one chain's call; what is left of it after so long comes again
+_TURN_S = 10.0
 _RETRY_S = 5.0  # after the cache service did not answer
 # A chain that the cache service was found to have is not asked for again so soon: a prompt that many requests share
 # would else cost a call for each of them.
@@ -79,7 +80,7 @@ class KvOffloader:
         # Last names of chains that the cache service has, each with when that was found; the oldest first.
         self._trusted: dict[bytes, float] = {}
         self._channels = Channels()
-        self._hot: deque[_Chain] = deque(maxlen=_MOST_WAITING)
+        self._hot: dict[bytes, _Chain] = {}  # by their last names, in the order in which they came
         self._cold: deque[_Chain] = deque(maxlen=_MOST_WAITING)
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
@@ -127,19 +128,27 @@ class KvOffloader:
         for sequence in result.started:
             used = sequence.cached_tokens // self._block_size
             if used and not self._trusts(sequence.hashes[used - 1]):
-                self._hot.append(_Chain(sequence.hashes[:used], hot=True))
-                self._news.set()
+                self._wait(_Chain(sequence.hashes[:used], hot=True))
         for sequence in result.finished:
             if sequence.prompt_length >= self._least_tokens:
                 full = (len(sequence.tokens) - 1) // self._block_size  # the last token's KV was never computed
-                self._cold.append(_Chain(sequence.hashes[:full], hot=False))
-                self._news.set()
+                self._wait(_Chain(sequence.hashes[:full], hot=False))
+
+    def _wait(self, chain: _Chain) -> None:
+        """Has a chain wait to be sent."""
+        if chain.hot:
+            self._hot[chain.names[-1]] = chain
+            if len(self._hot) > _MOST_WAITING:
+                del self._hot[next(iter(self._hot))]
+        else:
+            self._cold.append(chain)
+        self._news.set()
 
     async def _next(self) -> _Chain:
         """The newest chain to send: of those in use twice at any time, of the others while the engine is idle."""
         while True:
             if self._hot:
-                return self._hot.pop()
+                return self._hot.popitem()[1]
             if self._cold and self._idle.is_set():
                 return self._cold.pop()
             if self._cold:
@@ -181,15 +190,20 @@ class KvOffloader:
         return max(kept, default=0)
 
     async def _messages(self, chain: _Chain, kept: int) -> AsyncIterator[bytes]:
-        """A few blocks at a time. Unless the chain is in use twice, what is left waits again once the engine works."""
-        run = Run(chain.names, sent=kept)
+        """A few blocks at a time. What is left waits again: of a chain in use twice after a while, of others once the
+        engine works.
+        """
+        run, began = Run(chain.names, sent=kept), self._clock()
         while not run.complete:
+            if chain.hot and self._clock() - began > _TURN_S:
+                self._wait(chain)
+                return
             if chain.hot:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_PATIENCE_S):
                         await self._calm.wait()
             elif not self._idle.is_set():
-                self._cold.append(chain)
+                self._wait(chain)
                 return
             before = run.sent
             async for message in self._exporter.send(run, most=_BLOCKS_AT_ONCE):

@@ -112,7 +112,8 @@ async def test_a_process_that_never_starts_is_given_up_with_its_log(tmp_path: Pa
         assert (tmp_path / "p.log").read_text() == "no such model\n" * 3
 
 
-async def test_a_process_may_turn_unready_and_ready_again(tmp_path: Path) -> None:
+async def test_a_process_may_turn_unready_and_ready_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.process._PROBE_WHILE_READY_S", 0.1)
     answers = iter([True, False, True])
 
     async def probe() -> bool:

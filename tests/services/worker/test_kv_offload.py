@@ -111,19 +111,19 @@ async def test_a_short_prompt_is_kept_when_it_is_used_twice(stack: Stack) -> Non
     await cache.until(lambda: list(cache.kept) == NAMES[:2])
 
 
-async def share_a_prompt_and_stop_after_its_step(stack: Stack) -> None:
+async def share_and_stop_after_its_step(stack: Stack, prompt: list[int]) -> None:
     """Two requests: the second one's prompt is computed, and nothing after it until `release`."""
-    await run(stack, PROMPT[:9], request="first")
+    await run(stack, prompt, request="first")
     stack.hold(after=1)
     gateway = Gateway(stack.channel)
-    gateway.start("second", [2], PROMPT[:9], max_tokens=8)
+    gateway.start("second", [2], prompt, max_tokens=8)
     await gateway.until(lambda: 2 in gateway.tokens)
 
 
 async def test_what_is_shared_waits_for_a_step_without_prompts(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_offload, "_PATIENCE_S", 3600.0)
     cache = cache_of(stack)
-    await share_a_prompt_and_stop_after_its_step(stack)
+    await share_and_stop_after_its_step(stack, PROMPT[:9])
     await cache.until(lambda: cache.stores == 1)
     for _ in range(20):  # in which time what is sent would arrive
         await stack.health()
@@ -137,8 +137,18 @@ async def test_what_is_shared_is_kept_though_every_step_computes_prompts(
 ) -> None:
     monkeypatch.setattr(kv_offload, "_PATIENCE_S", 0.01)
     cache = cache_of(stack)
-    await share_a_prompt_and_stop_after_its_step(stack)
+    await share_and_stop_after_its_step(stack, PROMPT[:9])
     await cache.until(lambda: list(cache.kept) == NAMES[:2])
+    stack.release()
+
+
+async def test_what_is_shared_is_sent_in_turns_if_it_takes_long(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_REST_S": 3600.0, "_PATIENCE_S": 0.02, "_TURN_S": 0.03, "_BLOCKS_AT_ONCE": 1}.items():
+        monkeypatch.setattr(kv_offload, name, value)
+    cache = cache_of(stack)
+    await share_and_stop_after_its_step(stack, PROMPT)
+    await cache.until(lambda: list(cache.kept) == NAMES)
+    assert cache.stores > 1
     stack.release()
 
 

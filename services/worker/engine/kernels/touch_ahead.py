@@ -34,8 +34,10 @@ class TouchAhead:
         target = min(used + self._ahead_bytes, size)
         due = target - self._touched >= (self._ahead_bytes // 4 if target < size else _PIECE_BYTES)
         if due and not (self._thread and self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._go_ahead, args=(target,), name="touch-ahead", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._go_ahead, args=(target,), name="touch-ahead", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no room for one more thread
+                thread.start()
+                self._thread = thread
 
     def wait(self) -> None:
         """Returns when nothing is under way."""

@@ -26,7 +26,7 @@ _HEIGHTS = (1, 2, 3, 4, 6, 8, 12)  # rows of the tiles that are made
 TALLEST = max(*_HEIGHTS, TILE_ROWS)
 _TILE_COST = 0.5  # of starting another tile, in rows
 # From so many tiles for each thread on it pays that each reads all weights, to have its rows to itself. AMX is through
-# with a panel sooner than it could be read twice.
+# with fewer sooner than a panel could be read twice. Measured with two threads.
 _GROUP_TILES, _MATRIX_GROUP_TILES = 2, 10
 _AHEAD_BYTES = 8192  # how far before its use a weight is asked for, where memory bounds a tile
 
@@ -42,8 +42,9 @@ def tile_rows(isa: Isa, bits: int, rows: int) -> int:
 
 def tile_groups(isa: Isa, bits: int, tiles: int, members: int) -> int:
     """How many groups so many tiles are shared out by, one for each thread where there are enough."""
-    least = _MATRIX_GROUP_TILES if isa.uses_matrices(bits) else _GROUP_TILES
-    return max(1, min(members, tiles // least))
+    if isa.uses_matrices(bits):
+        return members if tiles >= _MATRIX_GROUP_TILES * members else 1
+    return max(1, min(members, tiles // _GROUP_TILES))
 
 
 def _panels(rows: int, accumulators: int) -> int:

@@ -244,14 +244,15 @@ def test_nor_do_they_with_windows_norms_of_heads_or_biases(case: str, precision:
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8 bfloat16", "int4 bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8 bfloat16", "int4 bfloat16"])
 def test_any_number_of_threads_gives_the_same_bits(precision: str, compiled: Compiled) -> None:
-    """More of them than processors, too, so that some are held up anywhere."""
+    """More of them than processors, too, so that some are held up anywhere; and so many rows that each has its own."""
     one, *more = (compiled("llama", precision, threads) for threads in (1, 2, 3))
-    expected = torch.cat(serve(one, Pool(one), mixed_jobs()))
+    jobs = [*mixed_jobs(), Job(random_tokens(490, seed=490), (480,), 1)]
+    expected = torch.cat(serve(one, Pool(one, blocks=128), jobs))
     for model in more:
         for _ in range(5):
-            assert torch.equal(torch.cat(serve(model, Pool(model), mixed_jobs())), expected)
+            assert torch.equal(torch.cat(serve(model, Pool(model, blocks=128), jobs)), expected)
 
 
 @pytest.mark.parametrize(
