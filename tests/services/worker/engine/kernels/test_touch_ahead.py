@@ -1,6 +1,7 @@
 """Memory that is provided ahead of its use: looked at through the system's own account of what is there."""
 
 import ctypes
+import mmap
 import os
 
 import numpy as np
@@ -16,8 +17,8 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @pytest.fixture
 def memory() -> npt.NDArray[np.uint8]:
-    """32 MiB that nobody has touched."""
-    return np.zeros(32 * MIB, np.uint8)
+    """32 MiB from the system itself, which nobody has touched: an allocator may hand out what somebody has."""
+    return np.frombuffer(mmap.mmap(-1, 32 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 
 
 def present(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
