@@ -1,8 +1,8 @@
 """Sends blocks worth keeping to the cache service, where they outlive this worker's pool and its process.
 
 Worth keeping, and when they are sent:
-- blocks that a second request has used already: soon, but when no prompt is being computed. What shares a prefix often
-  comes together, and would else have its first tokens computed beside what was kept of it;
+- blocks that a second request has used already: soon, but when no prompt is being computed, or else a few at a time.
+  What shares a prefix often comes together, and would have its first tokens computed beside what is kept of it;
 - all blocks of a long prompt, and of what was produced after it: when the engine has had nothing to do for a moment.
   On a small machine every byte sent takes time from the model, and most long prompts never come again. A client that
   asks one thing after the other would else have each answered beside what was kept of the one before.
@@ -40,8 +40,8 @@ _REST_S = 0.25  # without work, after which the engine is taken for idle
 _PATIENCE_S = 0.25  # for a step without a prompt, before a few blocks that are in use twice are sent
 _MOST_WAITING = 64
 _BLOCKS_AT_ONCE = 4
-_TIMEOUT_S = 30.0  # of one chain's call; what is left of it after so long comes again
-_TURN_S = 10.0
+_TIMEOUT_S = 30.0  # of a call
+_TURN_S = 10.0  # of a chain in use twice, in one call
 _RETRY_S = 5.0  # after the cache service did not answer
 # A chain that the cache service was found to have is not asked for again so soon: a prompt that many requests share
 # would else cost a call for each of them.
@@ -195,21 +195,21 @@ class KvOffloader:
         """
         run, began = Run(chain.names, sent=kept), self._clock()
         while not run.complete:
-            if chain.hot and self._clock() - began > _TURN_S:
+            if self._clock() - began > _TURN_S if chain.hot else not self._idle.is_set():
                 self._wait(chain)
                 return
             if chain.hot:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_PATIENCE_S):
-                        await self._calm.wait()
-            elif not self._idle.is_set():
-                self._wait(chain)
-                return
+                await self._calm_or_patience()
             before = run.sent
             async for message in self._exporter.send(run, most=_BLOCKS_AT_ONCE):
                 yield message
             if run.sent == before:
                 return  # evicted meanwhile
+
+    async def _calm_or_patience(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_S):
+                await self._calm.wait()
 
 
 def _computes_prompts(turn: Turn) -> bool:

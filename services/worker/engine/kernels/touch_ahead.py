@@ -20,7 +20,7 @@ _MADV_POPULATE_WRITE = 23  # of Linux 5.14 and newer
 
 
 class TouchAhead:
-    """Memory that is used from its start on, and never given back. Only `reach` is called, by one thread at a time."""
+    """Memory that is used from its start on, and never given back. One thread at a time calls this."""
 
     def __init__(self, memory: npt.NDArray[np.uint8], ahead_bytes: int = AHEAD_BYTES) -> None:
         self._memory = memory
@@ -35,7 +35,7 @@ class TouchAhead:
         due = target - self._touched >= (self._ahead_bytes // 4 if target < size else _PIECE_BYTES)
         if due and not (self._thread and self._thread.is_alive()):
             thread = threading.Thread(target=self._go_ahead, args=(target,), name="touch-ahead", daemon=True)
-            with contextlib.suppress(RuntimeError):  # no room for one more thread
+            with contextlib.suppress(RuntimeError):  # the system grants no more threads
                 thread.start()
                 self._thread = thread
 
