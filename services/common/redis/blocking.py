@@ -1,18 +1,14 @@
 """A connection for commands that wait in Redis, one after the other, whose waits end without losing a reply."""
 
 import asyncio
-import builtins
 from collections.abc import Sequence
 from typing import Any
 
 import hiredis
-from redis.asyncio.connection import Connection
-from redis.exceptions import ResponseError, TimeoutError
+from redis.exceptions import ResponseError
 
 from services.common.redis.client import ANSWER_TIMEOUT_S, Argument, RedisClient, connect, known_error, translated
-
-# A connection that has not been used for so long is looked at first: it may have been closed, and looking takes time.
-_LOOK_AFTER_S = 1.0
+from services.common.redis.wire import Wire
 
 Command = tuple[Argument, ...]
 
@@ -21,14 +17,13 @@ class BlockingConnection:
     """Beside a client, which tells Redis to end a wait."""
 
     def __init__(self, url: str, client: RedisClient) -> None:
-        self._redis = connect(url, None)  # `_exchange` keeps the time
+        self._redis = connect(url, None)  # the wire keeps the time
         self._client = client
-        self._connection: Connection | None = None
-        self._call: asyncio.Future[list[Any]] | None = None
+        self._wire: Wire | None = None
+        self._call: asyncio.Future[Sequence[Any]] | None = None
         # What Redis calls the connection, while it stands.
         self._id: int | None = None
         self._waiting = False
-        self._used_at = 0.0  # loop time
         # The wait under way is to end, and there is to be no other.
         self._unwanted = False
         self._interrupted = False
@@ -62,7 +57,9 @@ class BlockingConnection:
         await self.end_wait()
 
     async def close(self) -> None:
-        await self._redis.aclose()  # ends what waits, too
+        if self._wire is not None:
+            await self._wire.close()  # ends what waits, too
+        await self._redis.aclose()
         if self._call is not None:
             await asyncio.gather(self._call, return_exceptions=True)
 
@@ -70,44 +67,47 @@ class BlockingConnection:
         if self._waiting and self._id is not None:
             await self._client.command("CLIENT", "UNBLOCK", self._id)
 
-    async def _exchange(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
-        """The reply to each, an error among them. Raises when the connection fails."""
-        packed = b"".join([hiredis.pack_command(command) for command in commands])  # type: ignore[arg-type]
+    async def _exchange(self, commands: Sequence[Command], timeout_s: float) -> Sequence[Any]:
+        """The reply to each, an error of Redis among them. Raises when the connection fails."""
+        wire = await self._connected()
+        replies = _sent(wire, commands, timeout_s)
+        self._waiting = True
         try:
-            async with asyncio.timeout(timeout_s):
-                connection = await self._connected()
-                self._waiting = True
-                await connection.send_packed_command(packed)
-                if self._unwanted:  # meanwhile
-                    await self._unblock()
-                return [await _reply(connection) for _ in commands]
-        except BaseException as error:
-            if self._connection is not None:
-                await self._connection.disconnect(nowait=True)
-            if isinstance(error, builtins.TimeoutError):
-                raise TimeoutError(f"no answer within {timeout_s:g} s") from None
+            if self._unwanted:  # meanwhile
+                await self._unblock()
+            return await replies
+        except BaseException:
+            replies.cancel()
+            wire.abort()
             raise
         finally:
             self._waiting = False
-            self._used_at = asyncio.get_running_loop().time()
 
-    async def _connected(self) -> Connection:
+    async def _connected(self) -> Wire:
         """The connection, whose id is known then. Raises ResponseError if that may not be asked for."""
-        if self._connection is None:
-            self._connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
-        connection = self._connection
-        assert connection is not None, "a pool gives one or raises"
-        idle_s = asyncio.get_running_loop().time() - self._used_at
-        if idle_s > _LOOK_AFTER_S and connection.is_connected and await connection.can_read():
-            await connection.disconnect(nowait=True)  # what was to be read is its end
-        if self._id is None or not connection.is_connected:
-            await connection.send_packed_command(hiredis.pack_command(("CLIENT", "ID")))  # type: ignore[arg-type]
-            self._id = await connection.read_response()
-        return connection
+        if self._wire is None or not self._wire.open:
+            self._id, self._wire = None, await Wire.connect(self._redis, ANSWER_TIMEOUT_S)
+        if self._id is None:
+            (reply,) = await _sent(self._wire, [("CLIENT", "ID")], ANSWER_TIMEOUT_S)
+            if isinstance(reply, ResponseError):
+                raise reply
+            self._id = reply
+        return self._wire
 
 
-async def _reply(connection: Connection) -> Any:
-    try:
-        return await connection.read_response()
-    except ResponseError as error:
-        return error
+def _sent(wire: Wire, commands: Sequence[Command], timeout_s: float) -> "asyncio.Future[Sequence[Any]]":
+    """The replies, when they have come. It raises where the connection failed."""
+    outcome: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
+
+    def settle(replies: Sequence[Any]) -> None:
+        errors = [reply for reply in replies if isinstance(reply, Exception) and not isinstance(reply, ResponseError)]
+        if outcome.done():
+            return
+        if errors:
+            outcome.set_exception(errors[0])
+        else:
+            outcome.set_result(replies)
+
+    packed = b"".join([hiredis.pack_command(command) for command in commands])  # type: ignore[arg-type]
+    wire.exchange(packed, len(commands), timeout_s, settle)
+    return outcome

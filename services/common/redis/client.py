@@ -5,15 +5,13 @@ which costs each a fraction of a round trip of its own.
 """
 
 import asyncio
-import builtins
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import hiredis
 from redis.asyncio import Redis
-from redis.asyncio.connection import Connection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -31,6 +29,7 @@ from redis.exceptions import (
 
 from services.common.errors import HeadraceError, Unavailable
 from services.common.redis.scripts import Script
+from services.common.redis.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -63,22 +62,36 @@ class UnfitRedis(HeadraceError):
     """This Redis could lose accepted requests, so a service does not start on it."""
 
 
+class _Waiting(NamedTuple):
+    """A command and who waits for its reply."""
+
+    name: str
+    packed: bytes
+    reply: asyncio.Future[Any]
+
+
 class RedisClient:
     """Commands and scripts on one Redis; every method raises Unavailable when it does not answer."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._redis = connect(url, None)  # `_exchange` keeps the time
+        self._redis = connect(url, None)  # the wire keeps the time
         self._blocking = connect(url, LONGEST_BLOCK_S + ANSWER_TIMEOUT_S)
-        self._connection: Connection | None = None
-        self._pending: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = []
-        # Something of it is not to wait for company.
+        self._wire: Wire | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._pending: list[_Waiting] = []
+        # The pipeline that is under way.
+        self._sent: list[_Waiting] = []
+        # Something of what is pending is not to wait for company.
         self._hurry = False
-        self._sender: asyncio.Task[None] | None = None
+        # It is going to be sent in a moment.
+        self._due = False
         # Runs out when what waits for company has waited long enough.
         self._timer: asyncio.TimerHandle | None = None
+        # Is told when nothing is pending or under way.
+        self._closing: asyncio.Future[None] | None = None
         self._blocked: set[asyncio.Future[Any]] = set()
         self._clock = clock
-        self._away_at = clock()
+        self._away_at = self._sent_at = clock()
 
     @property
     def answering_s(self) -> float:
@@ -92,11 +105,13 @@ class RedisClient:
         """
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
-        self._pending.append((command, reply))
+        packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]
+        self._pending.append(_Waiting(str(command[0]), packed, reply))
         self._hurry = self._hurry or hurry
-        if self._sender is None:
+        if not (self._due or self._sent):
             if self._hurry:
-                self._start_sending()
+                self._due = True
+                loop.call_soon(self._send_soon, loop)
             elif self._timer is None:
                 self._timer = loop.call_later(_COMPANY_WITHIN_S, self._end_wait)
         return await reply
@@ -138,14 +153,14 @@ class RedisClient:
 
     async def close(self) -> None:
         """Sends what waits and hangs up."""
-        while self._pending or self._sender is not None:
-            self._hurry = bool(self._pending)
-            if self._sender is None:
-                self._start_sending()
-            else:
-                await self._sender
+        if self._pending or self._sent:
+            self._closing = asyncio.get_running_loop().create_future()
+            self._end_wait()
+            await self._closing
         if self._timer is not None:
             self._timer.cancel()
+        if self._wire is not None:
+            await self._wire.close()
         await self._redis.aclose()
         await self._blocking.aclose()  # ends what is blocked, too
         if self._blocked:
@@ -156,75 +171,75 @@ class RedisClient:
         if not call.cancelled():
             call.exception()  # its caller may be gone: an error that nobody looks at is no news
 
-    def _start_sending(self) -> None:
-        self._sender = asyncio.get_running_loop().create_task(self._send_pending(), name="redis pipeline")
-
     def _end_wait(self) -> None:
         self._timer = None
         self._hurry = bool(self._pending)
-        if self._hurry and self._sender is None:
-            self._start_sending()
+        self._send()
 
-    async def _send_pending(self) -> None:
-        """Sends what waits, one pipeline after the other; what arrives meanwhile makes up the next."""
-        try:
-            await asyncio.sleep(0)  # what is on its way here now, such as the rest of a request's end, travels with it
-            while self._hurry:
-                batch, self._pending = self._pending[:_PIPELINE_LENGTH], self._pending[_PIPELINE_LENGTH:]
-                self._hurry = bool(self._pending)
-                await self._send(batch)
-        finally:
-            self._sender = None
-            if self._pending and self._timer is None:
-                self._timer = asyncio.get_running_loop().call_later(_COMPANY_WITHIN_S, self._end_wait)
+    def _send_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """What is on its way here now, such as the rest of a request's end, travels with what has come."""
+        loop.call_soon(self._send)
 
-    async def _send(self, batch: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]]) -> None:
-        sent_at = self._clock()
-        replies: list[Any] = []
-        try:
-            await self._exchange([command for command, _ in batch], replies)
-        except Exception as error:  # noqa: BLE001 - whatever it is, all who wait get it
-            replies += [known_error(error)] * (len(batch) - len(replies))
-        if self._clock() - sent_at > _LONGEST_ANSWER_S:
-            self._away_at = self._clock()
-        for (_, waiting), reply in zip(batch, replies, strict=True):
-            self._settle(waiting, translated(reply) if isinstance(reply, Exception) else reply)
-
-    async def _exchange(self, commands: Sequence[tuple[Argument, ...]], replies: list[Any]) -> None:
-        """Sends commands and adds the reply to each, an error among them. Raises when the connection fails.
-
-        On one connection that stays, and without redis-py's pipelines, which cost several times as much.
-        """
-        connection = self._connection
-        if connection is None:
-            self._connection = connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
-            assert connection is not None, "a pool gives one or raises"
-        packed = b"".join([hiredis.pack_command(command) for command in commands])  # type: ignore[arg-type]
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                if connection.is_connected and await connection.can_read():
-                    await connection.disconnect(nowait=True)  # what was to be read is its end
-                await connection.send_packed_command(packed)
-                for command in commands:
-                    try:
-                        replies.append(await self._redis.parse_response(connection, str(command[0])))
-                    except ResponseError as error:
-                        replies.append(error)
-        except BaseException as error:
-            await connection.disconnect(nowait=True)
-            if isinstance(error, builtins.TimeoutError):
-                raise TimeoutError(f"no answer within {ANSWER_TIMEOUT_S:g} s") from None
-            raise
-
-    def _settle(self, waiting: asyncio.Future[Any], outcome: Any) -> None:
-        if isinstance(outcome, Unavailable):
-            self._away_at = self._clock()
-        if waiting.done():
+    def _send(self) -> None:
+        """Sends what waits, unless something is under way: what arrives meanwhile makes up the next pipeline."""
+        self._due = False
+        if self._sent or not self._hurry:
             return
-        if isinstance(outcome, Exception):
-            waiting.set_exception(outcome)
+        if self._wire is None or not self._wire.open:
+            if self._opening is None:
+                self._opening = asyncio.create_task(self._open(), name="redis connection")
+            return
+        self._take_pending()
+        packed = b"".join([waiting.packed for waiting in self._sent])
+        self._wire.exchange(packed, len(self._sent), ANSWER_TIMEOUT_S, self._replied)
+
+    async def _open(self) -> None:
+        """Connects, then sends what waits; or tells those who wait why not."""
+        try:
+            self._wire = await Wire.connect(self._redis, ANSWER_TIMEOUT_S)
+        except Exception as error:  # noqa: BLE001 - whatever it is, all who wait get it
+            self._take_pending()
+            self._replied([known_error(error)] * len(self._sent))
+        finally:
+            self._opening = None
+        self._send()
+
+    def _take_pending(self) -> None:
+        self._sent, self._pending = self._pending[:_PIPELINE_LENGTH], self._pending[_PIPELINE_LENGTH:]
+        self._hurry = bool(self._pending)
+        self._sent_at = self._clock()
+
+    def _replied(self, replies: Sequence[Any]) -> None:
+        """What is under way has these replies, errors among them."""
+        if self._clock() - self._sent_at > _LONGEST_ANSWER_S:
+            self._away_at = self._clock()
+        sent, self._sent = self._sent, []
+        for waiting, reply in zip(sent, replies, strict=True):
+            self._settle(waiting, reply)
+        if self._hurry:
+            self._send()
+        elif self._pending and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_COMPANY_WITHIN_S, self._end_wait)
+        if self._closing is not None and not (self._pending or self._sent):
+            self._closing.set_result(None)
+
+    def _settle(self, waiting: _Waiting, reply: Any) -> None:
+        """Hands a reply to whoever waits for it, as redis-py would have read it."""
+        if not isinstance(reply, Exception) and (read := self._redis.response_callbacks.get(waiting.name)):
+            try:
+                reply = read(reply)
+            except Exception as error:  # noqa: BLE001 - whoever waits gets it
+                reply = error
+        if isinstance(reply, Exception):
+            reply = translated(known_error(reply))
+            if isinstance(reply, Unavailable):
+                self._away_at = self._clock()
+        if waiting.reply.done():
+            return
+        if isinstance(reply, Exception):
+            waiting.reply.set_exception(reply)
         else:
-            waiting.set_result(outcome)
+            waiting.reply.set_result(reply)
 
 
 def connect(url: str, answer_timeout_s: float | None) -> Redis:

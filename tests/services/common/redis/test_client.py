@@ -1,6 +1,6 @@
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ from redis.asyncio.connection import AbstractConnection
 
 from services.common.errors import Unavailable
 from services.common.redis import client as client_module
-from services.common.redis.client import Argument, RedisClient, UnfitRedis
+from services.common.redis.client import RedisClient, UnfitRedis
 from services.common.redis.scripts import Script
+from services.common.redis.wire import Wire
 from tests.redis_server import RedisServer
 
 ECHO = Script("return ARGV[1]", "7f923f79fe76194c868d7e1d0820de36700eb649")
@@ -47,18 +48,18 @@ async def test_a_cancelled_caller_disturbs_nobody(client: RedisClient) -> None:
 
 
 async def test_what_is_in_no_hurry_travels_before_what_is(client: RedisClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    exchange, sizes = client._exchange, []
+    exchange, sizes = Wire.exchange, []
 
-    async def counted(commands: Sequence[tuple[Argument, ...]], replies: list[Any]) -> None:
-        sizes.append(len(commands))
-        await exchange(commands, replies)
+    def counted(self: Wire, packed: bytes, count: int, *rest: Any) -> None:
+        sizes.append(count)
+        exchange(self, packed, count, *rest)
 
-    monkeypatch.setattr(client, "_exchange", counted)
+    monkeypatch.setattr(Wire, "exchange", counted)
     monkeypatch.setattr(client_module, "_COMPANY_WITHIN_S", 60.0)
     patient = asyncio.create_task(client.command("RPUSH", "list", "a", hurry=False))
     for _ in range(5):
         await asyncio.sleep(0)
-    assert client._sender is None
+    assert not sizes
     assert await client.command("RPUSH", "list", "b") == 2
     assert await patient == 1
     assert sizes == [2]
@@ -133,6 +134,9 @@ async def test_whatever_the_connection_raises_nobody_is_left_waiting(
 
     await client.command("PING")
     with monkeypatch.context() as patched:
+        patched.setattr(Wire, "open", True)
+        assert client._wire is not None
+        client._wire.abort()
         patched.setattr(AbstractConnection, "send_packed_command", closed)
         commands = (client.command("ECHO", "a"), client.command("ECHO", "b"), client.blocking_command("ECHO", "c"))
         outcomes = await asyncio.wait_for(asyncio.gather(*commands, return_exceptions=True), 5)
