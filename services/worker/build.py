@@ -145,7 +145,8 @@ def build_runner(settings: WorkerSettings, folder: Path) -> ModelRunner:
         trust_remote_code=settings.trust_remote_code,
         echo_step_s=settings.echo_step_ms / 1000,
     )
-    default_fraction = _CPU_MEMORY_FRACTION if device == "cpu" else _GPU_MEMORY_FRACTION
+    on_cpu = model.facts.device.type == "cpu"  # wherever it was wanted: an echo needs no GPU
+    default_fraction = _CPU_MEMORY_FRACTION if on_cpu else _GPU_MEMORY_FRACTION
     return build_model_runner(
         model,
         block_size=settings.block_size,

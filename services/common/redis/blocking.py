@@ -57,11 +57,14 @@ class BlockingConnection:
         await self.end_wait()
 
     async def close(self) -> None:
+        self._interrupted = True
         if self._wire is not None:
-            await self._wire.close()  # ends what waits, too
-        await self._redis.aclose()
+            self._wire.abort()  # ends what waits, too
         if self._call is not None:
             await asyncio.gather(self._call, return_exceptions=True)
+        if self._wire is not None:
+            await self._wire.close()
+        await self._redis.aclose()
 
     async def _unblock(self) -> None:
         if self._waiting and self._id is not None:
@@ -70,6 +73,8 @@ class BlockingConnection:
     async def _exchange(self, commands: Sequence[Command], timeout_s: float) -> Sequence[Any]:
         """The reply to each, an error of Redis among them. Raises when the connection fails."""
         wire = await self._connected()
+        if self._interrupted:  # meanwhile
+            return None, None
         replies = _sent(wire, commands, timeout_s)
         self._waiting = True
         try:
@@ -77,7 +82,8 @@ class BlockingConnection:
                 await self._unblock()
             return await replies
         except BaseException:
-            replies.cancel()
+            if not replies.cancel():
+                replies.exception()  # which is no news
             wire.abort()
             raise
         finally:
@@ -96,7 +102,7 @@ class BlockingConnection:
 
 
 def _sent(wire: Wire, commands: Sequence[Command], timeout_s: float) -> "asyncio.Future[Sequence[Any]]":
-    """The replies, when they have come. It raises where the connection failed."""
+    """The replies, when they have come. It raises what is none: the connection failed, or Redis serves nobody now."""
     outcome: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
 
     def settle(replies: Sequence[Any]) -> None:

@@ -65,7 +65,6 @@ class UnfitRedis(HeadraceError):
 class _Waiting(NamedTuple):
     """A command and who waits for its reply."""
 
-    name: str
     packed: bytes
     reply: asyncio.Future[Any]
 
@@ -83,11 +82,11 @@ class RedisClient:
         self._sent: list[_Waiting] = []
         # Something of what is pending is not to wait for company.
         self._hurry = False
-        # It is going to be sent in a moment.
+        # What is pending is going to be sent in a moment.
         self._due = False
         # Runs out when what waits for company has waited long enough.
         self._timer: asyncio.TimerHandle | None = None
-        # Is told when nothing is pending or under way.
+        # Whoever closes it is told when nothing is pending or under way.
         self._closing: asyncio.Future[None] | None = None
         self._blocked: set[asyncio.Future[Any]] = set()
         self._clock = clock
@@ -99,14 +98,14 @@ class RedisClient:
         return self._clock() - self._away_at
 
     async def command(self, *command: Argument, hurry: bool = True) -> Any:
-        """Sends one command and returns its reply, as redis-py's RESP2 parser leaves it.
+        """Sends one command and returns its reply, as redis-py reads it in RESP2.
 
         Commands reach Redis in the order of the calls. One without hurry waits some milliseconds for another to come.
         """
         loop = asyncio.get_running_loop()
         reply: asyncio.Future[Any] = loop.create_future()
         packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]
-        self._pending.append(_Waiting(str(command[0]), packed, reply))
+        self._pending.append(_Waiting(packed, reply))
         self._hurry = self._hurry or hurry
         if not (self._due or self._sent):
             if self._hurry:
@@ -114,7 +113,8 @@ class RedisClient:
                 loop.call_soon(self._send_soon, loop)
             elif self._timer is None:
                 self._timer = loop.call_later(_COMPANY_WITHIN_S, self._end_wait)
-        return await reply
+        read = self._redis.response_callbacks.get(str(command[0]))
+        return await reply if read is None else read(await reply)
 
     async def script(
         self, script: Script, keys: Sequence[str], arguments: Sequence[Argument], *, hurry: bool = True
@@ -153,12 +153,11 @@ class RedisClient:
 
     async def close(self) -> None:
         """Sends what waits and hangs up."""
-        if self._pending or self._sent:
-            self._closing = asyncio.get_running_loop().create_future()
+        while self._pending or self._sent:  # a script that was not known is sent again
+            if self._closing is None:
+                self._closing = asyncio.get_running_loop().create_future()
             self._end_wait()
-            await self._closing
-        if self._timer is not None:
-            self._timer.cancel()
+            await asyncio.shield(self._closing)
         if self._wire is not None:
             await self._wire.close()
         await self._redis.aclose()
@@ -172,7 +171,10 @@ class RedisClient:
             call.exception()  # its caller may be gone: an error that nobody looks at is no news
 
     def _end_wait(self) -> None:
-        self._timer = None
+        """Nothing waits for company any longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._hurry = bool(self._pending)
         self._send()
 
@@ -195,6 +197,7 @@ class RedisClient:
 
     async def _open(self) -> None:
         """Connects, then sends what waits; or tells those who wait why not."""
+        began_at = self._clock()
         try:
             self._wire = await Wire.connect(self._redis, ANSWER_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 - whatever it is, all who wait get it
@@ -202,6 +205,7 @@ class RedisClient:
             self._replied([known_error(error)] * len(self._sent))
         finally:
             self._opening = None
+        self._heard(began_at)
         self._send()
 
     def _take_pending(self) -> None:
@@ -211,8 +215,7 @@ class RedisClient:
 
     def _replied(self, replies: Sequence[Any]) -> None:
         """What is under way has these replies, errors among them."""
-        if self._clock() - self._sent_at > _LONGEST_ANSWER_S:
-            self._away_at = self._clock()
+        self._heard(self._sent_at)
         sent, self._sent = self._sent, []
         for waiting, reply in zip(sent, replies, strict=True):
             self._settle(waiting, reply)
@@ -222,14 +225,14 @@ class RedisClient:
             self._timer = asyncio.get_running_loop().call_later(_COMPANY_WITHIN_S, self._end_wait)
         if self._closing is not None and not (self._pending or self._sent):
             self._closing.set_result(None)
+            self._closing = None
+
+    def _heard(self, asked_at: float) -> None:
+        """Redis has let us in, or answered."""
+        if self._clock() - asked_at > _LONGEST_ANSWER_S:
+            self._away_at = self._clock()
 
     def _settle(self, waiting: _Waiting, reply: Any) -> None:
-        """Hands a reply to whoever waits for it, as redis-py would have read it."""
-        if not isinstance(reply, Exception) and (read := self._redis.response_callbacks.get(waiting.name)):
-            try:
-                reply = read(reply)
-            except Exception as error:  # noqa: BLE001 - whoever waits gets it
-                reply = error
         if isinstance(reply, Exception):
             reply = translated(known_error(reply))
             if isinstance(reply, Unavailable):

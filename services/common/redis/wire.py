@@ -15,6 +15,8 @@ from redis.asyncio.connection import Connection, DefaultParser
 from redis.exceptions import ConnectionError, InvalidResponse, TimeoutError
 
 _NOT_YET = object()
+# A TLS connection is not closed before the other side has said so, too.
+_CLOSE_TIMEOUT_S = 2.0
 
 OnReplies = Callable[[Sequence[Any]], None]
 
@@ -43,6 +45,8 @@ class Wire(asyncio.Protocol):
         try:
             async with asyncio.timeout(timeout_s):
                 await connection.connect()  # type: ignore[no-untyped-call]
+                if await connection.can_read():  # its end: nothing was asked
+                    raise ConnectionError("Redis closed the connection")
         except BaseException as error:
             await connection.disconnect(nowait=True)
             if isinstance(error, asyncio.TimeoutError):
@@ -61,15 +65,19 @@ class Wire(asyncio.Protocol):
     def exchange(self, packed: bytes, count: int, timeout_s: float, on_replies: OnReplies) -> None:
         """Sends commands, `count` of them, and hands over as many replies, errors among them.
 
-        A connection that fails meanwhile is over, and every reply that has not come is the reason.
+        A connection that fails meanwhile is over, and every reply that has not come is the reason. `on_replies` may be
+        called before this returns, and must not raise.
         """
         assert not self._wanted, "one exchange at a time"
-        self._wanted, self._on_replies = count, on_replies
+        self._replies, self._wanted, self._on_replies = [], count, on_replies
         self._timer = self._loop.call_later(timeout_s, self._time_out, timeout_s)
+        if not self.open:
+            self._fail(ConnectionError("the connection was closed"))
+            return
         try:
             self._transport.write(packed)
-        except Exception as error:  # noqa: BLE001 - uvloop raises RuntimeError on what has just been closed
-            self._fail(error)
+        except RuntimeError as error:  # of uvloop, on what has just been closed
+            self._fail(ConnectionError(str(error)))
 
     def abort(self) -> None:
         """Hangs up at once; an exchange that is under way fails."""
@@ -78,15 +86,17 @@ class Wire(asyncio.Protocol):
     async def close(self) -> None:
         """Hangs up, and waits until that is done."""
         self._writer.close()
-        with contextlib.suppress(OSError):  # which has ended it already
-            await self._writer.wait_closed()
+        with contextlib.suppress(Exception):  # whatever has ended it
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._writer.wait_closed()
+        self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         try:
             self._reader.feed(data)
             while (reply := self._reader.gets()) is not _NOT_YET:
                 self._replies.append(reply)
-        except Exception as error:  # noqa: BLE001 - whatever stands there, it is not understood
+        except InvalidResponse as error:
             self._fail(error)
         if self._wanted and len(self._replies) == self._wanted:
             self._hand_over()
@@ -95,7 +105,7 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._streams.connection_lost(exc)  # for whom `close` waits
-        self._fail(ConnectionError(f"the connection was lost: {exc}" if exc else "Redis closed the connection"))
+        self._fail(ConnectionError(f"the connection was lost: {exc}" if exc else "the connection was closed"))
 
     def _time_out(self, timeout_s: float) -> None:
         self._fail(TimeoutError(f"no answer within {timeout_s:g} s"))

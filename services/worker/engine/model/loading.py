@@ -134,6 +134,8 @@ def _device(name: str) -> torch.device:
         raise ModelError(f"device {name!r} is not cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name!r} was asked for, but this torch ({torch.__version__}) finds no CUDA device.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r} was asked for, but the last CUDA device is {torch.cuda.device_count() - 1}.")
     if device.type not in ("cpu", "cuda"):
         raise ModelError(f"device {name!r} is not cpu, cuda or cuda:N.")
     return device

@@ -11,7 +11,7 @@ from services.common.errors import Unavailable
 from services.common.redis import client as client_module
 from services.common.redis.client import RedisClient, UnfitRedis
 from services.common.redis.scripts import Script
-from services.common.redis.wire import Wire
+from services.common.redis.wire import OnReplies, Wire
 from tests.redis_server import RedisServer
 
 ECHO = Script("return ARGV[1]", "7f923f79fe76194c868d7e1d0820de36700eb649")
@@ -127,21 +127,56 @@ async def test_a_redis_that_is_away_is_unavailable_and_then_back(tmp_path: Path,
 
 
 async def test_whatever_the_connection_raises_nobody_is_left_waiting(
-    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def closed(*arguments: object, **options: object) -> None:
         raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
 
-    await client.command("PING")
-    with monkeypatch.context() as patched:
-        patched.setattr(Wire, "open", True)
+    def fails(wire: Wire, packed: bytes, count: int, timeout_s: float, on_replies: OnReplies) -> None:
+        on_replies([ValueError("what nobody has thought of")] * count)
+
+    client = RedisClient(redis_url)
+    for target, name, way in ((AbstractConnection, "send_packed_command", closed), (Wire, "exchange", fails)):
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, way)
+            commands = [client.command("ECHO", "a"), client.command("ECHO", "b")]
+            if way is closed:
+                commands.append(client.blocking_command("ECHO", "c"))
+            outcomes = await asyncio.wait_for(asyncio.gather(*commands, return_exceptions=True), 5)
+        assert {type(outcome) for outcome in outcomes} == {Unavailable}
+        assert await client.command("ECHO", "d") == b"d"
+    await client.close()
+
+
+async def test_a_connection_that_ended_while_idle_is_made_anew(client: RedisClient) -> None:
+    for _ in range(3):
+        assert await client.command("ECHO", "a") == b"a"
         assert client._wire is not None
         client._wire.abort()
-        patched.setattr(AbstractConnection, "send_packed_command", closed)
-        commands = (client.command("ECHO", "a"), client.command("ECHO", "b"), client.blocking_command("ECHO", "c"))
-        outcomes = await asyncio.wait_for(asyncio.gather(*commands, return_exceptions=True), 5)
-    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 3
-    assert await client.command("ECHO", "d") == b"d"
+
+
+async def test_a_server_that_hangs_up_after_the_login_is_unavailable() -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (await reader.read(1000)).count(b"SETINFO") < 2:
+            pass
+        writer.write(b"+OK\r\n+OK\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    client = RedisClient(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0")
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(client.command("PING"), 5)
+    await client.close()
+    server.close()
+
+
+async def test_closing_sends_what_follows_from_what_was_under_way(redis_url: str) -> None:
+    client = RedisClient(redis_url)
+    await client.command("SCRIPT", "FLUSH")
+    running = asyncio.create_task(client.script(ECHO, [], ["a"]))  # EVALSHA, then EVAL
+    await asyncio.sleep(0)
+    await asyncio.gather(client.close(), client.close())
+    assert await running == b"a"
 
 
 async def test_it_knows_for_how_long_redis_has_answered(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +195,20 @@ async def test_it_knows_for_how_long_redis_has_answered(redis_url: str, monkeypa
     await slow
     assert client.answering_s == 0
     now = 115.0
+    connect = Wire.connect
+
+    async def slowly(*arguments: Any) -> Wire:
+        nonlocal now
+        now += 2
+        return await connect(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Wire, "connect", slowly)
+        assert client._wire is not None
+        client._wire.abort()
+        await client.command("PING")
+    assert client.answering_s == 0
+    now = 122.0
     monkeypatch.setattr(client_module, "_PASSING_REPLIES", ("unknown command",))
     with pytest.raises(Unavailable):
         await client.command("NONSENSE")

@@ -6,7 +6,15 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from redis.exceptions import ConnectionError, InvalidResponse, NoScriptError, ReadOnlyError, ResponseError, TimeoutError
+from redis.exceptions import (
+    BusyLoadingError,
+    ConnectionError,
+    InvalidResponse,
+    NoScriptError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+)
 
 from services.common.redis.client import connect
 from services.common.redis.wire import Wire
@@ -47,21 +55,22 @@ async def replies_to(wire: Wire, count: int, timeout_s: float = 5.0) -> Sequence
     return await asyncio.wait_for(outcome, 10)
 
 
-async def hang_on(reader: asyncio.StreamReader) -> None:
-    assert not await reader.read()
+async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+    await reader.read()
 
 
 async def test_replies_come_together_however_they_are_cut() -> None:
-    async def byte_by_byte(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        for byte in b":1\r\n*2\r\n$3\r\na\r\n\r\n$-1\r\n-ERR no\r\n-NOSCRIPT none\r\n-READONLY no\r\n":
-            writer.write(bytes([byte]))
-            await writer.drain()
-            await asyncio.sleep(0)
-
-    async with wire_to(byte_by_byte) as wire:
-        number, both, *errors = await replies_to(wire, 5)
+    async with wire_to(silent) as wire:
+        coming = asyncio.create_task(replies_to(wire, 6))
+        await asyncio.sleep(0)
+        text = b":1\r\n*2\r\n$3\r\na\r\n\r\n$-1\r\n-ERR no\r\n-NOSCRIPT none\r\n-READONLY no\r\n-LOADING it\r\n"
+        for byte in text:
+            assert not coming.done()
+            wire.data_received(bytes([byte]))
+        number, both, *errors = await coming
+        assert wire.open
     assert (number, both) == (1, [b"a\r\n", None])
-    assert [type(error) for error in errors] == [ResponseError, NoScriptError, ReadOnlyError]
+    assert [type(error) for error in errors] == [ResponseError, NoScriptError, ReadOnlyError, BusyLoadingError]
 
 
 async def test_of_a_connection_that_ends_meanwhile_what_has_not_come_is_the_reason() -> None:
@@ -76,9 +85,6 @@ async def test_of_a_connection_that_ends_meanwhile_what_has_not_come_is_the_reas
 
 
 async def test_a_server_that_is_silent_is_given_up() -> None:
-    async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-        await hang_on(reader)
-
     async with wire_to(silent) as wire:
         (error,) = await replies_to(wire, 1, timeout_s=0.05)
         assert not wire.open
@@ -88,7 +94,7 @@ async def test_a_server_that_is_silent_is_given_up() -> None:
 async def test_what_is_no_reply_ends_the_connection() -> None:
     async def nonsense(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b":1\r\nHTTP/1.1 400\r\n\r\n")
-        await hang_on(reader)
+        await silent(reader, writer)
 
     async with wire_to(nonsense) as wire:
         one, error = await replies_to(wire, 2)
@@ -100,7 +106,7 @@ async def test_what_is_no_reply_ends_the_connection() -> None:
 async def test_more_replies_than_commands_end_the_connection() -> None:
     async def chatty(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b":1\r\n:2\r\n")
-        await hang_on(reader)
+        await silent(reader, writer)
 
     async with wire_to(chatty) as wire:
         assert await replies_to(wire, 1) == [1]
@@ -108,25 +114,35 @@ async def test_more_replies_than_commands_end_the_connection() -> None:
 
 
 async def test_a_write_that_fails_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-        await hang_on(reader)
-
     class Closed(asyncio.Transport):
+        aborted = False
+
+        def is_closing(self) -> bool:
+            return self.aborted
+
         def write(self, data: object) -> None:
             raise RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
 
         def abort(self) -> None:
-            pass
+            self.aborted = True
 
     async with wire_to(silent) as wire:
         with monkeypatch.context() as patched:
             patched.setattr(wire, "_transport", Closed())
             (error,) = await replies_to(wire, 1)
-    assert isinstance(error, RuntimeError)
+            assert not wire.open
+    assert isinstance(error, ConnectionError)
+
+
+async def test_one_that_has_ended_says_so_at_once() -> None:
+    async with wire_to(silent) as wire:
+        wire.abort()
+        (error,) = await replies_to(wire, 1)
+    assert isinstance(error, ConnectionError)
 
 
 async def test_a_server_that_does_not_let_one_in_is_given_up() -> None:
-    server = await asyncio.start_server(lambda reader, writer: hang_on(reader), "127.0.0.1", 0)
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
     redis = connect(f"redis://:secret@127.0.0.1:{server.sockets[0].getsockname()[1]}/0", None)
     with pytest.raises(TimeoutError, match=r"no answer within 0\.2 s"):
         await Wire.connect(redis, 0.2)

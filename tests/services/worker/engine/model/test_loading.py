@@ -156,6 +156,14 @@ def test_bad_requests_are_refused_in_one_sentence(tmp_path: Path) -> None:
         load_model(tmp_path, device="tpu9")
 
 
+def test_a_cuda_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path, "LlamaConfig", **SIZES)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ModelError, match="'cuda:7' was asked for, but the last CUDA device is 1"):
+        load_model(tmp_path, device="cuda:7")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_without_a_device_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path, "LlamaConfig", **SIZES)
