@@ -48,9 +48,9 @@ class RecordedRun:
         """The deltas from a position on, as they come. Raises what the request ends in."""
         while True:
             changed = self._changed
-            for delta in self._deltas[position:]:
-                yield msgspec.structs.replace(delta)  # whoever gets it may change it
-            position = max(position, len(self._deltas))
+            while position < len(self._deltas):  # more may come while one is read
+                position += 1
+                yield msgspec.structs.replace(self._deltas[position - 1])  # whoever gets it may change it
             if self._error is not None:
                 raise self._error
             if self._ended:
