@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import grpc.aio
 
@@ -19,6 +19,7 @@ from services.gateway.answers.recording import recording
 from services.gateway.caller import Caller, internal_id, sane_request_id, timeout_seconds
 from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
+from services.gateway.errors import RequestCancelled
 from services.gateway.keys.account import Account
 from services.gateway.keys.keys import Keys, credential_of
 from services.gateway.keys.limit_answers import rate_limit_headers
@@ -47,9 +48,10 @@ class InferenceServicer(InferenceBase):
         self._metrics = metrics
         self._settings = settings
 
-    async def Generate(
+    # Generate and Resume write to the context themselves: a generator is not told that its client reads no more.
+    async def Generate(  # type: ignore[override]
         self, request: inference_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[inference_pb2.GenerateDelta]:
+    ) -> None:
         with self._metrics.counting_shed():
             caller = self._caller(context, await self._identify(context, "generate"))
         with self._metrics.counting_shed(), _limits_told(context, caller):
@@ -60,24 +62,14 @@ class InferenceServicer(InferenceBase):
                 answer = await self._answers.begin(
                     [wanted], recording(caller, content, resumable=request.resumable, idempotency_key=key)
                 )
-            begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
-            async with contextlib.aclosing(answer.deltas) as deltas:
-                async for delta in deltas:
-                    if not begun:
-                        begun = await _begin(context, caller)
-                    yield _delta_message(delta, answer, timed=timed)
+            await self._send(answer, context, caller)
 
-    async def Resume(
+    async def Resume(  # type: ignore[override]
         self, request: inference_pb2.ResumeRequest, context: Context
-    ) -> AsyncIterator[inference_pb2.GenerateDelta]:
+    ) -> None:
         caller = self._caller(context, await self._identify(context, "generate"))
         answer = await self._answers.resume(request.answer_id, max(0, request.next_position), caller.key_id)
-        begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
-        async with contextlib.aclosing(answer.deltas) as deltas:
-            async for delta in deltas:
-                if not begun:
-                    begun = await _begin(context, caller)
-                yield _delta_message(delta, answer, timed=timed)
+        await self._send(answer, context, caller)
 
     async def Cancel(self, request: inference_pb2.CancelRequest, context: Context) -> inference_pb2.CancelResponse:
         account = await self._identify(context, "generate")
@@ -106,6 +98,16 @@ class InferenceServicer(InferenceBase):
         self, request: inference_pb2.GetStatsRequest, context: Context
     ) -> inference_pb2.InferenceMetrics:
         return self._metrics.stats.report(sketches=request.sketches)
+
+    async def _send(self, answer: Answer, context: Context, caller: Caller) -> None:
+        """Sends all deltas. Raises RequestCancelled when the client does not read them."""
+        begun, timed = False, timings.are_wanted(_metadata(context).get(timings.HEADER))
+        with _Writer(context, self._settings.write_timeout_s) as writer:
+            async with contextlib.aclosing(answer.deltas) as deltas:
+                async for delta in deltas:
+                    if not begun:
+                        begun = await _begin(context, caller)
+                    await writer.write(_delta_message(delta, answer, timed=timed))
 
     async def _identify(self, context: Context, scope: Scope) -> Account:
         metadata = _metadata(context)
@@ -164,6 +166,55 @@ class InferenceServicer(InferenceBase):
             priority=caller.account.priority(_priority(request.priority)),
             deterministic=request.deterministic,
         )
+
+
+class _Writer:
+    """Writes the messages of one call, and ends it when its client does not take one."""
+
+    def __init__(self, context: Context, timeout_s: float) -> None:
+        self._context = context
+        self._timeout_s = timeout_s
+        self._gone = False
+        # The message that is on its way until the client has room for it.
+        self._sending: inference_pb2.GenerateDelta | None = None
+
+    def __enter__(self) -> Self:
+        task = asyncio.current_task()
+        assert task is not None, "gRPC runs each call in a task"
+        self._task = task
+        self._look_later()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    async def write(self, message: inference_pb2.GenerateDelta) -> None:
+        """Returns once it is sent. `_look` bounds that: a timeout around each would cost as much as the message.
+
+        Raises RequestCancelled when the client does not take it, CancelledError when it has gone.
+        """
+        self._sending = message
+        try:
+            await self._context.write(message)
+        except asyncio.CancelledError:
+            if not self._gone:
+                raise
+            self._task.uncancel()
+            raise RequestCancelled(f"The client read nothing for {self._timeout_s:g} s.") from None
+        except grpc.aio.BaseError as error:  # the call has ended, and gRPC is about to cancel its task
+            raise asyncio.CancelledError from error
+        self._sending = None
+
+    def _look_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s, self._look, self._sending)
+
+    def _look(self, seen: inference_pb2.GenerateDelta | None) -> None:
+        """Gives the client up if the message that was on its way at the last look still is."""
+        if seen is not None and seen is self._sending:
+            self._gone = True
+            self._task.cancel()
+        else:
+            self._look_later()
 
 
 async def _begin(context: Context, caller: Caller) -> bool:

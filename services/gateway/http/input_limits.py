@@ -12,6 +12,7 @@ def http_limits(settings: GatewaySettings) -> HttpLimits:
         head_timeout_s=settings.head_timeout_s,
         framing_bytes=settings.max_body_bytes,
         keep_alive_s=settings.keep_alive_s,
+        write_timeout_s=settings.write_timeout_s,
     )
 
 

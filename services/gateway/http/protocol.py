@@ -1,10 +1,13 @@
-"""uvicorn's HTTP protocol with bounds on what a connection may send, and on how many there are.
+"""uvicorn's HTTP protocol with bounds on what a connection may send and leave unread, and on how many there are.
 
-uvicorn bounds neither the head of a request, in bytes or in time, nor a connection that never sends one. While a
-pipelined request waits for the one before it, nothing is read, and so the client's end is not seen.
+uvicorn bounds neither the head of a request, in bytes or in time, nor a connection that never sends one, nor the time
+that an answer waits for its client to read it. While a pipelined request waits for the one before it, nothing is read,
+and so the client's end is not seen.
 """
 
 import asyncio
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
@@ -30,6 +33,12 @@ class HttpLimits:
     # What is neither head nor body: sizes of chunks, and trailers.
     framing_bytes: int
     keep_alive_s: float
+    # A client that takes nothing for so long of what waits for it is cut.
+    write_timeout_s: float
+
+
+# Where Linux's `struct tcp_info` has `tcpi_bytes_acked`, an unsigned 64-bit number.
+_BYTES_ACKED_AT = 120
 
 
 class LimitedConfig(uvicorn.Config):
@@ -54,6 +63,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._in_head = True
         self._counted_bytes = 0  # of the message so far, but for its body; what begins it may be left out
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         # Of the requests that are not answered, in order.
         self._requests: deque[_RequestConnection] = deque()
 
@@ -67,6 +77,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._idle.pop(self, None)
         self._stop_head_timer()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
         super().connection_lost(exc)
         for request in self._requests:
             request.lose()
@@ -80,6 +92,10 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse_head()
         elif self._counted_bytes > self._limits.head_bytes + self._limits.framing_bytes:
             self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -115,6 +131,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
             self._idle[self] = None
+        self._watch_writing()
 
     def _make_room(self) -> None:
         """Closes the connection that has been idle for longest; this one if all others are busy."""
@@ -130,6 +147,26 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _watch_writing(self) -> None:
+        """Looks now and then, as long as something waits for the client, whether it takes any of it."""
+        if self._write_timer is None and self.transport.get_write_buffer_size():
+            self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self._look, self._taken_bytes())
+
+    def _look(self, taken_before: int) -> None:
+        self._write_timer = None
+        if self.transport.get_write_buffer_size() and self._taken_bytes() == taken_before:
+            self.transport.abort()
+        else:
+            self._watch_writing()
+
+    def _taken_bytes(self) -> int:
+        """What the client's machine has taken so far: the write buffer shrinks by megabytes at a time, or under TLS
+        only when all before it is gone, and would make a slow client look like one that does not read.
+        """
+        connection = self.transport.get_extra_info("socket")
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED_AT + 8)
+        return int(struct.unpack_from("=Q", info, _BYTES_ACKED_AT)[0])
 
     def _refuse_head(self) -> None:
         """Answers what is no whole request, unless an earlier request's answer is under way."""

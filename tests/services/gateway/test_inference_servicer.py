@@ -1,7 +1,10 @@
 """The public gRPC service, by a real client."""
 
 import asyncio
+import contextlib
+import logging
 import math
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -11,13 +14,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.v1 import inference_pb2
 from headrace.v1.inference_pb2 import Chat, ChatMessage, GenerateRequest, ResumeRequest, TokenIds, TokenizeRequest
+from headrace.v1.inference_pb2_grpc import InferenceStub
 from headrace.v1.sampling_pb2 import FinishReason, Logprobs, Sampling, Stopping
 from services.common.channel import dial
-from tests.services.gateway.fakes import BLOCK_SIZE, CONTEXT, MODEL, logprobs_of, unpack
-from tests.services.gateway.stack import TEXT, Stack, eventually
+from tests.services.gateway.fakes import BLOCK_SIZE, CONTEXT, MODEL, FakeWorker, logprobs_of, unpack
+from tests.services.gateway.looks import WRITE_TIMEOUT_S, Looks
+from tests.services.gateway.stack import TEXT, Stack, eventually, running_stack
 from tests.services.gateway.tokenizers_for_tests import byte_level_tokenizer
 
 IDS = byte_level_tokenizer().encode(TEXT).ids
+LONG = GenerateRequest(model=MODEL, text="hello", sampling=Sampling(logprobs=20))
 VOCABULARY = byte_level_tokenizer().get_vocab_size()
 
 BAD: list[tuple[GenerateRequest, grpc.StatusCode, str]] = [
@@ -162,13 +168,69 @@ async def test_a_cancelled_call_cancels_the_sequence(stack: Stack) -> None:
     worker.go.set()
 
 
-async def test_a_call_cancelled_between_deltas_frees_everything(stack: Stack) -> None:
+async def test_calls_cancelled_between_deltas_free_everything(stack: Stack, caplog: pytest.LogCaptureFixture) -> None:
     stack.workers[0].reply = lambda _prompt, _choice: IDS * 100
-    call = stack.inference.Generate(GenerateRequest(model=MODEL, text="hello"))
-    await anext(aiter(call))
-    call.cancel()
-    await stack.settled()
+    async with small_window(stack) as inference:
+        for _ in range(20):
+            call = inference.Generate(LONG)
+            await anext(aiter(call))
+            await stack.inference.ListModels(inference_pb2.ListModelsRequest())  # then a delta is on its way
+            call.cancel()
+        await stack.settled()
     assert stack.sample("llm_active_requests", model=MODEL) == 0
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_a_call_whose_client_does_not_read_is_cancelled(redis_url: str) -> None:
+    worker = FakeWorker("w0", lambda _prompt, _choice: IDS * 100, pause_after=20)
+    async with running_stack(redis_url, [worker], write_timeout_s=0.1) as stack, small_window(stack) as inference:
+        call = inference.Generate(LONG)
+        await anext(aiter(call))
+        await asyncio.wait_for(worker.cancelled.wait(), 10)
+        worker.let_go()
+        await stack.settled()
+        assert stack.sample("llm_requests_total", model=MODEL, status="cancelled") == 1
+        assert stack.sample("llm_active_requests", model=MODEL) == 0
+        await check_cut(call)
+
+
+async def test_a_resumed_call_whose_client_does_not_read_ends(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_stack(redis_url, write_timeout_s=WRITE_TIMEOUT_S) as stack, small_window(stack) as inference:
+        request = GenerateRequest(resumable=True)
+        request.MergeFrom(LONG)
+        [answer_id] = {delta.answer_id async for delta in inference.Generate(request)}
+        looks = Looks(monkeypatch)
+        call = inference.Resume(ResumeRequest(answer_id=answer_id))
+        await anext(aiter(call))
+        await eventually(looks.were_enough)
+        await check_cut(call)
+
+
+@contextlib.asynccontextmanager
+async def small_window(stack: Stack) -> AsyncIterator[InferenceStub]:
+    """A client that has room for next to nothing that it has not read."""
+    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+    async with grpc.aio.insecure_channel(stack.grpc_address, options=options) as channel:
+        yield InferenceStub(channel)
+
+
+async def check_cut(call: Any) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        async for _ in call:
+            pass
+    assert raised.value.code() == grpc.StatusCode.CANCELLED
+    assert "The client read nothing" in raised.value.details()
+
+
+async def test_a_call_that_is_read_slowly_goes_on(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_stack(redis_url, write_timeout_s=WRITE_TIMEOUT_S) as stack, small_window(stack) as inference:
+        looks = Looks(monkeypatch)
+        text = ""
+        async for delta in inference.Generate(LONG):
+            text += delta.text
+            if delta.seq % 10 == 9 and not looks.none_is_due:  # with more read than it has room for
+                (await looks.next())()
+        assert text == TEXT
 
 
 async def test_the_deadline_bounds_the_wait_in_the_queue(stack: Stack) -> None:

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from headrace.v1.inference_pb2 import ListModelsRequest
 from services.common.channel import dial_front
 from tests.services.gateway.fakes import MODEL
-from tests.services.gateway.stack import Stack, running_stack
+from tests.services.gateway.stack import Stack, eventually, running_stack
 from tests.services.gateway.test_main import start, until_logged
 from toolkit.health import grpc_health
 
@@ -112,6 +112,27 @@ async def test_a_connection_with_a_request_under_way_is_not_idle(redis_url: str)
                 assert (await stack.http.get("/health/live")).status_code == 200
                 writer.write(body)
                 assert (await until_closed(reader)).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_clients_that_read_nothing_are_cut_and_others_are_served(redis_url: str) -> None:
+    asked = 200
+    async with running_stack(redis_url, max_connections=3, write_timeout_s=0.1) as stack:
+        size = len((await stack.http.get("/openapi.json")).content)
+        async with connections(http_address(stack), 3) as opened, httpx.AsyncClient(base_url=stack.base_url) as another:
+            for _, writer in opened:
+                writer.transport.pause_reading()  # type: ignore[attr-defined]
+                writer.write(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * asked)
+                await writer.drain()
+
+            async def served() -> bool:
+                with contextlib.suppress(httpx.TransportError):  # until there is room
+                    return (await another.get("/v1/models")).status_code == 200
+                return False
+
+            await eventually(served)
+            for reader, writer in opened:
+                writer.transport.resume_reading()  # type: ignore[attr-defined]
+                assert len(await until_closed(reader)) < asked * size
 
 
 async def test_streams_beyond_a_connections_share_wait_and_others_are_served(redis_url: str) -> None:
