@@ -1,12 +1,14 @@
 """The folder of one run of a stack: its logs, its Redis data, and a state file that other commands read.
 
 A run holds a lock on a file of its folder for as long as it lives, so that whoever reads the folder can tell a running
-stack from what a dead one left behind. The folders of the last few runs are kept for their logs.
+stack from what a dead one left behind. The folders of the last few runs are kept for their logs. Only their user can
+read them: the state file has the URL of Redis, which may hold a password.
 """
 
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -57,7 +59,7 @@ class RunDirectory:
 
     def __init__(self, runs: Path) -> None:
         self.path = runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self.path.mkdir(parents=True)
+        self.path.mkdir(mode=0o700, parents=True)
         self._lock = (self.path / _LOCK_FILE).open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         _remove_old_runs(runs)
@@ -74,6 +76,7 @@ class RunDirectory:
     def write_state(self, stack: RunningStack) -> None:
         """Replaces the state file, which a reader sees whole or not at all."""
         draft = self.path / f"{_STATE_FILE}.new"
+        draft.touch(mode=0o600)
         draft.write_text(json.dumps(asdict(stack), indent=1))
         draft.replace(self.path / _STATE_FILE)
 
@@ -93,8 +96,15 @@ def redis_url_of(stacks: Sequence[RunningStack], given: str | None) -> str:
     if not urls:
         raise UnclearStack("No stack runs here: start one with `headrace up`, or name its Redis with --redis-url.")
     if len(urls) > 1:
-        raise UnclearStack(f"Several stacks run here: choose one with --redis-url, of {', '.join(sorted(urls))}.")
+        shown = ", ".join(sorted(map(_without_password, urls)))
+        raise UnclearStack(f"Several stacks run here: choose one with --redis-url, of {shown}.")
     return urls.pop()
+
+
+def _without_password(url: str) -> str:
+    """The URL as it may be shown. A password may stand before the host or in the query; rather too much is hidden."""
+    url = re.sub(r"(password=)[^&]*", r"\1***", url)
+    return re.sub(r"(://[^:/@]*:).*(?=@)", r"\1***", url)
 
 
 def _read_state(path: Path) -> RunningStack:

@@ -90,11 +90,13 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
     redis_address = f"{INTERNAL_HOST}:{next(free_ports)}"
     redis_url = options.redis_url or f"redis://{redis_address}/0"
     keeping = {"disk_path": options.cache_disk} if options.cache_disk else {}
-    cache = _internal_member("cache", "cache", free_ports, {"redis_url": redis_url, **keeping})
-    finding = {"redis_url": redis_url, "caches": cache.address}
+    # Its URL may hold a password: only those that use it get it.
+    queueing = {"redis_url": redis_url}
+    cache = _internal_member("cache", "cache", free_ports, keeping)
+    finding = {"caches": cache.address}
     placing = {"policy": options.placement} if options.placement else {}
     schedulers = tuple(
-        _internal_member("scheduler", name, free_ports, {**finding, **placing})
+        _internal_member("scheduler", name, free_ports, {**queueing, **finding, **placing})
         for name in _names("scheduler", options.schedulers)
     )
     finding = {**finding, "schedulers": ",".join(scheduler.address for scheduler in schedulers)}
@@ -108,7 +110,7 @@ def plan_stack(options: StackOptions, free_ports: Iterator[int], cores: int) -> 
         )
         for role, name in _workers(options)
     )
-    gateways = tuple(_gateways(options, finding))
+    gateways = tuple(_gateways(options, {**queueing, **finding}))
     redis = Member("redis", "redis", redis_address, metrics_url=None, ready_url=None, settings={})
     return Stack(
         tiers=(

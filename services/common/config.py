@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 PREFIX = "HEADRACE_"
 SERVICES = ("gateway", "scheduler", "cache", "worker")
+_REDIS_USERS = ("gateway", "scheduler")
 
 
 class ConfigError(Exception):
@@ -61,6 +62,7 @@ class CommonSettings(BaseModel):
     # Share of the requests whose trace is recorded, from 0 to 1. Decided by the gateway, and not for requests that come
     # with a trace context: they are recorded if their caller's trace is.
     trace_sample: Annotated[float, Field(ge=0, le=1)] = 0.1
+    # May hold a password. Used by gateways and schedulers alone: the others need not be told.
     redis_url: str = "redis://127.0.0.1:6379/0"
     # Every scheduler replica: gateways and workers dial them all.
     schedulers: Addresses = ("127.0.0.1:50061",)
@@ -104,15 +106,25 @@ def parse(schema: type[S], service: str, environment: Mapping[str, str]) -> S:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            name = str(item["loc"][0]) if item["loc"] else ""
-            problems.append(f"{sources.get(name, name)}: {item['msg']} (got {item['input']!r})")
+            if item["loc"]:
+                name = str(item["loc"][0])
+                problems.append(f"{sources.get(name, name)}: {item['msg']} (got {item['input']!r})")
+            else:  # of several fields; its input is all of them, with the password in Redis' URL
+                problems.append(item["msg"])
         raise ConfigError("; ".join(problems)) from error
 
 
 def child_environment(service: str, settings: Mapping[str, object]) -> dict[str, str]:
-    """This process's environment with a service's settings added, for a child process."""
+    """This process's environment with a service's settings added, for a child process; Redis' URL for its users."""
     names = {f"{PREFIX}{service.upper()}_{field.upper()}": str(value) for field, value in settings.items()}
-    return {**os.environ, **names}
+    inherited = {
+        name: value for name, value in os.environ.items() if service in _REDIS_USERS or not _is_redis_url(name)
+    }
+    return {**inherited, **names}
+
+
+def _is_redis_url(variable: str) -> bool:
+    return variable.startswith(PREFIX) and variable.endswith("REDIS_URL")
 
 
 def secret_variable(name: str) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import redis
 
@@ -50,6 +51,9 @@ def test_everything_works_within_those_rules(restricted: str, tmp_path: Path, de
         assert answers[0].text == answers[1].text
         up.run("keys", "revoke", "ci", *options)
         assert "No request was given up" in up.run("queue", "dead", "list", *options)
+        environments = {one.name: psutil.Process(up.pid_of(one.name)).environ() for one in up.state.processes}
+        told = {name for name, own in environments.items() if "headrace:secret@" in str(own)}
+        assert told == {"scheduler", "gateway"}
         folder = Path(up.state.directory)
         up.process.send_signal(signal.SIGTERM)
         assert up.wait_ended() == 0

@@ -1,11 +1,22 @@
 """Run folders: what other commands read, and what is cleared away."""
 
+import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from services.common.tls import FrontCert, TlsFiles
-from toolkit.run_directory import RunDirectory, RunningProcess, RunningStack, running_stacks
+from toolkit.run_directory import (
+    RunDirectory,
+    RunningProcess,
+    RunningStack,
+    UnclearStack,
+    redis_url_of,
+    running_stacks,
+)
 
 WORKER = RunningProcess("worker", "worker", "127.0.0.1:1", None, "worker.log", "ready", 12, 1.5)
 
@@ -29,6 +40,34 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert running_stacks(tmp_path) == [], "nothing is told yet"
     directory.write_state(stack(directory))
     assert running_stacks(tmp_path) == [stack(directory)]
+
+
+def test_only_its_user_can_read_it(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.write_state(stack(directory))
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
+    assert stat.S_IMODE((directory.path / "stack.json").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("rediss://headrace:secret@h:4/0?ssl_ca_certs=/ca", "rediss://headrace:***@h:4/0?ssl_ca_certs=/ca"),
+        ("redis://:secret@[::1]:4/0", "redis://:***@[::1]:4/0"),
+        ("redis://u:a/secret@b@h:4/0", "redis://u:***@h:4/0"),
+        ("redis://h:4/0?username=u&password=secret@&db=1", "redis://h:4/0?username=u&password=***&db=1"),
+        ("redis://user@h:4/0", "redis://user@h:4/0"),
+        ("unix:///run/redis.sock?db=1", "unix:///run/redis.sock?db=1"),
+    ],
+)
+def test_of_several_stacks_one_is_to_be_chosen_and_no_password_is_shown(tmp_path: Path, url: str, shown: str) -> None:
+    one = stack(RunDirectory(tmp_path))
+    with pytest.raises(UnclearStack) as caught:
+        redis_url_of([one, replace(one, redis_url=url)], None)
+    said = str(caught.value)
+    assert "secret" not in said
+    assert one.redis_url in said and shown in said
+    assert redis_url_of([one], url) == url
 
 
 def test_a_stack_whose_process_is_gone_does_not_run(tmp_path: Path) -> None:

@@ -18,6 +18,11 @@ def tiers(stack: Stack) -> list[list[str]]:
     return [[member.name for member in tier] for tier in stack.tiers]
 
 
+def redis_urls(stack: Stack) -> dict[str, object]:
+    """Of those that get one."""
+    return {member.name: member.settings["redis_url"] for member in stack.members if "redis_url" in member.settings}
+
+
 def test_what_others_need_starts_first() -> None:
     assert tiers(plan()) == [["redis"], ["cache"], ["scheduler"], ["worker"], ["gateway"]]
 
@@ -25,7 +30,7 @@ def test_what_others_need_starts_first() -> None:
 def test_an_existing_redis_is_used_and_not_started() -> None:
     stack = plan(StackOptions(host="127.0.0.1", http_ports=(1,), grpc_ports=(2,), redis_url="redis://elsewhere/3"))
     assert tiers(stack)[0] == ["cache"]
-    assert {member.settings["redis_url"] for member in stack.members} == {"redis://elsewhere/3"}
+    assert redis_urls(stack) == {"scheduler": "redis://elsewhere/3", "gateway": "redis://elsewhere/3"}
 
 
 def test_everyone_finds_everyone() -> None:
@@ -35,7 +40,8 @@ def test_everyone_finds_everyone() -> None:
         assert member.settings["schedulers"] == scheduler.address
         assert member.settings["caches"] == cache.address
     assert scheduler.settings["caches"] == cache.address
-    assert {member.settings["redis_url"] for member in stack.members[1:]} == {f"redis://{redis.address}/0"}
+    url = f"redis://{redis.address}/0"
+    assert redis_urls(stack) == {"scheduler": url, "gateway": url}, "its password is not for the others"
 
 
 def test_ports_and_ids_are_distinct() -> None:

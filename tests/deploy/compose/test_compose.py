@@ -48,6 +48,12 @@ def test_every_variable_is_a_setting_and_peers_are_addressed_by_name(services: d
     assert settings.caches == (f"cache:{CacheSettings().port}",)
 
 
+def test_only_gateways_and_schedulers_know_where_redis_is(services: dict[str, Any]) -> None:
+    told = {name for name, service in services.items() if "REDIS_URL" in str(service.get("environment"))}
+    assert told == {"gateway", "scheduler"}
+    assert all(services[name]["environment"]["HEADRACE_REDIS_URL"] == "redis://redis:6379/0" for name in told)
+
+
 def test_a_prefill_worker_is_a_worker_but_for_its_role_and_found_as_one(services: dict[str, Any]) -> None:
     worker, prefill = services["worker"], services["prefill-worker"]
     assert prefill["environment"] == {**worker["environment"], "HEADRACE_WORKER_ROLE": "prefill"}

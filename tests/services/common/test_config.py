@@ -1,9 +1,10 @@
 from pathlib import Path
+from typing import Self
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from services.common.config import CommonSettings, ConfigError, load, parse
+from services.common.config import SERVICES, CommonSettings, ConfigError, child_environment, load, parse
 
 
 class WorkerSettings(CommonSettings):
@@ -85,3 +86,25 @@ def test_load_stops_the_start_with_one_sentence(
         load(WorkerSettings, "worker")
     assert stopped.value.code == 2
     assert "headrace worker: HEADRACE_WORKER_PORT: Input should be a valid integer" in capsys.readouterr().err
+
+
+def test_a_problem_of_several_settings_shows_none_of_them() -> None:
+    class Related(CommonSettings):
+        @model_validator(mode="after")
+        def _fail(self) -> Self:
+            raise ValueError("these do not go together")
+
+    with pytest.raises(ConfigError) as caught:
+        parse(Related, "worker", {"HEADRACE_REDIS_URL": "redis://u:secret@h/0"})
+    assert str(caught.value) == "Value error, these do not go together"
+
+
+def test_only_children_that_use_redis_get_its_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"HEADRACE_REDIS_URL": "redis://u:secret@h/0", "HEADRACE_GATEWAY_REDIS_URL": "redis://u:secret@h/1"}
+    for name, value in {**own, "HEADRACE_LOG_LEVEL": "debug"}.items():
+        monkeypatch.setenv(name, value)
+    children = {service: child_environment(service, {"id": "a"}) for service in SERVICES}
+    assert {service for service, child in children.items() if "secret" in str(child)} == {"gateway", "scheduler"}
+    assert own.items() <= children["gateway"].items()
+    assert {child["HEADRACE_LOG_LEVEL"] for child in children.values()} == {"debug"}
+    assert children["worker"]["HEADRACE_WORKER_ID"] == "a"
