@@ -59,6 +59,8 @@ class ActiveRequest:
         self.worker_id = ""
         self.choices = new_choices(request.model, request)
         self.spending = Spending()
+        # Tokens of the newest attempt that wait to be read.
+        self.count_unread: Callable[[], int] = lambda: 0
         # Set when there is an offer, tokens, an end or an error to look at.
         self.news = asyncio.Event()
         # Its task waits for news, or is about to look at some: all that it has made of the news before is delivered.
@@ -94,9 +96,10 @@ class ActiveRequest:
         return False
 
     def usage(self) -> Usage:
+        """What has been produced so far, also of what nobody has read."""
         return Usage(
             prompt_tokens=len(self.request.prompt_ids),
-            completion_tokens=sum(len(choice.token_ids) for choice in self.choices),
+            completion_tokens=sum(len(choice.token_ids) for choice in self.choices) + self.count_unread(),
             cached_prompt_tokens=self.cached_prompt_tokens or 0,
             cost_nanos=self.spending.costs.nanos if self.spending.priced else None,
         )

@@ -46,7 +46,9 @@ class Attempt:
             active.news,
             active.spending,
         )
-        return cls(placement, link, list(zip(choices, feeds, strict=True)))
+        attempt = cls(placement, link, list(zip(choices, feeds, strict=True)))
+        active.count_unread = attempt.unread_tokens
+        return attempt
 
     @property
     def broken_off(self) -> SequenceFeed | None:
@@ -55,6 +57,10 @@ class Attempt:
             if feed.outcome is not None and feed.outcome in REASONS:
                 return feed
         return None
+
+    def unread_tokens(self) -> int:
+        """What its worker has sent and its caller has not taken: that was computed, too."""
+        return sum(min(len(feed.token_ids), choice.room) for choice, feed in self.sequences if not choice.finished)
 
     def cancel(self) -> None:
         self.link.cancel(feed for _, feed in self.sequences)
@@ -130,7 +136,8 @@ def _first_token(
     """The answer begins: the deadline no longer applies."""
     active.unlimit()
     active.first_token_at = now
-    active.cached_prompt_tokens = feed.cached_prompt_tokens or 0
+    # No worker can make a prompt cheaper than one that was cached whole.
+    active.cached_prompt_tokens = min(max(0, feed.cached_prompt_tokens or 0), len(active.request.prompt_ids))
     waited_s = now - active.request.caller.arrived
     if active.placed_at is not None:
         active.load.began(now - active.placed_at)

@@ -12,6 +12,8 @@ import pytest
 
 from headrace.v1.inference_pb2 import GenerateRequest
 from headrace.v1.sampling_pb2 import Stopping
+from services.gateway.http.outlets import EventStream
+from services.gateway.request import Delta
 from tests.redis_server import RedisServer
 from tests.services.gateway.fakes import CONTEXT, MODEL, FakeWorker, says
 from tests.services.gateway.keys_for_tests import TestKey, make_key, set_group
@@ -82,6 +84,44 @@ async def test_a_cancelled_stream_is_charged_what_was_produced(stack: Stack) -> 
     used, _ = sums["tokens_per_minute"]
     assert len(PROMPT) < used <= len(PROMPT) + 3
     assert sums["concurrent"] == (0, 0)
+
+
+async def test_what_was_produced_is_charged_though_its_caller_reads_no_more(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = EventStream.send
+
+    async def send_one(stream: EventStream, delta: Delta) -> None:
+        if delta.seq:
+            await asyncio.get_running_loop().create_future()
+        await send(stream, delta)
+
+    monkeypatch.setattr(EventStream, "send", send_one)
+    monkeypatch.setattr(EventStream, "open", False)
+    key = await make_key(stack.redis, tokens_per_minute=500)
+    stack.workers[0].pause_after = 8
+    async with streaming(stack, key) as response:
+        await anext(response.aiter_bytes())
+        (active,) = stack.gateway._active
+
+        async def all_have_come() -> bool:
+            return active.usage().completion_tokens == 8
+
+        await eventually(all_have_come)
+        assert len(active.choices[0].token_ids) < 8
+    assert await key.settled() == {"tokens_per_minute": (len(PROMPT) + 8, 0)}
+
+
+@pytest.mark.parametrize(("told", "believed"), [(2, 2), (1000, len(PROMPT)), (-1000, 0)])
+async def test_no_worker_can_pay_into_a_budget(redis_url: str, tmp_path: Path, told: int, believed: int) -> None:
+    (tmp_path / "prices.toml").write_text(PRICES)
+    workers = [FakeWorker("w0", says(TEXT), cached_prompt_tokens=told)]
+    async with running_stack(redis_url, workers, prices=tmp_path / "prices.toml") as stack:
+        key = await make_key(stack.redis, money_per_month=9)
+        usage = (await key.complete(stack, PROMPT)).json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == believed
+        money = 1000 * (len(PROMPT) - believed) + 500 * believed + 2000 * ANSWER
+        assert await key.settled() == {"money_per_month": (money, 0)}
 
 
 async def test_a_request_that_never_began_is_charged_nothing(stack: Stack) -> None:
