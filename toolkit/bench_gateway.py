@@ -36,7 +36,7 @@ STEP_MS = 10
 MAX_SEQUENCES = 256  # that a worker runs at once: as many as a mocker of Dynamo does
 PACED = (64, 64)  # streams, tokens of each answer
 SHORT = (64, 1)
-SLOW_READERS, IDLE_CONNECTIONS, SLOW_TOKENS = 500, 2000, 1000
+SLOW_READERS, IDLE_CONNECTIONS, SLOW_TOKENS = 500, 2000, 2000
 OTHERS = 200  # requests that are timed beside them
 _WARM_S = 2.0
 _LOOK_EVERY_S = 0.5
@@ -169,6 +169,9 @@ async def run_slow_bench(options: GatewayBenchOptions, runs: Path) -> SlowRow:
             row.alone_ms.append(await _ttft_ms(alone, 4, options.measured_s, OTHERS))
             row.beside_ms.append(await _ttft_ms(beside, 4, options.measured_s, OTHERS))
         row.rss_mib = _rss_mib(beside)["gateway"]
+        assert process.stdin is not None
+        process.stdin.close()
+        await _expect(process, "held")
     return row
 
 

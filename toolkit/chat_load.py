@@ -27,7 +27,7 @@ _PASSAGE = (
 # Streams begin one after the other: a crowd that comes at once to an idle server may be turned away.
 _APART_S = 0.01
 _TOKEN = re.compile(rb'"content": ?"[^"]')
-_LAST_CHUNK = b"0\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
 
 
 class ChatsFailed(Exception):
@@ -86,8 +86,8 @@ class ChatStream(asyncio.Protocol):
             self._begun = True
             self._run.result.ttft_s.append(time.perf_counter() - self._sent_at)
         self._run.result.events += len(_TOKEN.findall(data))
-        self._tail = (self._tail + data[-len(_LAST_CHUNK) :])[-len(_LAST_CHUNK) :]
-        if self._tail == _LAST_CHUNK:
+        self._tail = (self._tail + data[-len(LAST_CHUNK) :])[-len(LAST_CHUNK) :]
+        if self._tail == LAST_CHUNK:
             self._run.answered()
             self._ask()
 

@@ -1,7 +1,8 @@
-"""Clients that hold a gateway up, from a process of their own: slow readers, and connections that ask nothing.
+"""Clients that hold a gateway up, from a process of their own: slow readers, and connections that ask next to nothing.
 
 `python -m toolkit.slow_clients JSON` (a `SlowClients`) prints `begun` when every reader has the first bytes of its
-answer, and goes on until its standard input ends. A reader takes some kilobytes a second, so that it is never cut off.
+answer, and goes on until its standard input ends; then `held` if all of them still read, or are still connected. A
+reader takes some kilobytes a second and an idle connection asks once a minute, so that none is cut off.
 """
 
 import asyncio
@@ -14,10 +15,11 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-from toolkit.chat_load import ChatLoad, ChatsFailed, chat_request
+from toolkit.chat_load import LAST_CHUNK, ChatLoad, ChatsFailed, chat_request
 
 _RECEIVE_BUFFER_BYTES = 4096
 _READ_EVERY_S = 1.0
+_ASK_EVERY_S = 60.0  # within the time for which a gateway keeps a connection that asks nothing
 # Answers that may be awaited: a crowd that comes at once to an idle server is turned away.
 _AT_ONCE = 32
 
@@ -41,47 +43,70 @@ class SlowClients:
 class SlowReader(asyncio.Protocol):
     """Reads what its small buffer holds, once a second."""
 
-    def __init__(self, begun: "asyncio.Future[None]") -> None:
-        self._begun = begun
+    def __init__(self) -> None:
+        self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.held = True  # it has more to read
+        self._tail = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        if not self._begun.done():
+        if not self.begun.done():
             if data.startswith(b"HTTP/1.1 200"):
-                self._begun.set_result(None)
+                self.begun.set_result(None)
             else:
-                self._begun.set_exception(ChatsFailed(data.decode(errors="replace")[:500]))
+                self.begun.set_exception(ChatsFailed(data.decode(errors="replace")[:500]))
+        self._tail = (self._tail + data)[-len(LAST_CHUNK) :]
+        self.held = self.held and self._tail != LAST_CHUNK
         self._transport.pause_reading()
         asyncio.get_running_loop().call_later(_READ_EVERY_S, self._transport.resume_reading)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._begun.done():
-            self._begun.set_exception(ChatsFailed(f"the server hung up: {exc}"))
+        self.held = False
+        if not self.begun.done():
+            self.begun.set_exception(ChatsFailed(f"the server hung up: {exc}"))
+
+
+class IdleClient(asyncio.Protocol):
+    """Asks whether the server lives, and that seldom."""
+
+    held = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+        self._ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.held = False
+
+    def _ask(self) -> None:
+        if self.held:
+            self._transport.write(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            asyncio.get_running_loop().call_later(_ASK_EVERY_S, self._ask)
 
 
 async def run(clients: SlowClients) -> None:
     """Raises ChatsFailed, OSError."""
-    sockets = [await _connect(clients.url) for _ in range(clients.idle)]
-    begun: list[asyncio.Future[None]] = []
+    loop = asyncio.get_running_loop()
+    idle: list[IdleClient] = []
+    for _ in range(clients.idle):
+        _, client = await loop.create_connection(IdleClient, sock=await _connect(clients.url))
+        idle.append(client)
+    readers: list[SlowReader] = []
     for number in range(clients.readers):
-        begun.append(await _begin_reader(clients, number))
-        if len(begun) % _AT_ONCE == 0:
-            await asyncio.gather(*begun)
-    await asyncio.gather(*begun)
+        transport, reader = await loop.create_connection(SlowReader, sock=await _connect(clients.url))
+        transport.write(chat_request(clients.chats, number))
+        readers.append(reader)
+        if len(readers) % _AT_ONCE == 0:
+            await asyncio.gather(*(reader.begun for reader in readers))
+    await asyncio.gather(*(reader.begun for reader in readers))
     print("begun", flush=True)
     await asyncio.to_thread(sys.stdin.read)
-    for idle in sockets:
-        idle.close()
-
-
-async def _begin_reader(clients: SlowClients, number: int) -> "asyncio.Future[None]":
-    loop = asyncio.get_running_loop()
-    begun: asyncio.Future[None] = loop.create_future()
-    transport, _ = await loop.create_connection(lambda: SlowReader(begun), sock=await _connect(clients.url))
-    transport.write(chat_request(clients.chats, number))
-    return begun
+    ended, closed = (sum(not client.held for client in kind) for kind in (readers, idle))
+    if ended or closed:
+        raise ChatsFailed(f"{ended} readers had their whole answers, and {closed} idle connections were closed")
+    print("held", flush=True)
 
 
 async def _connect(url: str) -> socket.socket:

@@ -18,8 +18,9 @@ from tests.flows.python_program import clients_python
 
 HOOKS = Path(__file__).parent / "python_clients" / "schemathesis_hooks.py"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-# Of each operation with something to vary. Together with schemathesis' own fixed cases that makes 10,000.
+# Of each operation with something to vary. Together with schemathesis' own fixed cases that makes 10,000 at least.
 MANY = 1200
+_AT_LEAST = 10_000
 
 
 def run_cases(url: str, max_examples: int, seed: int, timeout_s: float) -> tuple[bool, str]:
@@ -60,6 +61,8 @@ def main() -> None:
         finally:
             up.kill()
     print(report)
+    if options.max_examples >= MANY and (cases := cases_in(report)) < _AT_LEAST:
+        sys.exit(f"schemathesis made up {cases} requests: {_AT_LEAST} were wanted.")
     sys.exit(not good)
 
 

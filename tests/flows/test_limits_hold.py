@@ -1,6 +1,7 @@
 """64 callers over three gateways hammer one key with ten times what it may take: limits hold to the last token."""
 
 import asyncio
+import math
 import os
 import random
 import signal
@@ -21,8 +22,9 @@ PROMPT = [1000, 2000, 3000]
 MINUTE_S = 60.0
 # Millionths per token.
 PRICES = '["*"]\nprompt = 1\ncompletion = 2\n'
-# What a call of `some_tokens` takes in the mean.
+# What a call of `some_tokens` takes in the mean, in tokens and in thousandths of money.
 MEAN_TOKENS = 9
+MEAN_MONEY = 2 * MEAN_TOKENS - len(PROMPT)
 
 
 def some_tokens(draw: random.Random) -> dict[str, object]:
@@ -96,7 +98,7 @@ class Limited:
 
 def calls_for(limit: int, mean: float) -> int:
     """Calls of each client that ask for ten times the limit."""
-    return round(10 * limit / mean / CLIENTS)
+    return math.ceil(10 * limit / mean / CLIENTS)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ async def test_a_window_takes_its_limit_and_no_token_more(
 
 async def test_a_budget_is_spent_and_not_overspent(stack: KeyedStack) -> None:
     limited = Limited(stack, "money", "money_per_month", 2)
-    calls = await limited.hammer(some_tokens).run(calls_for(2000, 2 * MEAN_TOKENS - len(PROMPT)))
+    calls = await limited.hammer(some_tokens).run(calls_for(2000, MEAN_MONEY))
     spent = sum(map(money, calls))
     assert 0.95 * 2000 <= spent <= 2000
     assert round(await asyncio.to_thread(limited.use_at_the_end) * 1000) == spent
@@ -143,10 +145,13 @@ async def test_so_many_at_once_and_no_more(stack: KeyedStack) -> None:
 
 
 @pytest.mark.parametrize(
-    ("meter", "limit", "body", "each", "amount"),
+    ("meter", "limit", "body", "each", "amount", "unit"),
     [
-        ("tokens_per_day", 3000, some_tokens, calls_for(3000, MEAN_TOKENS), tokens),
-        ("concurrent", 8, long_ones, 20, None),
+        ("requests_per_minute", 300, few_tokens, calls_for(300, 1), one, 1),
+        ("tokens_per_minute", 3000, some_tokens, calls_for(3000, MEAN_TOKENS), tokens, 1),
+        ("tokens_per_day", 3000, some_tokens, calls_for(3000, MEAN_TOKENS), tokens, 1),
+        ("money_per_month", 6, some_tokens, calls_for(6000, MEAN_MONEY), money, 1000),
+        ("concurrent", 8, long_ones, 20, None, 1),
     ],
 )
 async def test_a_gateway_that_is_killed_in_the_middle_spends_nothing_twice(
@@ -156,7 +161,9 @@ async def test_a_gateway_that_is_killed_in_the_middle_spends_nothing_twice(
     body: Callable[[random.Random], dict[str, object]],
     each: int,
     amount: Callable[[Call], int] | None,
+    unit: int,
 ) -> None:
+    """`amount` is in so many parts of what the limit counts."""
     limited = Limited(stack, f"killed {meter}", meter, limit)
     since = stack.up.lines_so_far
     hammer = limited.hammer(body)
@@ -167,8 +174,10 @@ async def test_a_gateway_that_is_killed_in_the_middle_spends_nothing_twice(
     used = await asyncio.to_thread(limited.use_at_the_end)
     if amount is None:
         assert most_at_once(calls) <= limit and used == 0
+    elif meter.endswith("_per_minute"):  # what was used slides out of it meanwhile
+        assert max(within(calls, MINUTE_S, amount)) <= limit and any(call.refused for call in calls)
     else:
-        assert sum(map(amount, calls)) <= used <= limit
+        assert sum(map(amount, calls)) <= round(used * unit) <= limit * unit
         assert used >= 0.95 * limit
     await asyncio.to_thread(_wait_restarted, stack.up, since)
 
