@@ -49,11 +49,10 @@ class KeyRing:
     async def rotate(self, wanted: str) -> MadeKey:
         """Gives a key a new secret; the old one no longer works."""
         key = await self.find(wanted)
-        if key.revoked is not None:
-            raise KeyProblem(f"The key {wanted!r} was revoked; make a new one with `headrace keys create`.")
         secret = new_key(key.id)
         rotated = key.model_copy(update={"sha256": digest(secret)})
-        await self._store.put(rotated)
+        if not await self._store.replace(rotated):
+            raise KeyProblem(f"The key {wanted!r} was revoked; make a new one with `headrace keys create`.")
         return MadeKey(secret, rotated)
 
     async def revoke(self, wanted: str) -> ApiKey:

@@ -134,12 +134,25 @@ def group(
     concurrent: Concurrent = None,
     tokens_per_day: TokensPerDay = None,
     money_per_month: MoneyPerMonth = None,
+    no_limits: Annotated[bool, typer.Option("--no-limits", help="Take away those that it has.")] = False,
     redis_url: RedisUrl = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Sets the limits that all keys of a group share: those given here, and no others."""
+    """Sets the limits that all keys of a group share: those given here, and no others. Without any: shows them."""
     given = _limits(requests_per_minute, tokens_per_minute, concurrent, tokens_per_day, money_per_month)
-    limits = Limits.model_validate(given)
-    _with_ring(redis_url, lambda ring: ring.set_group(name, limits))
+    is_given = any(amount is not None for amount in given.values())
+    if is_given and no_limits:
+        fail("--no-limits takes no limits beside it.")
+
+    async def work(ring: KeyRing) -> Limits:
+        if is_given or no_limits:
+            await ring.set_group(name, Limits.model_validate(given))
+        return await ring.group(name)
+
+    limits = _with_ring(redis_url, work)
+    if as_json:
+        typer.echo(json.dumps({"group": name, **limits.model_dump(mode="json", exclude_none=True)}))
+        return
     told = ", ".join(f"{limit}={amount}" for limit, amount in _told_limits(limits).items())
     typer.echo(f"The keys of group {name} share: {told or 'no limits'}.")
 

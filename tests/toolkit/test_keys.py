@@ -77,6 +77,11 @@ def test_limits_of_a_group(keys: Keys) -> None:
     keys.json("create", "ci", "--group", "team", "--tokens-per-minute", "9")
     use = keys.json("show", "ci")["use"]
     assert isinstance(use, dict) and set(use) == {"tokens_per_minute", "group_concurrent"}
+    assert "concurrent=3" in keys.run("group", "team").output, "to ask changes nothing"
+    assert keys.json("group", "team", "--money-per-month", "5") == {"group": "team", "money_per_month": "5"}
+    assert keys.run("group", "team", "--no-limits", "--concurrent", "1").exit_code == 1
+    assert "no limits" in keys.run("group", "team", "--no-limits").output
+    assert keys.json("group", "team") == {"group": "team"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 from services.common.api_keys import ApiKey, Limits
+from services.common.redis import scripts
 from services.common.redis.client import RedisClient
 from services.common.redis.keys import API_KEYS, KEY_GROUPS
 
@@ -18,6 +19,10 @@ class KeyStore:
     async def put(self, key: ApiKey) -> None:
         """Writes a key, in the place of the one with its id if there is one."""
         await self._redis.command("HSET", API_KEYS, key.id, _json(key))
+
+    async def replace(self, key: ApiKey) -> bool:
+        """Writes a key in the place of the one with its id. False: that was revoked meanwhile, which stays so."""
+        return bool(await self._redis.script(scripts.KEY_REPLACE, [API_KEYS], (key.id, _json(key))))
 
     async def get(self, key_id: str) -> ApiKey | None:
         return _read(ApiKey, await self._redis.command("HGET", API_KEYS, key_id))

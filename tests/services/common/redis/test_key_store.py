@@ -1,4 +1,5 @@
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -27,6 +28,17 @@ async def test_a_key_comes_out_as_it_went_in(store: KeyStore) -> None:
     renamed = KEY.model_copy(update={"name": "other"})
     await store.put(renamed)
     assert await store.all() == [renamed]
+
+
+async def test_nothing_takes_the_place_of_a_revoked_key(store: KeyStore) -> None:
+    assert not await store.replace(KEY), "there is none"
+    await store.put(KEY)
+    other = KEY.model_copy(update={"sha256": digest("other")})
+    assert await store.replace(other) and await store.get(KEY.id) == other
+    revoked = other.model_copy(update={"revoked": datetime(2026, 1, 1, tzinfo=UTC)})
+    await store.put(revoked)
+    assert not await store.replace(KEY)
+    assert await store.get(KEY.id) == revoked
 
 
 async def test_a_group_has_no_limits_until_some_are_set(store: KeyStore) -> None:
