@@ -16,6 +16,8 @@ LIMITS = {
     "b": [Meter("b tokens", 60, MINUTE)],
 }
 SHARED = Meter("budget", 200, 10 * MINUTE)
+# So long is remembered that a lease ran out.
+LAST_WORDS_MS = 10 * MINUTE
 
 
 def claims_of(key: str, amount: int) -> list[Claim]:
@@ -43,13 +45,27 @@ class Model:
 
     used: list[tuple[str, int, int]] = field(default_factory=list)
     running: dict[str, Running] = field(default_factory=dict)
+    # Those whose leases ran out, and when that was noticed.
+    expired: dict[str, tuple[Running, int]] = field(default_factory=dict)
 
     def expire(self, now: int) -> None:
         lease = int(LEASE_S * 1000)
         for name, one in list(self.running.items()):
             if now >= one.renewed_at + lease:
+                so_far = one.used
                 self.charge(one, [claim.hold for claim in one.holding], one.renewed_at + lease)
-                del self.running[name]
+                one.used = so_far
+                self.expired[name] = self.running.pop(name), now
+
+    def revive(self, name: str, used: list[int], now: int) -> None:
+        """Its gateway woke up: it was charged as a whole, and goes on beside that."""
+        one, noticed_at = self.expired.pop(name)
+        one.used, one.renewed_at = used, now
+        if now >= noticed_at + LAST_WORDS_MS:  # nobody knows it any more
+            for claim, amount in zip(one.holding, used, strict=True):
+                if claim.meter.window_ms:
+                    self.used.append((claim.meter.name, now, amount))
+        self.running[name] = one
 
     def charge(self, one: Running, used: list[int], at: int) -> None:
         for claim, before, after in zip(one.holding, one.used, used, strict=True):
@@ -92,6 +108,8 @@ class Walk:
         bench = self.benches[amount % 2]
         if action == "reserve":
             await self.reserve(bench, claims_of(key, amount))
+        elif action == "late" and self.model.expired:
+            await self.charge_late(bench, amount)
         elif self.model.running:
             await self.charge(bench, amount, ended=action == "end")
         for meter in (*LIMITS["a"], *LIMITS["b"], SHARED):
@@ -115,16 +133,33 @@ class Walk:
         self.model.used += [(claim.meter.name, self.now, claim.count) for claim in claims if claim.count]
 
     async def charge(self, bench: Bench, amount: int, *, ended: bool) -> None:
-        name, one = next(iter(self.model.running.items()))
-        used = [
-            min(before + amount, claim.hold) if claim.meter.window_ms else 0
-            for claim, before in zip(one.holding, one.used, strict=True)
-        ]
-        await bench.store.charge(SCOPE, [Charge(name, one.claims, used, ended)])
+        """One that runs, whichever; and again one that has ended, which changes nothing."""
+        name, one = list(self.model.running.items())[amount % len(self.model.running)]
+        used = more_of(one, amount)
+        again = [Charge(name, one.claims, used, ended)] if ended else []
+        await bench.store.charge(SCOPE, [Charge(name, one.claims, used, ended), *again])
         self.model.charge(one, used, self.now)
         one.renewed_at = self.now
         if ended:
             del self.model.running[name]
+
+    async def charge_late(self, bench: Bench, amount: int) -> None:
+        """One whose lease ran out: it goes on, or ends."""
+        name, (one, _) = list(self.model.expired.items())[amount % len(self.model.expired)]
+        used, ended = more_of(one, amount), amount % 3 == 0
+        await bench.store.charge(SCOPE, [Charge(name, one.claims, used, ended)])
+        if ended:
+            del self.model.expired[name]
+        else:
+            self.model.revive(name, used, self.now)
+
+
+def more_of(one: Running, amount: int) -> list[int]:
+    """What it has used by now, of each claim that holds."""
+    return [
+        min(before + amount, claim.hold) if claim.meter.window_ms else 0
+        for claim, before in zip(one.holding, one.used, strict=True)
+    ]
 
 
 PAUSES = st.one_of(
@@ -132,7 +167,7 @@ PAUSES = st.one_of(
     st.sampled_from([0, 1, 499, 500, 14_500, 14_999, 15_000, 59_500, 59_999, 60_000, 60_499, 60_500, 600_000]),
 )
 STEPS = st.lists(
-    st.tuples(PAUSES, st.sampled_from(["reserve", "renew", "end"]), st.sampled_from("ab"), st.integers(1, 60)),
+    st.tuples(PAUSES, st.sampled_from(["reserve", "renew", "end", "late"]), st.sampled_from("ab"), st.integers(1, 60)),
     max_size=40,
 )
 
