@@ -25,6 +25,7 @@ from toolkit.stack import INTERNAL_HOST
 HEADRACE_UP = (sys.executable, "-P", "-m", "toolkit.main", "up")
 
 _TLS_CERT = "HEADRACE_GATEWAY_TLS_CERT"  # which `headrace up` takes for --tls-cert
+_TLS_FLAGS = ("--tls", "--tls-cert")
 _ASK_EVERY_S = 0.2
 _SHOWN_LOG_LINES = 20
 _WORKERS_TIMEOUT_S = 120.0
@@ -63,8 +64,9 @@ async def stack_of_our_own(
 
 def _refuse_tls(arguments: Sequence[str]) -> None:
     """A stack on TLS would be asked in plain for ever."""
-    if any(argument.partition("=")[0] == "--tls-cert" for argument in arguments):
-        raise StackEnded("Benchmarks ask their own stack in plain: leave out --tls-cert.")
+    flags = (argument.partition("=")[0] for argument in arguments)
+    if flag := next((flag for flag in flags if flag in _TLS_FLAGS), None):
+        raise StackEnded(f"Benchmarks ask their own stack in plain: leave out {flag}.")
     if is_set(_TLS_CERT):
         raise StackEnded(f"Benchmarks ask their own stack in plain: unset {_TLS_CERT}.")
 

@@ -87,6 +87,7 @@ def up(
     http_port: up_options.HttpPort = 8000,
     grpc_port: up_options.GrpcPort = 50051,
     redis_url: up_options.RedisUrl = None,
+    tls: up_options.Tls = None,
     tls_cert: up_options.TlsCert = None,
     tls_key: up_options.TlsKey = None,
     mtls: up_options.Mtls = False,
@@ -106,6 +107,7 @@ def up(
     chosen |= {"implementation": "echo" if engine is up_options.EngineKind.ECHO else None}
     chosen |= {"max_sequences": max_sequences, "max_batch_tokens": max_batch_tokens, "threads": threads}
     chosen |= {"price_per_hour": price_per_hour}
+    front_cert, front_key = _front_files(tls, tls_cert, tls_key)
     wanted = StackOptions(
         host=host,
         http_ports=_counted(http_port, gateways),
@@ -117,8 +119,8 @@ def up(
         cache_disk=str(cache_disk.absolute()) if cache_disk else None,
         placement=placement,
         redis_url=redis_url,
-        front_cert=_front_cert(tls_cert, tls_key, host),
-        front_key=str(tls_key.absolute()) if tls_key else None,
+        front_cert=_front_cert(front_cert, front_key, host),
+        front_key=str(front_key.absolute()) if front_key else None,
         worker_settings={setting: value for setting, value in chosen.items() if value is not None},
     )
     _run_stack(wanted, mtls=mtls)
@@ -133,16 +135,25 @@ def _without_role(workers: int | None, with_role: int) -> int:
     return workers
 
 
+def _front_files(folder: Path | None, cert: Path | None, key: Path | None) -> tuple[Path | None, Path | None]:
+    """Certificate and key of the public ports, or neither."""
+    if folder is not None and (cert or key):
+        fail("--tls takes the files of its folder: leave out --tls-cert and --tls-key (or their variables).")
+    if folder is not None:
+        return folder / "gateway.crt", folder / "gateway.key"
+    if (cert is None) != (key is None):
+        fail(f"--tls-cert and --tls-key belong together: give {'--tls-cert' if cert is None else '--tls-key'}, too.")
+    return cert, key
+
+
 def _front_cert(cert: Path | None, key: Path | None, host: str) -> FrontCert | None:
     """Tries the certificate before anything starts. The name of this machine is preferred among its names."""
-    if cert is None and key is None:
-        return None
     if cert is None or key is None:
-        fail(f"--tls-cert and --tls-key belong together: give {'--tls-cert' if cert is None else '--tls-key'}, too.")
+        return None
     try:
         names = front_names(cert, key)
     except ConfigError as error:
-        fail(f"--tls-cert: {error}.")
+        fail(f"{error}.")
     here = reachable_host(host)
     return FrontCert(str(cert.absolute()), here if here in names else names[0])
 

@@ -69,11 +69,12 @@ GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Public gRPC. 0: a
 RedisUrl = Annotated[
     str | None, typer.Option(help="A Redis of yours, with AOF and without eviction. Default: a private one.")
 ]
+Tls = Annotated[
+    Path | None, typer.Option("--tls", help="TLS on the public ports, with what `headrace certs create FOLDER` made.")
+]
 TlsCert = Annotated[
     Path | None,
-    typer.Option(envvar="HEADRACE_GATEWAY_TLS_CERT", help="Certificate of the public ports, PEM. Default: no TLS."),
+    typer.Option(envvar="HEADRACE_GATEWAY_TLS_CERT", help="In place of --tls: a certificate of any CA, PEM."),
 ]
-TlsKey = Annotated[
-    Path | None, typer.Option(envvar="HEADRACE_GATEWAY_TLS_KEY", help="Its key. `headrace certs` makes both.")
-]
+TlsKey = Annotated[Path | None, typer.Option(envvar="HEADRACE_GATEWAY_TLS_KEY", help="Its key.")]
 Mtls = Annotated[bool, typer.Option("--mtls", help="Mutual TLS between the services, with a private CA of this run.")]

@@ -25,7 +25,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture(scope="module")
 def stack(pair: Pair, tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Iterator[HeadraceUp]:
-    fronts = ("--tls-cert", str(pair.cert), "--tls-key", str(pair.key), "--mtls")
+    fronts = ("--tls", str(pair.cert.parent), "--mtls")
     running = HeadraceUp(tmp_path_factory.mktemp("stack"), *WORKER_OPTIONS, *fronts)
     try:
         running.wait_ready()

@@ -40,9 +40,10 @@ async def test_one_that_ends_before_it_is_ready_is_told_with_its_log(tmp_path: P
 
 
 async def test_one_on_tls_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StackEnded, match="leave out --tls-cert"):
-        async with stack_of_our_own("ours", ["--tls-cert=x", "--tls-key=y"], tmp_path / "log", FAKE_SERVER):
-            pass
+    for flag, arguments in (("--tls", ["--tls", "certs"]), ("--tls-cert", ["--tls-cert=x", "--tls-key=y"])):
+        with pytest.raises(StackEnded, match=rf"leave out {flag}\."):
+            async with stack_of_our_own("ours", arguments, tmp_path / "log", FAKE_SERVER):
+                pass
     monkeypatch.setenv("HEADRACE_GATEWAY_TLS_CERT", "front.crt")
     with pytest.raises(StackEnded, match="unset HEADRACE_GATEWAY_TLS_CERT"):
         async with stack_of_our_own("ours", [], tmp_path / "log", FAKE_SERVER):

@@ -75,6 +75,8 @@ def test_short_answers_are_told_loudly_and_fail(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
+        ({"--tls": "nowhere"}, "nowhere/gateway.crt: No such file or directory."),
+        ({"--tls": ".", "--tls-cert": "gateway.crt"}, "--tls takes the files of its folder: leave out --tls-cert"),
         ({"--tls-cert": "gateway.crt"}, "--tls-cert and --tls-key belong together: give --tls-key, too."),
         ({"--tls-cert": "nowhere.crt", "--tls-key": "gateway.key"}, "nowhere.crt: No such file or directory."),
         ({"--tls-cert": "gateway.crt", "--tls-key": "ca.key"}, "ca.key is not the key of"),
