@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import grpc.aio
@@ -20,6 +20,7 @@ from headrace.v1.worker_pb2 import GetTokenizerRequest
 from headrace.v1.worker_pb2_grpc import WorkerStub
 from services.common.channel import cancel_and_wait, dial
 from services.common.errors import Unavailable
+from services.common.serve import give_back_memory
 from services.common.tokenizer_hash import bundle_hash
 from services.gateway.errors import ModelNotFound
 from services.gateway.text.tokenization import ModelTokenizer
@@ -179,7 +180,7 @@ class Catalog:
             try:
                 files = await _download(address, wanted)
                 if await asyncio.to_thread(bundle_hash, files) == wanted:
-                    return await asyncio.to_thread(ModelTokenizer, files)
+                    return await asyncio.to_thread(_load, files)
                 self._complain(address, wanted, "what it sent has another hash")
             except grpc.aio.AioRpcError as error:
                 self._complain(address, wanted, error.details() or error.code().name)
@@ -192,6 +193,13 @@ class Catalog:
         if (address, wanted) not in self._complained:
             self._complained.add((address, wanted))
             log.warning("worker %s: no tokenizer %.12s yet: %s", address, wanted, reason)
+
+
+def _load(files: Mapping[str, bytes]) -> ModelTokenizer:
+    """Raises ValueError."""
+    tokenizer = ModelTokenizer(files)
+    give_back_memory()
+    return tokenizer
 
 
 def _fingerprint(model: str, kv_formats: frozenset[str]) -> str:
