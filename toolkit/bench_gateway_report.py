@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from rich.console import Console
-from rich.table import Table
 
 from toolkit.bench_gateway import (
     IDLE_CONNECTIONS,
@@ -17,6 +16,7 @@ from toolkit.bench_gateway import (
     MemoryRow,
     SlowRow,
 )
+from toolkit.tables import new_table, print_whole
 
 
 def show_cost(rows: Sequence[CostRow], console: Console) -> None:
@@ -26,8 +26,17 @@ def show_cost(rows: Sequence[CostRow], console: Console) -> None:
         f"{SHORT[0]} requests of one token at a time. TTFT: one stream.",
         soft_wrap=True,
     )
-    columns = ("", "s/1,000 tokens", "events/token", "tok/s", "s/1,000 requests", "req/s", "TTFT p50 ms", "RSS MiB")
-    table = _table(columns)
+    columns = (
+        "",
+        "s/1,000\ntokens",
+        "events/\ntoken",
+        "tok/s",
+        "s/1,000\nrequests",
+        "req/s",
+        "TTFT\np50 ms",
+        "RSS MiB",
+    )
+    table = new_table(*columns)
     for row in rows:
         table.add_row(
             row.name,
@@ -39,7 +48,7 @@ def show_cost(rows: Sequence[CostRow], console: Console) -> None:
             f"{median(row.ttft_ms):.2f}",
             " + ".join(f"{mib:.0f}" for mib in row.rss_mib.values()),
         )
-    _print(table, console)
+    print_whole(table, console)
     ours = rows[0]
     whole_ms, own_ms = median(ours.prompt_ttft_ms), median(ours.worker_ttft_ms)
     console.print(
@@ -51,12 +60,12 @@ def show_cost(rows: Sequence[CostRow], console: Console) -> None:
 
 
 def _show_services(ours: CostRow, console: Console) -> None:
-    table = _table(("ours, by service", "s/1,000 tokens", "s/1,000 requests"))
+    table = new_table("ours, by service", "s/1,000 tokens", "s/1,000 requests")
     for service in ours.paced[0].cpu_s:
         per_token = median(1000 * load.cpu_s[service] / load.tokens for load in ours.paced)
         per_request = median(1000 * load.cpu_s[service] / load.chats.requests for load in ours.short)
         table.add_row(service, f"{per_token:.4f}", f"{per_request:.3f}")
-    _print(table, console)
+    print_whole(table, console)
 
 
 def show_slow(row: SlowRow, console: Console) -> None:
@@ -75,18 +84,6 @@ def show_memory(row: MemoryRow, console: Console) -> None:
     console.print(
         f"The gateway's RSS: {row.before_mib:.0f} MiB, and {row.after_mib:.0f} MiB {row.requests:,} requests later."
     )
-
-
-def _table(columns: Sequence[str]) -> Table:
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
-
-
-def _print(table: Table, console: Console) -> None:
-    """Without breaking its lines in a narrow window."""
-    console.print(table, width=max(console.width, 140), crop=False)
 
 
 def _median(loads: Sequence[CpuOfLoad], figure: Callable[[CpuOfLoad], float]) -> float:

@@ -3,19 +3,17 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from toolkit.bench_chats import CONVERSATIONS, TURNS, WORKERS, ChatsRow
 from toolkit.bench_kv import KvRecord
 from toolkit.bench_split import SplitRow
+from toolkit.tables import new_table, print_whole
 
 
 def show_kv(record: KvRecord, console: Console) -> None:
     """A table of the ways to a prompt's KV, then the plain rates."""
     computed = record.rows[0].first_token_ms
-    table = Table("KV of the prompt", "TTFT p50 ms", "x computed", "MB/s", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = new_table("KV of the prompt", "TTFT p50 ms", "x computed", "MB/s")
     for row in record.rows:
         rate = "" if row.mb_per_s is None else f"{row.mb_per_s:.0f}"
         table.add_row(row.name, f"{row.first_token_ms:.0f}", f"{row.first_token_ms / computed:.2f}", rate)
@@ -24,7 +22,7 @@ def show_kv(record: KvRecord, console: Console) -> None:
         "MB/s: the bytes that moved over the whole time to the first token.",
         soft_wrap=True,
     )
-    console.print(table)
+    print_whole(table, console)
     console.print(
         f"FetchBlocks from one process to another: {record.fetch_idle:.0f} MB/s with idle engines, "
         f"{record.fetch_busy:.0f} MB/s from a worker that decodes."
@@ -34,9 +32,7 @@ def show_kv(record: KvRecord, console: Console) -> None:
 def show_split(rows: Sequence[SplitRow], console: Console) -> None:
     """What eight decodes saw beside a stream of long prompts."""
     columns = ("8 decodes beside long prompts", "between tokens p50 ms", "p99 ms", "output tok/s", "prompt tok/s")
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = new_table(*columns)
     for row in rows:
         figures = (
             row.between_tokens_p50_ms,
@@ -45,17 +41,13 @@ def show_split(rows: Sequence[SplitRow], console: Console) -> None:
             row.prompt_tokens_per_s,
         )
         table.add_row(row.way, *(f"{figure:.1f}" for figure in figures))
-    console.print(table)
+    print_whole(table, console)
 
 
 def show_chats(rows: Sequence[ChatsRow], console: Console) -> None:
     """What each placement policy made of the chats, beside the first one."""
     title = f"{CONVERSATIONS} chats of {TURNS} turns over {WORKERS} workers"
-    table = Table(
-        title, "prompt tokens", "computed", "x first", "hits of best", "TTFT p50 ms", "s", box=None, pad_edge=False
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = new_table(title, "prompt tokens", "computed", "x first", "hits of best", "TTFT p50 ms", "s")
     for row in rows:
         table.add_row(
             row.policy,
@@ -66,4 +58,4 @@ def show_chats(rows: Sequence[ChatsRow], console: Console) -> None:
             f"{row.first_token_p50_ms:.0f}",
             f"{row.wall_s:.0f}",
         )
-    console.print(table)
+    print_whole(table, console)

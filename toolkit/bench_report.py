@@ -9,16 +9,13 @@ from rich.table import Table
 from toolkit.bench_record import Measurement, Record
 from toolkit.cpu_time import CpuUse
 from toolkit.loadtest import Row
-
-# What the tables need: a narrower terminal wraps their lines, which hides less than cutting figures would.
-_LEAST_WIDTH = 120
+from toolkit.tables import new_table, print_whole
 
 Figure = Callable[[Measurement], float]
 
 
 def show(record: Record, console: Console) -> None:
-    """Prints every table that the record has figures for. Widens the console to what they need."""
-    console.width = max(console.width, _LEAST_WIDTH)
+    """Prints every table that the record has figures for."""
     first, *others = servers_of(record.measurements)
     ratio = f"ratio: {first} as a multiple of the other"
     of_first = [m for m in record.measurements if m.server == first]
@@ -37,7 +34,7 @@ def show(record: Record, console: Console) -> None:
         tables["The same work under each batching policy, and the ratio of the two"] = _batching(record.batching)
     for title, table in tables.items():
         console.print(f"\n{title}", soft_wrap=True)
-        console.print(table)
+        print_whole(table, console)
 
 
 def invalid_figures(record: Record) -> list[str]:
@@ -90,7 +87,7 @@ def format_ratio(ours: float, theirs: float) -> str:
 def _comparison(measurements: Sequence[Measurement], figure: Figure, units: Mapping[str, str]) -> Table:
     """Each row's figure on the first server, then on every other one with the ratio of the two."""
     first, *others = servers_of(measurements)
-    table = _table(["row", "unit"], [first, *(heading for other in others for heading in (other, "ratio"))])
+    table = new_table("row", "unit", first, *(h for other in others for h in (other, "ratio")), words=2)
     figures = medians(measurements, figure)
     for row in rows_of(measurements):
         cells = [f"{figures[first, row]:.1f}"]
@@ -112,7 +109,7 @@ def _details(measurements: Sequence[Measurement]) -> Table:
         "inter-token\np50 ms": inter_token_p50_ms,
     }
     cpu_headings = ["worker\nCPU s", "other\nCPU s", "control\nplane", "worker\nRSS MiB"]
-    table = _table(["row"], [*figures, *cpu_headings, "short\nanswers"])
+    table = new_table("row", *figures, *cpu_headings, "short\nanswers")
     for row in rows_of(measurements):
         rounds = [m for m in measurements if m.result.row == row]
         cells = [f"{median(map(figure, rounds)):.1f}" for figure in figures.values()]
@@ -124,7 +121,7 @@ def _details(measurements: Sequence[Measurement]) -> Table:
 def _server_times(measurements: Sequence[Measurement]) -> Table:
     """A line per row of one server: medians over the rounds of what it tells itself."""
     parts = list(dict.fromkeys(name for m in measurements for name in m.result.server_ms))
-    table = _table(["row"], parts)
+    table = new_table("row", *parts)
     for row in rows_of(measurements):
         rounds = [m.result.server_ms for m in measurements if m.result.row == row]
         table.add_row(row, *(f"{median(one.get(part, 0.0) for one in rounds):.1f}" for part in parts))
@@ -146,7 +143,7 @@ def _cpu_cells(uses: Sequence[CpuUse]) -> list[str]:
 def _batching(measurements: Sequence[Measurement]) -> Table:
     """The mixed row: a line per figure, the two policies side by side."""
     first, *others = servers_of(measurements)
-    table = _table([rows_of(measurements)[0], "better"], [first, *(h for o in others for h in (o, "ratio"))])
+    table = new_table(rows_of(measurements)[0], "better", first, *(h for o in others for h in (o, "ratio")), words=2)
     lines: list[tuple[str, str, Figure]] = [
         ("output tok/s", "higher", lambda m: m.result.output_tokens_per_s),
         ("TTFT p50 ms", "lower", ttft_p50_ms),
@@ -159,13 +156,4 @@ def _batching(measurements: Sequence[Measurement]) -> Table:
         for other in others:
             cells += [f"{by_server[other]:.1f}", format_ratio(by_server[first], by_server[other])]
         table.add_row(name, better, *cells)
-    return table
-
-
-def _table(words: Sequence[str], figures: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in words:
-        table.add_column(heading)
-    for heading in figures:
-        table.add_column(heading, justify="right")
     return table

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from services.common.errors import HeadraceError
 from services.common.machine_costs import NANOS, MachineCosts
@@ -18,8 +17,7 @@ from services.common.redis.key_store import KeyStore
 from toolkit.command_line import fail, runs
 from toolkit.costs import BadSince, Rows, as_json, first_day, per_thousand_tokens, read_costs, total
 from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
-
-_LEAST_WIDTH = 130
+from toolkit.tables import new_table, print_whole
 
 
 class Grouping(StrEnum):
@@ -61,16 +59,12 @@ async def _read(by: Grouping, first: date, last: date, redis_url: str | None) ->
 
 
 def _show(by: Grouping, rows: Rows, names: dict[str, str]) -> None:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(by.value)
-    for title in ("requests", "prompt", "cached", "output", "prefill s", "decode s", "cost", "per 1,000", "saved"):
-        table.add_column(title, justify="right")
+    figures = ("requests", "prompt", "cached", "output", "prefill s", "decode s", "cost", "per 1,000", "saved")
+    table = new_table(by.value, *figures)
     for name, row in rows.items():
         table.add_row(f"{name} {names.get(name, '')}".rstrip(), *_cells(row))
     table.add_row("all", *_cells(total(rows)), style="bold")
-    console = Console(highlight=False)
-    console.width = max(console.width, _LEAST_WIDTH)
-    console.print(table, crop=False)
+    print_whole(table, Console(highlight=False))
 
 
 def _cells(row: MachineCosts) -> tuple[str, ...]:

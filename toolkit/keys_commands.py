@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from services.common.api_keys import MICROS, ApiKey, Limits
 from services.common.errors import HeadraceError
@@ -18,6 +17,7 @@ from services.common.redis.limits import Standing
 from toolkit.command_line import fail, runs
 from toolkit.keys import KeyProblem, KeyRing, MadeKey, expiry, key_json, open_ring, state_of
 from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
+from toolkit.tables import new_table, print_whole
 
 T = TypeVar("T")
 
@@ -85,12 +85,11 @@ def list_keys(redis_url: RedisUrl = None, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([{**key_json(key), "state": state_of(key)} for key in keys]))
         return
-    table = Table("id", "name", "group", "state", "expires", "limits", box=None, pad_edge=False)
+    table = new_table("id", "name", "group", "state", "expires", "limits", words=6)
     for key in keys:
         limits = ", ".join(f"{name}={amount}" for name, amount in _told_limits(key).items())
         table.add_row(key.id, key.name, key.group, state_of(key), str(key.expires or ""), limits)
-    console = Console(highlight=False)
-    console.print(table, width=max(console.width, 120), crop=False)
+    print_whole(table, Console(highlight=False))
 
 
 @keys_app.command()

@@ -14,7 +14,6 @@ from typing import Literal
 import grpc.aio
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
-from rich.table import Table
 
 from headrace.v1.profile_pb2 import ProfilePart, ProfileReport, ProfileRequest
 from headrace.v1.worker_pb2_grpc import WorkerStub
@@ -23,6 +22,7 @@ from services.common.config import ConfigError
 from services.common.mutual_tls import showing
 from toolkit.directives import NotTold
 from toolkit.run_directory import RunningProcess, RunningStack
+from toolkit.tables import new_table, print_whole
 
 RecordFormat = Literal["flamegraph", "speedscope"]
 
@@ -88,7 +88,7 @@ class Results:
 
 def show_report(report: ProfileReport, console: Console) -> None:
     """The report as a table. Shares are of the time in steps, and of all the time for what runs beside them."""
-    table = Table("phase", "tokens", "seconds", "ms/token", "share", "memory", box=None, pad_edge=False)
+    table = new_table("phase", "tokens", "seconds", "ms/token", "share", "memory")
     for phase in report.phases:
         whole = report.seconds if phase.name == "transfer" else report.step_seconds
         per_token = f"{phase.seconds / phase.tokens * 1000:.3f}" if phase.tokens else ""
@@ -103,7 +103,7 @@ def show_report(report: ProfileReport, console: Console) -> None:
         f"{report.peak_memory_bytes / 2**20:.0f} MiB at most.",
         soft_wrap=True,
     )
-    console.print(table)
+    print_whole(table, console)
 
 
 def record_service(stacks: Sequence[RunningStack], service: str, seconds: int, kind: RecordFormat, out: Path) -> Path:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import grpc.aio
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 from headrace.v1.scheduler_pb2 import DescribeFleetRequest, FleetWorker, WorkerRole
 from headrace.v1.scheduler_pb2_grpc import SchedulerStub
@@ -16,10 +15,9 @@ from services.common.mutual_tls import showing
 from services.common.tls import FrontCert
 from toolkit.health import grpc_health, redis_answers
 from toolkit.run_directory import RunningProcess, RunningStack
+from toolkit.tables import new_table, print_whole
 
 _FLEET_TIMEOUT_S = 2.0
-# What the table needs: a narrower terminal wraps its lines, which hides less than cutting ids and addresses would.
-_LEAST_WIDTH = 170
 _COLUMNS = (
     "service",
     "id",
@@ -37,21 +35,17 @@ _COLUMNS = (
 
 
 async def show_stacks(stacks: Sequence[RunningStack], console: Console) -> None:
-    """Prints a table per stack, wider than the console where it is too narrow.
-
-    Raises ConfigError if the certificates of a stack cannot be read.
-    """
-    console.width = max(console.width, _LEAST_WIDTH)
+    """Prints a table per stack. Raises ConfigError if the certificates of a stack cannot be read."""
     for stack in stacks:
         with showing(stack.tls):
             health = await asyncio.gather(*(_health(process, stack.front_cert) for process in stack.processes))
             fleet = await _fleet(stack.scheduler_address)
-        table = Table(*_COLUMNS, box=None, pad_edge=False)
+        table = new_table(*_COLUMNS, words=len(_COLUMNS))
         for process, word in zip(stack.processes, health, strict=True):
             table.add_row(*_process_cells(process, word), *worker_cells(fleet.get(process.name)))
         heading = f"{stack.http_url} (gRPC {stack.grpc_address}, pid {stack.pid}, logs {stack.directory})"
         console.print(heading, soft_wrap=True)
-        console.print(table, crop=False)
+        print_whole(table, console)
 
 
 async def _health(process: RunningProcess, front_cert: FrontCert | None) -> str:

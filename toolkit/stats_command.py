@@ -6,15 +6,14 @@ from typing import Annotated
 import typer
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
-from rich.table import Table
 
 from headrace.v1.inference_pb2 import Distribution, InferenceMetrics
 from services.common.tls import FrontCert
 from toolkit.command_line import fail, runs
 from toolkit.run_directory import running_stacks
 from toolkit.stats import NoStats, gather_stats
+from toolkit.tables import new_table, print_whole
 
-_LEAST_WIDTH = 150
 _LATENCIES = (("TTFT", "time_to_first_token_s"), ("between", "inter_token_latency_s"), ("whole", "end_to_end_s"))
 
 
@@ -48,18 +47,14 @@ def _gateways_here() -> tuple[list[str], FrontCert | None]:
 
 
 def _show(report: InferenceMetrics) -> None:
-    table = Table(box=None, pad_edge=False)
-    for title in ("model", "window"):
-        table.add_column(title)
-    for title in ("requests", "failed", "tokens", "tokens/s", *(f"{name}, ms" for name, _ in _LATENCIES)):
-        table.add_column(title, justify="right")
+    latencies = (f"{name}, ms" for name, _ in _LATENCIES)
+    table = new_table("model", "window", "requests", "failed", "tokens", "tokens/s", *latencies, words=2)
     for window in report.windows:
         counts = (f"{count:,}" for count in (window.requests, window.failed, window.tokens))
-        latencies = (_told(getattr(window, field)) for _, field in _LATENCIES)
-        table.add_row(window.model, window.window, *counts, f"{window.tokens_per_s:,.1f}", *latencies)
+        told = (_told(getattr(window, field)) for _, field in _LATENCIES)
+        table.add_row(window.model, window.window, *counts, f"{window.tokens_per_s:,.1f}", *told)
     console = Console(highlight=False)
-    console.width = max(console.width, _LEAST_WIDTH)
-    console.print(table, crop=False)
+    print_whole(table, console)
     console.print("Latencies are mean, p50, p95 and p99: to the first token, between tokens, and of the whole request.")
 
 
