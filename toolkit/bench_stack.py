@@ -14,6 +14,7 @@ from headrace.v1.scheduler_pb2_grpc import SchedulerStub
 from services.common.channel import dial
 from services.common.config import is_set
 from toolkit.bench_servers import Server
+from toolkit.command_line import REDIS_VARIABLE
 from toolkit.health import http_ready
 from toolkit.loadtest import completes
 from toolkit.log_tail import last_lines
@@ -22,7 +23,8 @@ from toolkit.process_tree import ProcessTree
 from toolkit.run_directory import RunningStack
 from toolkit.stack import INTERNAL_HOST
 
-HEADRACE_UP = (sys.executable, "-P", "-m", "toolkit.main", "up")
+# On a Redis of its own, whatever the person has set.
+HEADRACE_UP = ("env", "-u", REDIS_VARIABLE, sys.executable, "-P", "-m", "toolkit.main", "up")
 
 _TLS_CERT = "HEADRACE_GATEWAY_TLS_CERT"  # which `headrace up` takes for --tls-cert
 _TLS_FLAGS = ("--tls", "--tls-cert")

@@ -14,7 +14,7 @@ from services.common.machine_costs import NANOS, MachineCosts
 from services.common.redis.client import RedisClient
 from services.common.redis.costs import CostStore
 from services.common.redis.key_store import KeyStore
-from toolkit.command_line import fail, runs
+from toolkit.command_line import RedisUrl, fail, runs
 from toolkit.costs import BadSince, Rows, as_json, first_day, per_thousand_tokens, read_costs, total
 from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
 from toolkit.tables import new_table, print_whole
@@ -29,9 +29,7 @@ class Grouping(StrEnum):
 def costs(
     by: Annotated[Grouping, typer.Option(help="What each line adds up.")] = Grouping.DAY,
     since: Annotated[str, typer.Option(help="First day (UTC): 7d, or 2026-01-31. The last one is today.")] = "30d",
-    redis_url: Annotated[
-        str | None, typer.Option(help="Redis of the stack. Default: that of the stack that runs here.")
-    ] = None,
+    redis_url: RedisUrl = None,
     json_wanted: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Shows what requests cost: measured machine time at the workers' prices, not the prices that callers pay."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from services.common.api_keys import MICROS, ApiKey, Limits
 from services.common.errors import HeadraceError
 from services.common.redis.limits import Standing
-from toolkit.command_line import fail, runs
+from toolkit.command_line import RedisUrl, fail, runs
 from toolkit.keys import KeyProblem, KeyRing, MadeKey, expiry, key_json, open_ring, state_of
 from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
 from toolkit.tables import new_table, print_whole
@@ -30,7 +30,6 @@ class KeyPriority(StrEnum):
     LOW = "low"
 
 
-RedisUrl = Annotated[str | None, typer.Option(help="Redis of the stack. Default: that of the stack that runs here.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Which = Annotated[str, typer.Argument(help="Id or name of a key, as `headrace keys list` shows it.")]
 RequestsPerMinute = Annotated[int | None, typer.Option(min=1, help="Requests in any 60 s.")]

@@ -11,7 +11,7 @@ import typer
 from services.common.errors import HeadraceError
 from services.common.redis.client import RedisClient
 from services.common.redis.dead_letters import DeadLetter, DeadLetters
-from toolkit.command_line import fail, runs
+from toolkit.command_line import RedisUrl, fail, runs
 from toolkit.run_directory import UnclearStack, redis_url_of, running_stacks
 
 T = TypeVar("T")
@@ -20,7 +20,6 @@ queue_app = typer.Typer(help="The queue's requests.", no_args_is_help=True)
 dead_app = typer.Typer(help="Requests that failed on every worker they may.", no_args_is_help=True)
 queue_app.add_typer(dead_app, name="dead")
 
-RedisUrl = Annotated[str | None, typer.Option(help="Redis of the stack. Default: that of the stack that runs here.")]
 Which = Annotated[str, typer.Argument(metavar="ID", help="As `headrace queue dead list` shows it.")]
 
 

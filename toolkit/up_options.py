@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from toolkit.command_line import REDIS_VARIABLE
+
 
 class Batching(StrEnum):
     CONTINUOUS = "continuous"
@@ -67,7 +69,10 @@ Host = Annotated[str, typer.Option(help="Interface of the two public ports; 0.0.
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="OpenAI-compatible HTTP. 0: a free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Public gRPC. 0: a free one.")]
 RedisUrl = Annotated[
-    str | None, typer.Option(help="A Redis of yours, with AOF and without eviction. Default: a private one.")
+    str | None,
+    typer.Option(
+        envvar=REDIS_VARIABLE, help="A Redis of yours, with AOF and without eviction. Default: a private one."
+    ),
 ]
 Tls = Annotated[
     Path | None, typer.Option("--tls", help="TLS on the public ports, with what `headrace certs create FOLDER` made.")

@@ -37,20 +37,19 @@ def restricted(tmp_path: Path) -> Iterator[str]:
 def test_everything_works_within_those_rules(restricted: str, tmp_path: Path, default_model: Path) -> None:
     with redis.Redis.from_url(restricted) as user, pytest.raises(redis.exceptions.NoPermissionError):
         user.set("other", "1")
-    up = HeadraceUp(tmp_path, "--engine", "echo", "--redis-url", restricted)
+    up = HeadraceUp(tmp_path, "--engine", "echo", settings={"HEADRACE_REDIS_URL": restricted})
     try:
         up.wait_ready()
         stack = KeyedStack(up)
-        options = ("--redis-url", restricted)
-        key = stack.keys("create", "ci", "--tokens-per-minute", "1000", "--concurrent", "2", *options)["key"]
+        key = stack.keys("create", "ci", "--tokens-per-minute", "1000", "--concurrent", "2")["key"]
         assert stack.complete(key) == 7
         headers = {"authorization": f"Bearer {key}", "idempotency-key": "once"}
         body = {"model": MODEL, "prompt": "hello", "max_tokens": 4, "stream": True, "resumable": True}
         answers = [httpx.post(f"{up.http_url}/v1/completions", json=body, headers=headers, timeout=60) for _ in "ab"]
         assert [answer.status_code for answer in answers] == [200, 200]
         assert answers[0].text == answers[1].text
-        up.run("keys", "revoke", "ci", *options)
-        assert "No request was given up" in up.run("queue", "dead", "list", *options)
+        up.run("keys", "revoke", "ci")
+        assert "No request was given up" in up.run("queue", "dead", "list")
         environments = {one.name: psutil.Process(up.pid_of(one.name)).environ() for one in up.state.processes}
         told = {name for name, own in environments.items() if "headrace:secret@" in str(own)}
         assert told == {"scheduler", "gateway"}
