@@ -87,7 +87,7 @@ class Attempt:
                     continue
                 if not active.begun:
                     _first_token(active, feed, now, metrics, span)
-                elif choice.token_ids and feed.token_ids:
+                elif choice.last_token_at and feed.token_ids:  # another gateway's last token came at no time of ours
                     metrics.inter_token_latency.observe(
                         (now - choice.last_token_at) / len(feed.token_ids), len(feed.token_ids)
                     )

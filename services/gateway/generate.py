@@ -88,7 +88,11 @@ class Generator:
         """
         metrics = self._metrics.for_model(request.model.name)
         span = self._tracing.begin(request)
-        active = await self._admission.admit(request, span.traceparent, journal)
+        try:
+            active = await self._admission.admit(request, span.traceparent, journal)
+        except HeadraceError as error:
+            span.turned_away(error)
+            raise
         witness = Witness(active.id, self._placements.tell)
         try:
             metrics.active.inc()
@@ -213,6 +217,9 @@ class Generator:
         elif active.cancelled:
             metrics.cancelled.inc()
             outcome = "cancelled"
+        elif active.abandoned:
+            metrics.handed_over.inc()
+            outcome = "handed_over"
         elif not active.entry_id:  # never accepted
             metrics.refused.inc()
             outcome = "refused"

@@ -25,7 +25,7 @@ class Metrics:
         counter, model = partial(Counter, registry=registry), ("model",)
         self.requests = counter(
             "llm_requests",
-            "Requests ended, by outcome: success, error, cancelled, or refused (never accepted).",
+            "Requests ended, by outcome: success, error, cancelled, refused (never accepted), handed_over (to a gateway).",
             ("model", "status"),
         )
         self.tokens = counter("llm_tokens_generated", "Output tokens delivered.", model)
@@ -107,6 +107,7 @@ class ModelMetrics:
         self.succeeded = Counted(metrics.requests.labels(model, "success").inc)
         self.errored = Counted(metrics.requests.labels(model, "error").inc)
         self.cancelled = metrics.requests.labels(model, "cancelled")
+        self.handed_over = metrics.requests.labels(model, "handed_over")
         self.refused = metrics.requests.labels(model, "refused")
         self._total = Observed(metrics.latency.labels(model, "total").observe)
         self._phases = [(phase, metrics.latency.labels(model, phase)) for phase in PHASES]

@@ -70,9 +70,18 @@ class RequestSpan:
                 }
             )
         if error is not None:
-            span.set_attribute("error.type", type(error).__name__)
-            span.set_status(trace.StatusCode.ERROR, error.message)
+            self._record_error(error)
         span.end()
+
+    def turned_away(self, error: HeadraceError) -> None:
+        """It was not even admitted."""
+        self._span.set_attribute("headrace.outcome", "refused")
+        self._record_error(error)
+        self._span.end()
+
+    def _record_error(self, error: HeadraceError) -> None:
+        self._span.set_attribute("error.type", type(error).__name__)
+        self._span.set_status(trace.StatusCode.ERROR, error.message)
 
     def _record_phases(self, budget: TimeBudget) -> None:
         context = trace.set_span_in_context(self._span)
@@ -102,6 +111,9 @@ class NoSpan(RequestSpan):
         """Records nothing."""
 
     def end(self, *told: object) -> None:
+        """Records nothing."""
+
+    def turned_away(self, error: HeadraceError) -> None:
         """Records nothing."""
 
 

@@ -43,7 +43,7 @@ class Choice:
         self.index = index
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason.ValueType = _UNFINISHED
-        # When the newest token came, by `time.monotonic()`.
+        # When the newest token came, by `time.monotonic()`; 0 before any has come in this process.
         self.last_token_at = 0.0
         self._detokenizer = detokenizer
         self._echo = echo

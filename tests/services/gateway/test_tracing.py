@@ -54,6 +54,16 @@ def test_a_span_continues_the_callers_trace_and_is_passed_on() -> None:
     assert ended.status.description == "gone"
 
 
+def test_a_request_that_is_not_admitted_leaves_a_span() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    Tracing(provider.get_tracer("test")).begin(request()).turned_away(Unavailable("shutting down"))
+    (ended,) = exporter.get_finished_spans()
+    assert (ended.attributes or {})["headrace.outcome"] == "refused"
+    assert ended.status.description == "shutting down"
+
+
 def test_without_a_tracer_the_context_passes_through() -> None:
     span = Tracing(None).begin(request())
     assert span.traceparent == PARENT and span.exemplar is None
