@@ -122,6 +122,9 @@ class WindowDetokenizer:
     def push(self, token_id: int) -> str:
         self._pending.append(token_id)
         text = self._decode(self._context + self._pending)
+        if text == self._context_text and not text.endswith(_REPLACEMENT):
+            self._pending.pop()  # it reads as nothing: kept, it would be decoded with each that follows
+            return ""
         if len(text) <= len(self._context_text) or text.endswith(_REPLACEMENT):
             return ""
         return self._deliver(text)

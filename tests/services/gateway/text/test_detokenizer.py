@@ -71,3 +71,26 @@ def test_a_character_that_stays_incomplete_reads_as_replacement() -> None:
 def test_special_tokens_have_no_text() -> None:
     end = BYTE_LEVEL.token_to_id("<|im_end|>")
     assert pieces(BYTE_LEVEL, [*BYTE_LEVEL.encode("hi").ids, end])[-2:] == ["", ""]
+
+
+class Counting:
+    """A tokenizer that remembers how many ids it decoded at once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.most = 0
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        self.most = max(self.most, len(token_ids))
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+
+def test_tokens_without_text_are_not_decoded_again_with_each_that_follows() -> None:
+    end = BYTE_LEVEL.token_to_id("<|im_end|>")
+    word = BYTE_LEVEL.encode(" mill").ids
+    counting = Counting(BYTE_LEVEL)
+    detokenizer = WindowDetokenizer(counting)  # type: ignore[arg-type]
+    texts = [detokenizer.push(token_id) for token_id in (*word, *[end] * 200, *word)]
+    assert "".join(texts) + detokenizer.flush() == BYTE_LEVEL.decode([*word, *word], skip_special_tokens=True)
+    assert counting.most < 10
