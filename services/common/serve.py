@@ -120,7 +120,8 @@ class GrpcServer:
         certificates if this process has one.
         """
         self._front = front
-        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=(*SERVER_OPTIONS, *limits))
+        options = {**dict(SERVER_OPTIONS), **dict(limits)}  # of an option that is given twice gRPC takes the first
+        self._server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=tuple(options.items()))
         self._health = health_aio.HealthServicer()
         self._names = ["", *(item.service_name for item in registrations)]
         for item in registrations:

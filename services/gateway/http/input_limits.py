@@ -22,6 +22,7 @@ def grpc_limits(settings: GatewaySettings) -> tuple[tuple[str, int], ...]:
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
         ("grpc.max_connection_idle_ms", round(settings.keep_alive_s * 1000)),
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        ("grpc.max_receive_message_length", settings.max_body_bytes),
         ("grpc.max_metadata_size", settings.max_head_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_head_bytes),
         ("grpc.server_handshake_timeout_ms", round(settings.head_timeout_s * 1000)),

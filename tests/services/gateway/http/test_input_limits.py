@@ -13,7 +13,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from headrace.v1.inference_pb2 import ListModelsRequest
+from headrace.v1.inference_pb2 import GenerateRequest, ListModelsRequest
 from services.common.channel import dial_front
 from tests.services.gateway.fakes import MODEL
 from tests.services.gateway.stack import Stack, eventually, running_stack
@@ -161,6 +161,14 @@ async def test_metadata_that_is_too_long_is_refused(stack: Stack) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await stack.inference.ListModels(ListModelsRequest(), metadata=(("x-long", "a" * 100_000),))
     assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_message_is_no_longer_than_a_body(stack: Stack) -> None:
+    codes = {4_100_000: grpc.StatusCode.INVALID_ARGUMENT, 4_300_000: grpc.StatusCode.RESOURCE_EXHAUSTED}
+    for length, code in codes.items():
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await anext(aiter(stack.inference.Generate(GenerateRequest(model=MODEL, text="a" * length))))
+        assert refused.value.code() == code, refused.value.details()
 
 
 async def test_thousands_of_idle_connections_keep_nobody_out(redis_url: str) -> None:
