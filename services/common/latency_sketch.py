@@ -6,7 +6,7 @@ true value and stay so when sketches are merged.
 """
 
 from collections.abc import Iterable, Mapping
-from math import log2
+from math import ceil, log2
 from typing import Any
 
 from ddsketch import DDSketch
@@ -57,8 +57,14 @@ class LatencySketch:
         self._sum_s += other._sum_s
 
     def quantile_s(self, part: float) -> float:
-        """The latency that this part of them does not exceed; 0 without any."""
-        return self._sketch.get_quantile_value(part) or 0.0
+        """The latency that this part of them, and no less, does not exceed: by nearest rank; 0 without any.
+
+        The sketch itself rounds ranks down, by which the p99 of two latencies were the smaller one.
+        """
+        rank = max(1, ceil(part * self.count))
+        # Half a rank on from where the one that is wanted begins, so that no rounding takes its neighbor.
+        quantile = min(1.0, (rank - 0.5) / max(1, self.count - 1))
+        return self._sketch.get_quantile_value(quantile) or 0.0
 
     def to_proto(self, *, whole: bool) -> Distribution:
         """What it says; with `whole` also itself, for `from_proto`."""
