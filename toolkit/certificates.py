@@ -7,11 +7,13 @@ every TLS library takes and which signs faster than RSA.
 import contextlib
 import ipaddress
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
@@ -24,6 +26,8 @@ _BACKDATED = timedelta(minutes=5)
 _CA_LIFETIME = timedelta(days=3650)
 # How every service is reached on its own machine.
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+_DNS_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+_LONGEST_DNS_NAME = 253
 _PURPOSES = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
@@ -31,18 +35,45 @@ class BadFolder(Exception):
     """The folder's CA cannot be used; one sentence for the person."""
 
 
-def make_certificates(folder: Path, names: Iterable[str], sans: Sequence[str] = (), *, days: int = 365) -> None:
+class BadName(Exception):
+    """No certificate can be for this name; one sentence for the person."""
+
+
+def make_certificates(folder: Path, names: Sequence[str], sans: Sequence[str] = (), *, days: int = 365) -> None:
     """Writes a certificate and a key for each name, good for so many days, and a CA if there is none.
 
-    Each is for its name, for this machine, and for `sans`, which are DNS names and IP addresses. What a name had before
-    is replaced. Raises BadFolder.
+    Each is for its name, for this machine, and for `sans`, which are DNS names and IP addresses; without any, for those
+    that the name's certificate had before. That one is replaced. Raises BadFolder, and BadName before anything is made.
     """
+    for known_as in (*names, *sans):
+        _general_name(known_as)
     folder.mkdir(parents=True, exist_ok=True)
     ca, ca_key = _authority(folder)
     for name in names:
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _signed_for(name, sans, timedelta(days=days), key.public_key(), ca, ca_key)
+        kept = sans or _sans_of(folder / f"{name}.crt")
+        certificate = _signed_for(name, kept, timedelta(days=days), key.public_key(), ca, ca_key)
         _write(folder, name, certificate, key)
+
+
+def issuer_beside(certificate: Path) -> Path | None:
+    """`ca.crt` in the certificate's folder, if it signed the certificate."""
+    beside = certificate.with_name("ca.crt")
+    with contextlib.suppress(OSError, ValueError, TypeError, InvalidSignature):
+        authority = x509.load_pem_x509_certificate(beside.read_bytes())
+        x509.load_pem_x509_certificate(certificate.read_bytes()).verify_directly_issued_by(authority)
+        return beside
+    return None
+
+
+def _sans_of(path: Path) -> Sequence[str]:
+    """What a certificate is for; nothing, if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, x509.ExtensionNotFound):
+        extensions = x509.load_pem_x509_certificate(path.read_bytes()).extensions
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        addresses = map(str, names.get_values_for_type(x509.IPAddress))
+        return (*names.get_values_for_type(x509.DNSName), *addresses)
+    return ()
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
@@ -112,8 +143,13 @@ def _subject(name: str) -> x509.Name:
 
 
 def _general_name(name: str) -> x509.GeneralName:
+    """Raises BadName."""
     with contextlib.suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(name))
+    labels = name.removeprefix("*.").split(".")
+    # What ends in a number is an address of a wrong form.
+    if len(name) > _LONGEST_DNS_NAME or not all(map(_DNS_LABEL.fullmatch, labels)) or labels[-1].isdigit():
+        raise BadName(f"{name!r} is neither a DNS name (of ASCII: letters, digits, - and _) nor an IP address.")
     return x509.DNSName(name)
 
 

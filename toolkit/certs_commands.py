@@ -20,20 +20,23 @@ def create(
     folder: Annotated[Path, typer.Argument(help="Where the CA is, or is made, and the certificates go.")],
     name: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: one for each service.")] = None,
     san: Annotated[
-        list[str] | None, typer.Option(help="DNS name or IP address that callers use beside the name. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="DNS name or IP address that callers use beside the name. May be repeated. Default: as before."
+        ),
     ] = None,
     days: Annotated[int, typer.Option(min=1, help="How long the certificates are good.")] = 365,
 ) -> None:
     """Makes certificates and their keys, signed by the private CA in the folder, which is made if there is none."""
     # Every other command would wait for this import, too.
-    from toolkit.certificates import BadFolder, make_certificates
+    from toolkit.certificates import BadFolder, BadName, make_certificates
 
     names = name or list(SERVICES)
     if any(Path(each).name != each or each in ("", "ca") for each in names):
         raise typer.BadParameter("A name is that of its files, and not `ca`.", param_hint="--name")
     try:
         make_certificates(folder, names, san or [], days=days)
-    except (BadFolder, OSError, ValueError) as error:
+    except (BadFolder, BadName, OSError, ValueError) as error:
         fail(str(error))
     for each in names:
         typer.echo(folder / f"{each}.crt")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from services.common.config import ConfigError
 from services.common.tls import SERVICE_NAME, front_names
 from tests.certificates import certificate
-from toolkit.certificates import BadFolder, make_certificates
+from toolkit.certificates import BadFolder, issuer_beside, make_certificates
 from toolkit.main import app
 
 
@@ -25,6 +25,33 @@ def test_the_ca_stays_and_a_certificate_is_replaced(tmp_path: Path) -> None:
     again = certificate(tmp_path)
     assert (again.ca.read_bytes() == ca, again.cert.read_bytes() == cert) == (True, False)
     front_names(again.cert, again.key)
+
+
+def test_a_renewed_certificate_is_for_what_the_old_one_was_for_unless_told(tmp_path: Path) -> None:
+    """The command of docs/tls.md."""
+    old = certificate(tmp_path, "gateway", "llm.example.com", "10.1.2.3")
+    before = front_names(old.cert, old.key)
+    run = CliRunner().invoke(app, ["certs", "create", str(tmp_path), "--name", "gateway", "--days", "90"])
+    assert run.exit_code == 0
+    assert sorted(front_names(old.cert, old.key)) == sorted(before)
+    certificate(tmp_path, "gateway", "other.example.com")
+    assert {"llm.example.com", "10.1.2.3"}.isdisjoint(front_names(old.cert, old.key))
+
+
+def test_a_broken_certificate_is_replaced(tmp_path: Path) -> None:
+    old = certificate(tmp_path, "gateway", "llm.example.com")
+    old.cert.write_text("no certificate")
+    certificate(tmp_path)
+    assert "llm.example.com" not in front_names(old.cert, old.key)
+
+
+def test_the_ca_beside_a_certificate_counts_if_it_signed_it(tmp_path: Path) -> None:
+    pair, stranger = certificate(tmp_path / "one"), certificate(tmp_path / "two")
+    assert issuer_beside(pair.cert) == pair.ca
+    pair.ca.write_bytes(stranger.ca.read_bytes())
+    assert issuer_beside(pair.cert) is None
+    pair.ca.unlink()
+    assert issuer_beside(pair.cert) is None
 
 
 def test_an_expired_certificate_can_be_made_and_is_expired(tmp_path: Path) -> None:
@@ -58,6 +85,16 @@ def test_a_name_that_is_no_file_is_refused(name: str, tmp_path: Path) -> None:
     assert (run.exit_code, (tmp_path / "new").exists()) == (2, False)
 
 
-def test_what_no_certificate_can_be_for_is_one_sentence(tmp_path: Path) -> None:
-    run = CliRunner().invoke(app, ["certs", "create", str(tmp_path), "--san", "zürich.example"])
-    assert (run.exit_code, run.output.count("\n")) == (1, 1)
+@pytest.mark.parametrize("option", ["--san", "--name"])
+@pytest.mark.parametrize("name", ["zürich.example", "bad name!", "a..b", "-a", "10.1.2.300", "x" * 64, "a.*", "*"])
+def test_what_no_certificate_can_be_for_is_one_sentence_and_changes_nothing(
+    option: str, name: str, tmp_path: Path
+) -> None:
+    run = CliRunner().invoke(app, ["certs", "create", str(tmp_path / "new"), option, name])
+    assert (run.exit_code, run.output.count("\n"), (tmp_path / "new").exists()) == (1, 1, False)
+    assert repr(name) in run.output
+
+
+@pytest.mark.parametrize("name", ["*.example.com", "my_service", "xn--zrich-kva.example", "fe80::1", "a-b.c"])
+def test_what_a_certificate_can_be_for(name: str, tmp_path: Path) -> None:
+    assert CliRunner().invoke(app, ["certs", "create", str(tmp_path), "--name", "x", "--san", name]).exit_code == 0
