@@ -36,10 +36,14 @@ class Range:
         above = value >= self.low if self.low_included else value > self.low
         return math.isfinite(value) and above and value <= self.high
 
-    def __str__(self) -> str:
+    def told_to(self, value: float) -> str:
+        """The limits as a value beyond them is told: a `high` that few callers meet is told to those that met it."""
+        low, high = _digits(self.low), _digits(self.high)
+        if self.unbounded and value > self.high:
+            return f"at most {high}"
         if self.low_included:
-            return f"at least {self.low:g}" if self.unbounded else f"between {self.low:g} and {self.high:g}"
-        return f"above {self.low:g}" if self.unbounded else f"above {self.low:g} and at most {self.high:g}"
+            return f"at least {low}" if self.unbounded else f"between {low} and {high}"
+        return f"above {low}" if self.unbounded else f"above {low} and at most {high}"
 
 
 RANGES: Mapping[str, Range] = {
@@ -64,7 +68,8 @@ def check_ranges(values: Mapping[str, float | None], ranges: Mapping[str, Range]
     """Checks the numbers that are given, by their field names."""
     for field, value in values.items():
         if value is not None and not _within(value, ranges[field]):
-            raise InvalidRequest(f"{field} must be {ranges[field]}, but is {shorten(value)}.", field=field)
+            limits = ranges[field].told_to(value)
+            raise InvalidRequest(f"{field} must be {limits}, but is {shorten(value)}.", field=field)
 
 
 def check_choices(choices: int, limit: int) -> None:
@@ -182,6 +187,11 @@ def shorten(value: object) -> str:
         return "a number of more than 30 digits"
     text = repr(value)
     return text if len(text) <= 100 else text[:100] + "..."
+
+
+def _digits(limit: float) -> str:
+    """Integers whole."""
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def _within(value: float, limits: Range) -> bool:

@@ -61,7 +61,11 @@ class Prices:
         """Raises NotAllowed: what has no price cannot be paid for."""
         price = self._by_model.get(model) or self._by_model.get(_OTHERS)
         if price is None:
-            raise NotAllowed(f"The model {model!r} has no price, but this key has a budget of money.", field="model")
+            raise NotAllowed(
+                f"The model {model!r} has no price, but this key has a budget of money: the server's setting "
+                "HEADRACE_GATEWAY_PRICES names a file of prices.",
+                field="model",
+            )
         return price
 
 

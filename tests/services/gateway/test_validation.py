@@ -37,6 +37,24 @@ def test_messages_name_the_limits(field: str, text: str) -> None:
         validation.check_ranges({field: 7.5})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "text"),
+    [
+        ("seed", 10**23 - 1, "seed must be at most 18446744073709551615, but is 99999999999999999999999."),
+        ("seed", -(10**23), "seed must be at least -9223372036854775808, but is -100000000000000000000000."),
+        ("top_k", 10**14, "top_k must be at most 2147483647, but is 100000000000000."),
+        ("top_k", -2, "top_k must be at least -1, but is -2."),
+        ("repetition_penalty", math.inf, "repetition_penalty must be at most 2147483647, but is inf."),
+        ("repetition_penalty", 0.0, "repetition_penalty must be above 0, but is 0.0."),
+        ("max_tokens", -(10**400), "max_tokens must be at least 1, but is a number of more than 30 digits."),
+    ],
+)
+def test_messages_name_the_limit_that_was_passed_in_whole_digits(field: str, value: float, text: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        validation.check_ranges({field: value})
+    assert raised.value.message == text
+
+
 @given(st.integers(1, 120), st.none() | st.integers(1, 120), st.none() | st.just(16))
 def test_a_budget_always_fits_the_context(prompt: int, asked: int | None, default: int | None) -> None:
     try:
