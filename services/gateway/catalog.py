@@ -1,7 +1,8 @@
 """The models that can be asked for: the union of what the schedulers announce, each with its tokenizer.
 
 A model is usable once its tokenizer is here; tokenizers come from a worker by content hash and stay in memory. A model
-whose last worker left is remembered for a while, so that its requests wait in the queue for the worker's restart.
+whose last worker left is remembered for a while, so that its requests wait in the queue for the worker's restart; what
+it said before can be read for as long as this process runs.
 """
 
 import asyncio
@@ -65,6 +66,8 @@ class Catalog:
         self._connected: set[str] = set()
         self._known: dict[str, _Known] = {}
         self._models: dict[str, Model] = {}
+        # All that were usable once.
+        self._met: dict[str, Model] = {}
         self._tokenizers: dict[str, ModelTokenizer] = {}
         self._fetching: dict[str, asyncio.Task[None]] = {}  # by tokenizer hash
         self._complained: set[tuple[str, str]] = set()
@@ -91,6 +94,10 @@ class Catalog:
             raise Unavailable("No model is known yet: no worker has registered.")
         shown = name if len(name) <= 100 else name[:100] + "..."
         raise ModelNotFound(f"The model {shown!r} does not exist. Known are: {', '.join(sorted(self._models))}.")
+
+    def recall(self, name: str) -> Model | None:
+        """The model of that name as it is, or as it last was: for what it said, not for what it is to say."""
+        return self._met.get(name)
 
     def usable(self) -> list[Model]:
         """All usable models, by name."""
@@ -145,6 +152,7 @@ class Catalog:
             for name, known in self._known.items()
             if known.info.tokenizer_hash in self._tokenizers
         }
+        self._met |= self._models
 
     def _forget(self) -> None:
         oldest = time.monotonic() - self._memory_s

@@ -14,6 +14,8 @@ from services.common.redis.client import LONGEST_BLOCK_S, RedisClient
 from services.common.redis.keys import Owner, answer_events, answer_request, heartbeat_of
 
 _PAGE = 512
+# Whoever has found an answer reads its first events within this time.
+_LAST_WORD_MS = 10_000
 
 
 class State(Enum):
@@ -72,9 +74,9 @@ class AnswerStore:
         standing, length = await self._redis.script(scripts.ANSWER_APPEND, _keys(answer_id), arguments)
         return Standing(standing.decode()), length
 
-    async def discard(self, answer_id: str) -> None:
-        """Forgets an answer of this gateway that has not begun."""
-        await self._redis.script(scripts.ANSWER_DISCARD, _keys(answer_id), (self._owner,))
+    async def discard(self, answer_id: str, event: bytes) -> None:
+        """Forgets an answer of this gateway that has not begun. Those who read it already get the event."""
+        await self._redis.script(scripts.ANSWER_DISCARD, _keys(answer_id), (self._owner, event, _LAST_WORD_MS))
 
     async def adopt(self, answer_id: str, former_owner: str) -> bool:
         """Makes an answer this gateway's if its owner is dead. False: it lives, or somebody else was faster."""

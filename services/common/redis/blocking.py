@@ -17,7 +17,7 @@ class BlockingConnection:
     """Beside a client, which tells Redis to end a wait."""
 
     def __init__(self, url: str, client: RedisClient) -> None:
-        self._redis = connect(url, None)  # the wire keeps the time
+        self._redis = connect(url)
         self._client = client
         self._wire: Wire | None = None
         self._call: asyncio.Future[Sequence[Any]] | None = None
@@ -102,18 +102,5 @@ class BlockingConnection:
 
 
 def _sent(wire: Wire, commands: Sequence[Command], timeout_s: float) -> "asyncio.Future[Sequence[Any]]":
-    """The replies, when they have come. It raises what is none: the connection failed, or Redis serves nobody now."""
-    outcome: asyncio.Future[Sequence[Any]] = asyncio.get_running_loop().create_future()
-
-    def settle(replies: Sequence[Any]) -> None:
-        errors = [reply for reply in replies if isinstance(reply, Exception) and not isinstance(reply, ResponseError)]
-        if outcome.done():
-            return
-        if errors:
-            outcome.set_exception(errors[0])
-        else:
-            outcome.set_result(replies)
-
     packed = b"".join([hiredis.pack_command(command) for command in commands])  # type: ignore[arg-type]
-    wire.exchange(packed, len(commands), timeout_s, settle)
-    return outcome
+    return wire.ask(packed, len(commands), timeout_s)

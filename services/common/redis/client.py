@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import hiredis
 from redis.asyncio import Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -73,8 +74,7 @@ class RedisClient:
     """Commands and scripts on one Redis; every method raises Unavailable when it does not answer."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._redis = connect(url, None)  # the wire keeps the time
-        self._blocking = connect(url, LONGEST_BLOCK_S + ANSWER_TIMEOUT_S)
+        self._redis = connect(url)
         self._wire: Wire | None = None
         self._opening: asyncio.Task[None] | None = None
         self._pending: list[_Waiting] = []
@@ -88,7 +88,12 @@ class RedisClient:
         self._timer: asyncio.TimerHandle | None = None
         # Whoever closes it is told when nothing is pending or under way.
         self._closing: asyncio.Future[None] | None = None
-        self._blocked: set[asyncio.Future[Any]] = set()
+        self._closed = False
+        # Connections beside the pipeline's for commands that block: those that wait for their next one, those that one
+        # waits on, and those that are being made.
+        self._spare: list[Wire] = []
+        self._blocked: set[Wire] = set()
+        self._connecting: set[asyncio.Task[Wire]] = set()
         self._clock = clock
         self._away_at = self._sent_at = clock()
 
@@ -113,8 +118,7 @@ class RedisClient:
                 loop.call_soon(self._send_soon, loop)
             elif self._timer is None:
                 self._timer = loop.call_later(_COMPANY_WITHIN_S, self._end_wait)
-        read = self._redis.response_callbacks.get(str(command[0]))
-        return await reply if read is None else read(await reply)
+        return self._read(command, await reply)
 
     async def script(
         self, script: Script, keys: Sequence[str], arguments: Sequence[Argument], *, hurry: bool = True
@@ -126,16 +130,18 @@ class RedisClient:
             return await self.command("EVAL", script.text, len(keys), *keys, *arguments, hurry=hurry)
 
     async def blocking_command(self, *command: Argument) -> Any:
-        """Sends a command that Redis answers after LONGEST_BLOCK_S at the latest, beside the pipeline."""
-        # A task of its own that is never cancelled: redis-py writes within asyncio.wait_for, which in Python 3.11 loses
-        # a cancellation that comes as the write ends. A caller that is cancelled leaves the command to run out.
-        call = asyncio.ensure_future(self._blocking.execute_command(*command))  # type: ignore[no-untyped-call]
-        self._blocked.add(call)
-        call.add_done_callback(self._unblocked)
+        """Sends a command that Redis answers after LONGEST_BLOCK_S at the latest, beside the pipeline.
+
+        It has a connection to itself. If its caller is cancelled, that is closed: nothing else ends the wait in Redis.
+        """
+        packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]
         try:
-            return await asyncio.shield(call)
+            (reply,) = await self._ask_beside(packed)
         except Exception as error:
             raise translated(known_error(error)) from error
+        if isinstance(reply, Exception):
+            raise translated(reply)
+        return self._read(command, reply)
 
     async def check(self, *, allow_volatile: bool) -> None:
         """Raises UnfitRedis unless this Redis keeps what it accepted."""
@@ -160,15 +166,53 @@ class RedisClient:
             await asyncio.shield(self._closing)
         if self._wire is not None:
             await self._wire.close()
+        self._closed = True
+        await asyncio.gather(*(wire.close() for wire in [*self._blocked, *self._spare]))  # ends what is blocked, too
+        if self._connecting:
+            await asyncio.wait(self._connecting)
         await self._redis.aclose()
-        await self._blocking.aclose()  # ends what is blocked, too
-        if self._blocked:
-            await asyncio.wait(self._blocked)
 
-    def _unblocked(self, call: asyncio.Future[Any]) -> None:
-        self._blocked.discard(call)
-        if not call.cancelled():
-            call.exception()  # its caller may be gone: an error that nobody looks at is no news
+    def _read(self, command: Sequence[Argument], reply: Any) -> Any:
+        """A reply as redis-py reads it."""
+        read = self._redis.response_callbacks.get(str(command[0]))
+        return reply if read is None else read(reply)
+
+    async def _ask_beside(self, packed: bytes) -> Sequence[Any]:
+        """The reply to a command that blocks. Its connection is kept for the next one if all went well."""
+        wire = self._spare_wire() or await self._another_wire()
+        self._blocked.add(wire)
+        try:
+            replies = await wire.ask(packed, 1, LONGEST_BLOCK_S + ANSWER_TIMEOUT_S)
+        except BaseException:
+            wire.abort()
+            raise
+        finally:
+            self._blocked.discard(wire)
+        self._spare.append(wire)
+        return replies
+
+    def _spare_wire(self) -> Wire | None:
+        while self._spare:
+            if (wire := self._spare.pop()).open:
+                return wire
+        return None
+
+    async def _another_wire(self) -> Wire:
+        # A task of its own: redis-py writes within asyncio.wait_for, which in Python 3.11 loses a cancellation that
+        # comes as the write ends.
+        connecting = asyncio.create_task(Wire.connect(self._redis, ANSWER_TIMEOUT_S), name="redis connection")
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
+        try:
+            wire = await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            connecting.cancel()
+            connecting.add_done_callback(_hang_up)
+            raise
+        if self._closed:  # meanwhile
+            wire.abort()
+            raise ConnectionError("the client was closed")
+        return wire
 
     def _end_wait(self) -> None:
         """Nothing waits for company any longer."""
@@ -245,16 +289,31 @@ class RedisClient:
             waiting.reply.set_result(reply)
 
 
-def connect(url: str, answer_timeout_s: float | None) -> Redis:
-    """redis-py on this URL. None: whoever reads keeps the time."""
+def _hang_up(connecting: asyncio.Task[Wire]) -> None:
+    """Nobody wants this connection any more, if there is one in the end."""
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().abort()
+
+
+def connect(url: str) -> Redis:
+    """redis-py on this URL. A wire that it connects keeps the time of what is read."""
     return Redis.from_url(
         url,
         protocol=2,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_timeout=answer_timeout_s,
+        socket_timeout=None,
         # An XADD sent twice is a job queued twice: whoever calls decides what is tried again.
         retry=Retry(NoBackoff(), 0),
     )
+
+
+def is_redis_url(url: str) -> bool:
+    """Whether `connect` takes it."""
+    try:
+        parse_url(url)
+    except ValueError:
+        return False
+    return True
 
 
 def known_error(error: Exception) -> Exception:

@@ -12,7 +12,7 @@ from typing import Any
 import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection, DefaultParser
-from redis.exceptions import ConnectionError, InvalidResponse, TimeoutError
+from redis.exceptions import ConnectionError, InvalidResponse, ResponseError, TimeoutError
 
 _NOT_YET = object()
 # A TLS connection is not closed before the other side has said so, too.
@@ -78,6 +78,27 @@ class Wire(asyncio.Protocol):
             self._transport.write(packed)
         except RuntimeError as error:  # of uvloop, on what has just been closed
             self._fail(ConnectionError(str(error)))
+
+    def ask(self, packed: bytes, count: int, timeout_s: float) -> "asyncio.Future[Sequence[Any]]":
+        """An exchange for one who awaits the replies, ResponseErrors among them.
+
+        It raises what is no reply: the connection failed, or Redis serves nobody now.
+        """
+        outcome: asyncio.Future[Sequence[Any]] = self._loop.create_future()
+
+        def settle(replies: Sequence[Any]) -> None:
+            failures = [
+                reply for reply in replies if isinstance(reply, Exception) and not isinstance(reply, ResponseError)
+            ]
+            if outcome.done():
+                return
+            if failures:
+                outcome.set_exception(failures[0])
+            else:
+                outcome.set_result(replies)
+
+        self.exchange(packed, count, timeout_s, settle)
+        return outcome
 
     def abort(self) -> None:
         """Hangs up at once; an exchange that is under way fails."""

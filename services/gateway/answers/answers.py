@@ -22,7 +22,7 @@ from services.gateway.answers.journal import Journal
 from services.gateway.answers.merge import merge
 from services.gateway.answers.recorded_run import RecordedRun
 from services.gateway.answers.recording import Recording, new_choices, replay, restored_request, stored_request
-from services.gateway.catalog import Catalog
+from services.gateway.catalog import Catalog, Model
 from services.gateway.direct import Outlet
 from services.gateway.errors import AnswerElsewhere, AnswerNotFound, IdempotencyKeyReused, RequestCancelled
 from services.gateway.generate import Adoption, Generator
@@ -77,6 +77,8 @@ class Answers:
         self._max_readers = max_readers
         self._readers = 0
         self._runs: dict[str, RecordedRun] = {}
+        # Ids of requests that are being adopted, before they run.
+        self._adopting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(
@@ -117,8 +119,8 @@ class Answers:
             return await self._attach(recording, found)
         try:
             self._admission.check_load(request)
-        except HeadraceError:
-            await journal.discard()
+        except HeadraceError as error:
+            await journal.discard(error)
             raise
         self._start(request, journal, None)
         return self._answer(recording.answer_id, stored, 0)
@@ -138,7 +140,11 @@ class Answers:
             active.fail(RequestCancelled("The request was cancelled."))
 
     def offered(self, job: Job, entry_id: str) -> None:
-        """A scheduler offers a request whose gateway is dead."""
+        """A scheduler offers a request whose gateway is dead. One that runs here goes on."""
+        runs_here = job.answer_id in self._runs or self._active.get(job.request_id) is not None
+        if runs_here or job.request_id in self._adopting:
+            return
+        self._adopting.add(job.request_id)
         self._in_background(self._adopt(job, entry_id), f"adopt {job.request_id}")
 
     async def close(self) -> None:
@@ -164,20 +170,23 @@ class Answers:
 
     async def _adopt(self, job: Job, entry_id: str) -> None:
         """Goes on with a request whose gateway is dead; ends its entry if there is nothing to go on with."""
-        if self._active.get(job.request_id) is not None:
-            return
         try:
-            with self._admission.entering():
-                model = self._catalog.get(job.model)
-                found = await self._take(job, entry_id)
-                if found is None:
-                    return
-                stored = StoredRequest.FromString(found.request)
-                account = await self._keys.account(stored.key_id)
-                events = [AnswerEvent.FromString(event) for event in await self._all_events(job.answer_id)]
+            await self._take_over(job, entry_id)
         except HeadraceError as error:
             log.warning("request %s: not adopted: %s", job.request_id, error.message)
-            return
+        finally:
+            self._adopting.discard(job.request_id)
+
+    async def _take_over(self, job: Job, entry_id: str) -> None:
+        """Makes the answer this gateway's, and starts it from the events that it has. Raises HeadraceError."""
+        with self._admission.entering():
+            model = self._catalog.get(job.model)
+            found = await self._take(job, entry_id)
+            if found is None:
+                return
+            stored = StoredRequest.FromString(found.request)
+            account = await self._keys.account(stored.key_id)
+            events = [AnswerEvent.FromString(event) for event in await self._all_events(job.answer_id)]
         log.info("request %s: adopted after %d events from %s", job.request_id, len(events), found.owner)
         self._metrics.adoptions.inc()
         journal = Journal.adopted(self._store, Recording(job.answer_id, found.fingerprint), stored, events)
@@ -249,11 +258,10 @@ class Answers:
             self._readers -= 1
 
     async def _read(self, answer_id: str, stored: StoredRequest, position: int) -> AsyncGenerator[Delta, None]:
-        choices = new_choices(self._catalog.get(stored.model), stored)
+        choices = new_choices(self._model_of(stored), stored)
         reached = 0
         while True:
-            events = await self._store.read(answer_id, reached)
-            for event in events:
+            for event in await self._events(answer_id, reached):
                 delta = replay(choices, AnswerEvent.FromString(event), reached)
                 reached += 1
                 if reached > position:
@@ -262,9 +270,26 @@ class Answers:
                     yield Delta(delta.choice, delta.seq + 1, "", delta.text_offset, [], usage=delta.usage)
                 if delta.usage is not None:
                     return
+
+    async def _events(self, answer_id: str, position: int) -> list[bytes]:
+        """Events from a position on, when there are some. Raises AnswerNotFound once none can come."""
+        events = await self._store.read(answer_id, position)
+        while not events:
+            await self._store.wait(answer_id, position)
+            events = await self._store.read(answer_id, position)
             if not events:
-                await self._store.wait(answer_id, reached)
                 await self._check_kept(answer_id)
+        return events
+
+    def _model_of(self, stored: StoredRequest) -> Model:
+        """Raises Unavailable: Redis keeps an answer's token ids, and text takes the tokenizer, which workers have."""
+        model = self._catalog.recall(stored.model)
+        if model is None:
+            raise Unavailable(
+                f"The answer is kept, but this gateway cannot tell its text: it has not met a worker of model "
+                f"{stored.model!r} yet."
+            )
+        return model
 
     async def _check_kept(self, answer_id: str) -> None:
         if await self._store.find(answer_id) is None:

@@ -51,10 +51,10 @@ class Journal:
         """Begins the record. If there is one of that id, returns its fingerprint and does nothing."""
         return await self._store.open(self.answer_id, self._request, self._fingerprint)
 
-    async def discard(self) -> None:
-        """Ends the record of a request that was not accepted."""
+    async def discard(self, error: HeadraceError) -> None:
+        """Ends the record of a request that was not accepted. Those who read it already get the error."""
         try:
-            await self._store.discard(self.answer_id)
+            await self._store.discard(self.answer_id, error_event_of(error).SerializeToString())
         except Unavailable as error:
             log.warning("answer %s: not discarded: %s", self.answer_id, error.message)
 
@@ -66,11 +66,12 @@ class Journal:
             self._state = State.DONE
         await self._keep_or_catch_up()
 
-    async def fail(self, error: HeadraceError, attempt: int) -> None:
-        """Adds the error that the answer ends in."""
-        self.events.append(error_event_of(error))
-        self._attempt = attempt
-        self._state = State.FAILED
+    async def fail(self, error: HeadraceError, attempt: int | None = None) -> None:
+        """Adds the error that the answer ends in, by default in its newest attempt, unless it has ended before."""
+        if self._state is State.OPEN:
+            self.events.append(error_event_of(error))
+            self._attempt = self._attempt if attempt is None else attempt
+            self._state = State.FAILED
         try:
             await self._keep_or_catch_up()
         except (AnswerElsewhere, RequestCancelled) as standing:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import msgspec
 
-from services.common.errors import HeadraceError, RequestFailed
+from services.common.errors import HeadraceError, RequestFailed, failures_logged
 from services.gateway.answers.journal import Journal
 from services.gateway.request import Delta
 
@@ -35,11 +35,11 @@ class RecordedRun:
         except HeadraceError as error:
             self._error = error
             if not self.journal.accepted:
-                await self.journal.discard()
+                await self.journal.discard(error)
         except Exception:
             log.exception("request %s failed", self.internal_id)
             self._error = RequestFailed("The server failed while it handled this request; its log says why.")
-            raise
+            await self._record_failure(self._error)
         finally:
             self._ended = True
             self._tell()
@@ -56,6 +56,14 @@ class RecordedRun:
             if self._ended:
                 return
             await changed.wait()
+
+    async def _record_failure(self, error: HeadraceError) -> None:
+        """Lets nobody wait for what does not come: the queue's entry has ended, and so nobody adopts the answer."""
+        with failures_logged(log, f"answer {self.journal.answer_id}: that it failed could not be recorded"):
+            if self.journal.accepted:
+                await self.journal.fail(error)
+            else:
+                await self.journal.discard(error)
 
     def _tell(self) -> None:
         self._changed.set()

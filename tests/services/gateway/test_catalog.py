@@ -95,14 +95,15 @@ async def test_a_worker_that_cannot_be_reached_is_asked_again() -> None:
 
 async def test_a_bundle_that_is_not_what_its_hash_names_is_not_used() -> None:
     catalog = Catalog(memory_s=60, on_workers=lambda _: None)
-    async with running_worker(FakeWorker("bad", says("x"), files=bundle(eos_token_ids=[0]))) as bad:
+    async with running_worker(FakeWorker("bad", says("x"), files=bundle(chat_template="wrong"))) as bad:
         catalog.announce("s1", announcing(m=bad.address))
         running = asyncio.create_task(catalog.run())
         await bad.asked.wait()
         async with running_worker(FakeWorker("good", says("x"))) as good:
             catalog.announce("s2", announcing(m=good.address))
             await usable(catalog, "m")
-    assert catalog.get("m").tokenizer.eos_token_ids != {0}
+    tokenizer = catalog.get("m").tokenizer
+    assert tokenizer.decode(await tokenizer.encode_chat([{"role": "user", "content": "x"}])) != "wrong"
     running.cancel()
 
 
@@ -140,4 +141,9 @@ async def test_a_model_without_workers_is_forgotten_after_a_while() -> None:
         await usable(catalog, "m")
         catalog.announce("s1", announcing())
         await usable(catalog)
+        with pytest.raises(Unavailable):
+            catalog.get("m")
+        recalled = catalog.recall("m")
+        assert recalled is not None and recalled.name == "m", "what it said can still be read"
+        assert catalog.recall("other") is None
         running.cancel()

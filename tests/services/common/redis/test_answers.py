@@ -61,6 +61,20 @@ async def test_a_failed_answer_makes_room(make: MakeStore) -> None:
     assert await store.read("x", 0) == []
 
 
+async def test_who_reads_what_is_discarded_hears_why(make: MakeStore, redis: RedisClient) -> None:
+    store, reader = make(GATEWAY), make(OTHER)
+    await store.open("x", b"", b"one")
+    waiting = asyncio.create_task(reader.wait("x", 0))
+    await store.discard("x", b"refused")
+    async with asyncio.timeout(5):
+        await waiting
+    assert await reader.read("x", 0) == [b"refused"]
+    assert await reader.find("x") is None
+    assert 0 < await redis.command("PTTL", answer_events("x")) <= 10_000
+    assert await reader.open("x", b"", b"two") is None
+    assert await reader.read("x", 0) == []
+
+
 async def test_an_adopted_answer_takes_nothing_from_its_former_owner(make: MakeStore) -> None:
     late, heir = make(GATEWAY), make(OTHER)
     await late.open("x", b"", b"")
@@ -69,7 +83,8 @@ async def test_an_adopted_answer_takes_nothing_from_its_former_owner(make: MakeS
     assert await late.append("x", 1, [b"b"]) == (Standing.LOST, 0)
     assert await heir.append("x", 1, [b"c"]) == (Standing.OWNED, 2)
     assert await heir.read("x", 0) == [b"a", b"c"]
-    await late.discard("x")
+    await late.discard("x", b"refused")
+    assert await heir.read("x", 0) == [b"a", b"c"]
     assert await heir.find("x") is not None
 
 

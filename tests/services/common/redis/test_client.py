@@ -1,6 +1,7 @@
 import asyncio
+import contextlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,7 @@ async def test_whatever_the_connection_raises_nobody_is_left_waiting(
     for target, name, way in ((AbstractConnection, "send_packed_command", closed), (Wire, "exchange", fails)):
         with monkeypatch.context() as patched:
             patched.setattr(target, name, way)
-            commands = [client.command("ECHO", "a"), client.command("ECHO", "b")]
-            if way is closed:
-                commands.append(client.blocking_command("ECHO", "c"))
+            commands = [client.command("ECHO", "a"), client.command("ECHO", "b"), client.blocking_command("ECHO", "c")]
             outcomes = await asyncio.wait_for(asyncio.gather(*commands, return_exceptions=True), 5)
         assert {type(outcome) for outcome in outcomes} == {Unavailable}
         assert await client.command("ECHO", "d") == b"d"
@@ -254,6 +253,57 @@ async def test_a_blocked_caller_can_always_be_cancelled(client: RedisClient) -> 
         reading.cancel()
         await asyncio.wait([reading], timeout=5)
         assert reading.cancelled()
+    await connected(client, lambda connections: len(connections) <= 2)
+
+
+async def test_a_blocked_caller_that_is_cancelled_leaves_no_connection(client: RedisClient) -> None:
+    forever = [
+        asyncio.create_task(client.blocking_command("XREAD", "BLOCK", 10_000, "STREAMS", "s", "0")) for _ in range(5)
+    ]
+    await connected(client, lambda connections: sum("cmd=xread" in one for one in connections) == 5)
+    for reading in forever:
+        reading.cancel()
+    await connected(client, lambda connections: len(connections) == 1)
+
+
+async def test_one_that_is_cancelled_while_it_connects_leaves_none_either(
+    client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, go_on, connect = asyncio.Event(), asyncio.Event(), Wire.connect
+
+    async def stubborn(*arguments: Any) -> Wire:
+        """Loses its cancellation, as asyncio.wait_for does in Python 3.11."""
+        wire = await connect(*arguments)
+        made.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await go_on.wait()
+        return wire
+
+    await client.command("PING")
+    with monkeypatch.context() as patched:
+        patched.setattr(Wire, "connect", stubborn)
+        reading = asyncio.create_task(client.blocking_command("PING"))
+        await made.wait()
+        reading.cancel()
+        await asyncio.wait([reading])
+    await connected(client, lambda connections: len(connections) == 1)
+
+
+async def test_connections_for_what_blocks_are_used_again(client: RedisClient) -> None:
+    ids = [await client.blocking_command("CLIENT", "ID") for _ in range(3)]
+    assert len(set(ids)) == 1
+    with pytest.raises(Exception, match="unknown command"):
+        await client.blocking_command("NONSENSE")
+    assert await client.blocking_command("CLIENT", "ID") == ids[0]
+
+
+async def connected(client: RedisClient, as_wanted: Callable[[list[str]], bool]) -> None:
+    """Returns when the connections that Redis has are as wanted, long before a wait in it is over."""
+    async with asyncio.timeout(5):
+        while True:
+            if as_wanted((await client.command("CLIENT", "LIST")).decode().splitlines()):
+                return
+            await asyncio.sleep(0.01)
 
 
 async def test_closing_ends_what_is_blocked(redis_url: str) -> None:

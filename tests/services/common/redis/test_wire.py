@@ -39,7 +39,7 @@ async def wire_to(answer: Answer) -> AsyncIterator[Wire]:
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    redis = connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0", None)
+    redis = connect(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0")
     wire = await Wire.connect(redis, 5.0)
     try:
         yield wire
@@ -143,7 +143,7 @@ async def test_one_that_has_ended_says_so_at_once() -> None:
 
 async def test_a_server_that_does_not_let_one_in_is_given_up() -> None:
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
-    redis = connect(f"redis://:secret@127.0.0.1:{server.sockets[0].getsockname()[1]}/0", None)
+    redis = connect(f"redis://:secret@127.0.0.1:{server.sockets[0].getsockname()[1]}/0")
     with pytest.raises(TimeoutError, match=r"no answer within 0\.2 s"):
         await Wire.connect(redis, 0.2)
     await redis.aclose()

@@ -3,14 +3,22 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import grpc.aio
 import httpx
 import pytest
+from redis.exceptions import ResponseError
 
 from headrace.v1.inference_pb2 import CancelRequest, GenerateDelta, GenerateRequest, ResumeRequest
 from headrace.v1.sampling_pb2 import Stopping
+from services.common.errors import Overloaded
+from services.common.redis.answers import AnswerStore
+from services.common.redis.keys import answer_request
+from services.gateway.answers.journal import Journal
+from services.gateway.keys.limits import KeyLimits
+from services.gateway.request import GenerationRequest
 from tests.redis_server import RedisServer
 from tests.services.gateway.fakes import MODEL, FakeWorker, says
 from tests.services.gateway.keys_for_tests import make_key
@@ -168,6 +176,26 @@ async def test_a_dead_gateways_answer_goes_on_on_another(stack: Stack, other: St
     assert resumed.choices[0].delivered_ids
     assert other.sample("headrace_adoptions_total") == 1
     await stack.settled()
+    assert stack.sample("llm_requests_total", model=MODEL, status="handed_over") == 1
+    assert stack.sample("llm_requests_total", model=MODEL, status="error") == 0
+    between_tokens_s = other.sample("headrace_inter_token_latency_seconds_sum", model=MODEL)
+    assert between_tokens_s < 60, "no gap begins with a token that came to another process"
+
+
+async def test_what_is_offered_twice_is_adopted_once(stack: Stack, other: Stack) -> None:
+    first = await begin(stack)
+    job, entry_id = stack.scheduler.jobs[0], stack.scheduler.entry_ids[0]
+    await stack.scheduler.orphan(job, entry_id)
+    for _ in range(2):  # before it runs here, and before that offer comes
+        other.gateway._answers.offered(job, entry_id)
+    await eventually(lambda: _is(len(stack.scheduler.requests) == 1))
+    stack.workers[0].let_go()
+    rest = await come_back(other, first)
+    assert first.text + rest.text == TEXT
+    await stack.settled()
+    assert other.sample("headrace_adoptions_total") == 1
+    assert len(stack.workers[0].starts) == 2
+    assert not other.gateway._answers._adopting
 
 
 async def test_an_answer_that_ended_is_not_adopted(stack: Stack, other: Stack) -> None:
@@ -251,6 +279,40 @@ async def test_who_reads_from_redis_is_bounded(stack: Stack, redis_url: str) -> 
             text += delta.text
         assert text == TEXT
         assert (await small.http.get(f"/v1/answers/{answer_id}")).status_code == 200
+
+
+async def test_who_leaves_reads_no_more(stack: Stack, redis_url: str) -> None:
+    async with running_gateway(redis_url, stack.scheduler, stack.workers, id="small", max_readers=1) as small:
+        path = f"/v1/answers/{(await begin(stack)).event_id.rpartition(':')[0]}"
+        leaving = asyncio.create_task(small.http.get(path))
+        await eventually(lambda: _is(small.gateway._answers._readers == 1))
+        leaving.cancel()
+        await eventually(lambda: _is(small.gateway._answers._readers == 0))
+        labels = {"route": "/v1/answers/{answer_id:path}", "status": "499"}
+        await eventually(lambda: _is(small.sample("headrace_http_requests_total", **labels) == 1))
+        stack.workers[0].let_go()
+        assert (await small.http.get(path)).json()["choices"][0]["text"] == TEXT
+
+
+async def test_an_answer_outlives_the_workers_of_its_model(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_stack(redis_url, model_memory_s=0) as stack:
+        stack.workers[0].let_go()
+        async with stack.http.stream("POST", PATH, json=body()) as response:
+            reader = Reader(response)
+            await reader.rest()
+        await stack.settled()
+        stack.scheduler.workers = []
+        stack.scheduler.announce()
+
+        async def forgotten() -> bool:
+            return not (await stack.http.get("/v1/models")).json()["data"]
+
+        await eventually(forgotten)
+        path = f"/v1/answers/{reader.event_id.rpartition(':')[0]}"
+        assert (await stack.http.get(path)).json()["choices"][0]["text"] == TEXT
+        monkeypatch.setattr(stack.gateway._catalog, "recall", lambda name: None)  # as on one that has started since
+        unreadable = await stack.http.get(path)
+        assert (unreadable.status_code, "has not met a worker of model" in unreadable.text) == (503, True)
 
 
 async def test_nothing_is_told_of_what_is_not_kept(stack: Stack) -> None:
@@ -342,6 +404,51 @@ async def test_a_failed_request_may_be_tried_again_under_its_key(redis_url: str)
         assert answer.json()["choices"][0]["text"] == TEXT
 
 
+@pytest.mark.parametrize(("owner", "method"), [(KeyLimits, "reserve_and_enqueue"), (AnswerStore, "append")])
+async def test_one_that_failed_for_whatever_reason_may_be_tried_again_too(
+    stack: Stack, other: Stack, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
+) -> None:
+    works = getattr(owner, method)
+
+    async def fails_once(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(owner, method, works)
+        raise ResponseError("NOPERM this user has no permissions to run the 'evalsha' command")
+
+    headers = {"idempotency-key": "k"}
+    request = {"model": MODEL, "prompt": "hello", "max_tokens": 100}
+    monkeypatch.setattr(owner, method, fails_once)
+    assert (await stack.http.post(PATH, json=request, headers=headers)).status_code == 500
+    async with asyncio.timeout(5):
+        answer = await other.http.post(PATH, json=request, headers=headers)
+    assert answer.json()["choices"][0]["text"] == TEXT
+
+
+async def test_who_attaches_to_what_is_refused_hears_so(
+    stack: Stack, other: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(request: GenerationRequest) -> None:
+        raise Overloaded("There are too many.")
+
+    go_on, discard = asyncio.Event(), Journal.discard
+
+    async def discard_late(*arguments: Any) -> None:
+        await go_on.wait()
+        await discard(*arguments)
+
+    monkeypatch.setattr(stack.gateway._admission, "check_load", refuse)
+    monkeypatch.setattr(Journal, "discard", discard_late)
+    headers = {"idempotency-key": "k"}
+    request = {"model": MODEL, "prompt": "hello", "max_tokens": 100}
+    first = asyncio.create_task(stack.http.post(PATH, json=request, headers=headers))
+    await eventually(lambda: _any_answer(stack))
+    twin = asyncio.create_task(other.http.post(PATH, json=request, headers=headers))
+    await eventually(lambda: _is(other.sample("headrace_answers_attached_total") == 1))
+    go_on.set()
+    async with asyncio.timeout(5):
+        answers = [await first, await twin]
+    assert [(answer.status_code, "too many" in answer.text) for answer in answers] == [(429, True)] * 2
+
+
 @pytest.mark.parametrize("key", ["", "x" * 256])
 async def test_keys_have_a_length(stack: Stack, key: str) -> None:
     response = await stack.http.post(PATH, json=body(), headers={"idempotency-key": key})
@@ -429,6 +536,10 @@ async def test_cancel_over_grpc(stack: Stack) -> None:
 
 async def _is(value: bool) -> bool:
     return value
+
+
+async def _any_answer(gateway: Stack) -> bool:
+    return bool(await gateway.redis.command("KEYS", answer_request("*")))
 
 
 async def _is_kept(gateway: Stack, answer_id: str) -> bool:
