@@ -30,13 +30,23 @@ async def grpc_serves(channel: grpc.aio.Channel) -> bool:
 
 async def http_ready(url: str) -> bool:
     """True if the address answers 200."""
+    return await _http_status(url) == httpx.codes.OK
+
+
+async def http_needs_key(url: str) -> bool:
+    """True if the address refuses whoever has no API key."""
+    return await _http_status(url) == httpx.codes.UNAUTHORIZED
+
+
+async def _http_status(url: str) -> int | None:
+    """None without an answer."""
     # Reading the certificates of all authorities takes longer than the rest of it, and nothing secret is said to the
     # stacks of our own that are asked here.
     async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False, verify=False) as client:
         try:
-            return (await client.get(url)).status_code == httpx.codes.OK
+            return (await client.get(url)).status_code
         except httpx.HTTPError:
-            return False
+            return None
 
 
 async def redis_answers(host: str, port: int) -> bool:

@@ -173,7 +173,7 @@ def _run_stack(wanted: StackOptions, *, mtls: bool) -> None:
         http_ports, grpc_ports = public[: len(wanted.http_ports)], public[len(wanted.http_ports) :]
         options = replace(wanted, http_ports=tuple(http_ports), grpc_ports=tuple(grpc_ports))
         internal = free_ports(INTERNAL_HOST, public)
-        directory = RunDirectory(runs())
+        directory = _run_directory(runs())
         options = replace(options, mtls=certificates_of_run(directory) if mtls else None)
         tls = TlsFiles.of(options.mtls, TOOLKIT) if options.mtls else files_of(load(CommonSettings, "up"))
         stack = plan_stack(options, internal, cores=len(os.sched_getaffinity(0)))
@@ -184,6 +184,13 @@ def _run_stack(wanted: StackOptions, *, mtls: bool) -> None:
     except ProcessFailed as error:
         log = error.process.spec.log_path
         fail("\n".join([str(error), *last_lines(log, _SHOWN_LOG_LINES), f"The whole log: {log}"]))
+
+
+def _run_directory(runs: Path) -> RunDirectory:
+    try:
+        return RunDirectory(runs)
+    except OSError as error:
+        fail(f"Logs and state of a run cannot be written to {runs} ({error.strerror}): set XDG_STATE_HOME to another.")
 
 
 @app.command()

@@ -19,7 +19,7 @@ from headrace.v1.scheduler_pb2_grpc import SchedulerStub
 from services.common.channel import cancel_and_wait, dial, dial_front
 from services.common.config import child_environment
 from services.common.tls import FrontCert, TlsFiles
-from toolkit.health import grpc_serves, http_ready, redis_answers
+from toolkit.health import grpc_serves, http_needs_key, http_ready, redis_answers
 from toolkit.process import Probe, ProcessSpec
 from toolkit.redis_server import find_redis_server, redis_command
 from toolkit.run_directory import RunDirectory, RunningProcess, RunningStack
@@ -32,6 +32,7 @@ _REDRAW_EVERY_S = 0.25
 _STOP_GRACE_S = 60.0
 # For the scheduler's fleet, just after a start that kept every core busy.
 _FIRST_ANSWER_S = 30.0
+_ASK_AGAIN_S = 0.2
 
 
 async def run_stack(stack: Stack, tls: TlsFiles | None, directory: RunDirectory, console: Console) -> None:
@@ -64,9 +65,11 @@ async def _serve(stack: Stack, directory: RunDirectory, supervisor: Supervisor, 
         if tier[0].service == "redis":  # the others would only retry
             await supervisor.wait_ready()
     await supervisor.wait_ready()
-    model = await _first_model(stack.scheduler_address)
+    model = await served_model(stack.scheduler_address)
     took_s = time.time() - psutil.Process().create_time()
-    console.print(welcome(stack, model, took_s, directory.path), markup=False, soft_wrap=True)
+    needs_key = await http_needs_key(f"{stack.http_urls[0]}/v1/models")
+    told = welcome(stack, model, took_s, directory.path, needs_key=needs_key)
+    console.print(told, markup=False, soft_wrap=True)
     await asyncio.Event().wait()
 
 
@@ -128,39 +131,50 @@ async def _is_ready(member: Member, front_cert: FrontCert | None) -> bool:
     return await grpc_serves(dial_front(member.address, front_cert)) and await http_ready(member.ready_url)
 
 
-async def _first_model(scheduler_address: str) -> str:
-    """Of the scheduler, since a gateway may need a key."""
+async def served_model(scheduler_address: str) -> str:
+    """Of the scheduler, since a gateway may need a key. Another scheduler may know a worker sooner."""
     async with dial(scheduler_address) as channel:
-        reply = await SchedulerStub(channel).DescribeFleet(DescribeFleetRequest(), timeout=_FIRST_ANSWER_S)
-    return next(worker.registration.model.name for worker in reply.workers)
+        while True:
+            reply = await SchedulerStub(channel).DescribeFleet(DescribeFleetRequest(), timeout=_FIRST_ANSWER_S)
+            if reply.workers:
+                return reply.workers[0].registration.model.name
+            await asyncio.sleep(_ASK_AGAIN_S)
 
 
-def welcome(stack: Stack, model: str, took_s: float, directory: Path) -> str:
+def welcome(stack: Stack, model: str, took_s: float, directory: Path, *, needs_key: bool = False) -> str:
     """What a person is told when the stack is ready, so many seconds after this process began."""
     question = {"role": "user", "content": "What is the capital of France?"}
     body = json.dumps({"model": model, "stream": True, "temperature": 0, "messages": [question]})
     http_url, *others = stack.http_urls
     more = f"    more gateways {' '.join(others)}" if others else ""
+    key = " -H 'authorization: Bearer KEY'" if needs_key else ""
+    make_key = "headrace keys create NAME" + (" makes the KEY that callers need here" if needs_key else "")
+    is_private = any(member.service == "redis" for member in stack.members)
+    ending = "keys, budgets and costs end with this run's own Redis: --redis-url keeps them in yours\n"
     return f"""
 {model} is ready after {took_s:.1f} s. Ask it something:
 
-  {_curl(stack)}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}
+  {_curl(stack)}/v1/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(body)}
 
 playground {http_url}/    OpenAI API {http_url}/v1    gRPC {stack.grpc_address}    metrics {http_url}/metrics{more}
-logs {directory}    what runs: headrace ps    API keys: headrace keys create    stop: Ctrl-C
-"""
+logs {directory}    what runs: headrace ps    API keys: {make_key}    stop: Ctrl-C
+{ending if is_private else ""}"""
 
 
 def _curl(stack: Stack) -> str:
-    """Of the first gateway. Where its certificate is not for this machine, curl connects here under a name that it is
-    for.
+    """Of the first gateway, trusting its CA where that is at hand. Where its certificate is not for this machine, curl
+    connects here under a name that it is for.
     """
     if stack.front_cert is None:
         return f"curl -N {stack.http_urls[0]}"
     host, _, port = stack.http_urls[0].removeprefix("https://").rpartition(":")
     name = stack.front_cert.name
     elsewhere = "" if name == host else f" --connect-to ::{host}:{port}"
-    return f"curl -N --cacert {shlex.quote(stack.front_cert.path)}{elsewhere} https://{name}:{port}"
+    # Every start would wait for this import, and few need it.
+    from toolkit.certificates import issuer_beside
+
+    path = Path(stack.front_cert.path)
+    return f"curl -N --cacert {shlex.quote(str(issuer_beside(path) or path))}{elsewhere} https://{name}:{port}"
 
 
 def _describe(stack: Stack, tls: TlsFiles | None, directory: RunDirectory, supervisor: Supervisor) -> RunningStack:

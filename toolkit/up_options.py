@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from toolkit.command_line import REDIS_VARIABLE
+from toolkit.command_line import REDIS_VARIABLE, checked_redis_url
+
+
+class WeightType(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Quantization(StrEnum):
+    NONE = "none"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 class Batching(StrEnum):
@@ -38,8 +51,8 @@ Gateways = Annotated[
 ]
 PrefillWorkers = Annotated[int, typer.Option(min=0, help="Workers that compute long prompts for others.")]
 DecodeWorkers = Annotated[int, typer.Option(min=0, help="Workers that leave long prompts to those.")]
-Dtype = Annotated[str | None, typer.Option(help="Of weights and KV: float32, bfloat16, float16 or auto.")]
-Quantize = Annotated[str | None, typer.Option(help="Weights on a CPU in fewer bits: int8, int4 or none.")]
+Dtype = Annotated[WeightType | None, typer.Option(help="Of weights and KV.")]
+Quantize = Annotated[Quantization | None, typer.Option(help="Weights on a CPU in fewer bits.")]
 KvBlocks = Annotated[int | None, typer.Option(min=1, help="KV blocks per worker. Default: by free memory.")]
 MaxSequences = Annotated[int | None, typer.Option(min=1, help="Sequences that run together in a worker.")]
 MaxBatchTokens = Annotated[
@@ -71,7 +84,10 @@ GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Public gRPC. 0: a
 RedisUrl = Annotated[
     str | None,
     typer.Option(
-        envvar=REDIS_VARIABLE, help="A Redis of yours, with AOF and without eviction. Default: a private one."
+        envvar=REDIS_VARIABLE,
+        callback=checked_redis_url,
+        help="A Redis of yours, with AOF and without eviction, which keeps keys, budgets and costs. "
+        "Default: a private one of this run.",
     ),
 ]
 Tls = Annotated[

@@ -1,13 +1,24 @@
 """The command line: what is refused before anything starts. What it starts is for the flow tests."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
+from services.worker.config import WorkerSettings
 from tests.certificates import certificate
 from tests.toolkit.fake_server import fake_server
+from toolkit import up_options
 from toolkit.main import app
+
+BAD_OPTIONS = [
+    ["--workers", "0"],
+    ["--http-port", "70000"],
+    ["--kv-blocks", "x"],
+    ["--dtype", "foo"],
+    ["--quantize", "int3"],
+]
 
 
 def test_help_tells_every_option() -> None:
@@ -25,9 +36,40 @@ def test_help_tells_every_option() -> None:
         assert option in told
 
 
-@pytest.mark.parametrize("options", [["--workers", "0"], ["--http-port", "70000"], ["--kv-blocks", "x"]])
+@pytest.mark.parametrize("options", BAD_OPTIONS)
 def test_bad_options_are_usage_errors(options: list[str]) -> None:
     assert CliRunner().invoke(app, ["up", *options]).exit_code == 2
+
+
+def test_choices_are_those_of_the_worker() -> None:
+    fields = WorkerSettings.model_fields
+    assert set(up_options.WeightType) == set(get_args(fields["dtype"].annotation))
+    assert set(up_options.Quantization) == set(get_args(fields["quantize"].annotation))
+
+
+# The last one's password is what urllib names as a bad port.
+@pytest.mark.parametrize("url", ["foo", "http://:hush@127.0.0.1", "redis://:hush@127.0.0.1:x", "redis://u:hush/@host"])
+@pytest.mark.parametrize("command", [["up"], ["keys", "list"], ["queue", "dead", "list"], ["costs"]])
+def test_a_redis_url_that_is_none_is_one_sentence_without_its_password(
+    command: list[str], url: str, tmp_path: Path
+) -> None:
+    environment = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    runs = [
+        CliRunner().invoke(app, [*command, "--redis-url", url], env=environment),
+        CliRunner().invoke(app, command, env={**environment, "HEADRACE_REDIS_URL": url}),
+    ]
+    for run in runs:
+        assert (run.exit_code, run.output.count("\n"), "--redis-url" in run.output) == (1, 1, True)
+        assert "hush" not in run.output
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_state_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    options = ["--http-port", "0", "--grpc-port", "0"]
+    run = CliRunner().invoke(app, ["up", *options], env={"XDG_STATE_HOME": str(tmp_path / "state")})
+    assert (run.exit_code, run.output.count("\n")) == (1, 1)
+    assert "state/headrace/run (Not a directory): set XDG_STATE_HOME to another" in run.output
 
 
 def test_ps_without_a_stack_says_how_to_start_one(tmp_path: Path) -> None:

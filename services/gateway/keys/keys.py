@@ -68,7 +68,10 @@ class Keys:
         """
         if credential is None or not (visible_part(credential) or await self._any_keys()):
             if await self._key_required():
-                raise InvalidKey("This server needs an API key, as `Authorization: Bearer KEY`.")
+                raise InvalidKey(
+                    "This server needs an API key, as `Authorization: Bearer KEY`; over gRPC that is the metadata "
+                    "`authorization` with the value `Bearer KEY`."
+                )
             return Account()
         used = await self._find(credential)
         if problem := used.key.problem(datetime.now(UTC)):
