@@ -8,6 +8,7 @@ prompts repeats itself, which speculative decoding gains from: the row "text" as
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -284,5 +285,5 @@ def _token_count(request: Request) -> int:
 
 
 def quantile(values: Sequence[float], fraction: float) -> float:
-    """Nearest-rank quantile."""
-    return sorted(values)[min(len(values) - 1, int(fraction * len(values)))]
+    """Nearest-rank quantile: the least value that so large a share of all is not above."""
+    return sorted(values)[max(0, math.ceil(fraction * len(values)) - 1)]

@@ -57,7 +57,7 @@ def drop(which: Which, redis_url: RedisUrl = None) -> None:
 
 
 async def _find(letters: DeadLetters, which: str) -> DeadLetter:
-    found = next((letter for letter in await letters.all() if letter.entry_id == which), None)
+    found = await letters.find(which)
     if found is None:
         fail(f"There is no dead letter {which!r}; `headrace queue dead list` shows them.")
     return found

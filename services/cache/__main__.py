@@ -13,7 +13,7 @@ from services.cache.servicer import CacheServicer
 from services.cache.store import Store
 from services.cache.watch import WatchHub
 from services.common import config, mutual_tls, serve, telemetry
-from services.common.channel import reachable
+from services.common.channel import host_port, reachable
 from services.common.kv_wire import with_chunks
 from services.common.metrics_switch import registry_of
 from services.common.tracing import make_tracer
@@ -37,11 +37,11 @@ async def serve_cache(settings: CacheSettings, stop: serve.Stop) -> None:
     servicer = CacheServicer(index, hub, store, own, metrics, tracer, max_block_bytes=settings.max_block_bytes)
     add = with_chunks(cache_pb2_grpc.add_CacheServicer_to_server)
     server = serve.GrpcServer([serve.Registration(add, servicer, name)])
-    port = await server.start(f"{settings.host}:{settings.port}")
+    port = await server.start(host_port(settings.host, settings.port))
     own.announce(settings.advertise_address or await reachable(settings.host, port), store.held)
     metrics_port = telemetry.serve_metrics(settings, settings.metrics_port)
     await server.set_serving(True)
-    log.info("ready on %s:%d, id %s, metrics on port %d", settings.host, port, settings.id, metrics_port)
+    log.info("ready on %s, id %s, metrics on port %d", host_port(settings.host, port), settings.id, metrics_port)
     await stop.wait()
     await server.set_serving(False)
     # Its streams never end by themselves; workers and schedulers come back to whoever serves this address next.

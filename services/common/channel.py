@@ -58,6 +58,11 @@ Session = Callable[[str, grpc.aio.Channel], Awaitable[None]]
 """Talks to the replica at an address over a channel until the connection ends: returns, or raises AioRpcError."""
 
 
+def host_port(host: str, port: int) -> str:
+    """`host:port`, as gRPC and URLs want it: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def dial(address: str) -> grpc.aio.Channel:
     """A channel to the service at `host:port`; connects when it is first used."""
     credentials = channel_credentials()
@@ -96,7 +101,7 @@ async def reachable(host: str, port: int) -> str:
     it means only this machine itself, as on Debian.
     """
     if host not in ("0.0.0.0", "::"):
-        return f"{host}:{port}"
+        return host_port(host, port)
     own = f"{socket.gethostname()}:{port}"
     addresses: set[str] = set()
     with contextlib.suppress(socket.gaierror):

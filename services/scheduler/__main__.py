@@ -6,7 +6,7 @@ import secrets
 
 from headrace.v1 import scheduler_pb2, scheduler_pb2_grpc
 from services.common import config, mutual_tls, serve, telemetry
-from services.common.channel import cancel_and_wait
+from services.common.channel import cancel_and_wait, host_port
 from services.common.errors import Unavailable
 from services.common.metrics_switch import registry_of
 from services.common.redis.client import UnfitRedis
@@ -60,13 +60,13 @@ async def serve_scheduler(settings: SchedulerSettings, metrics: SchedulerMetrics
     servicer = SchedulerServicer(settings.id, fleet, gateways, models, cache_watch)
     name = scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"].full_name
     server = serve.GrpcServer([serve.Registration(scheduler_pb2_grpc.add_SchedulerServicer_to_server, servicer, name)])
-    port = await server.start(f"{settings.host}:{settings.port}")
+    port = await server.start(host_port(settings.host, settings.port))
     watching = asyncio.create_task(cache_watch.run(settings.caches), name="watch caches")
     try:
         if await _wait_for_redis(queue, settings, stop):
             models.open()
             await server.set_serving(True)
-            log.info("ready on %s:%d, id %s", settings.host, port, settings.id)
+            log.info("ready on %s, id %s", host_port(settings.host, port), settings.id)
         await serve.stopped(stop, [watching])
         await server.set_serving(False)
         await models.drain(settings.drain_grace_s)
@@ -85,7 +85,10 @@ def _make_fleet(settings: SchedulerSettings) -> Fleet:
         probe_timeout_s=settings.breaker_probe_timeout_s,
     )
     return Fleet(
-        silence_s=settings.worker_silence_s, placement_timeout_s=settings.placement_timeout_s, breakers=breakers
+        silence_s=settings.worker_silence_s,
+        placement_timeout_s=settings.placement_timeout_s,
+        memory_s=settings.replacement_patience_s,
+        breakers=breakers,
     )
 
 

@@ -24,7 +24,8 @@ class SchedulerSettings(CommonSettings):
     # Seconds without a report after which a worker gets no work. Workers report every second: two may be lost.
     worker_silence_s: float = Field(default=3.0, gt=0)
     # Seconds a gateway has to answer an offer, and those an owner of a queue entry may stay silent before the entry is
-    # reclaimed. Above a pause of a busy Python process, below what a caller calls an outage. Gateways renew within it.
+    # reclaimed. Above a pause of a busy Python process, below what a caller calls an outage. Gateways renew every
+    # 1.7 s and their heartbeats last for 5 s, whatever is set here.
     lease_s: float = Field(default=5.0, gt=0)
     # Seconds between looks for entries that owners left behind. Each costs a few scripts per model.
     reclaim_interval_s: float = Field(default=1.0, gt=0)

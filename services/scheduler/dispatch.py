@@ -4,7 +4,8 @@ Knows no Redis: `intake.py` brings jobs from the queue and carries out what is d
 
 A job's deadline is its gateway's affair, which withdraws the entry: two machines' clocks may differ.
 
-Nobody overtakes: while the first job fits no worker, the others wait, so that small jobs do not starve a large one.
+Nobody overtakes: while the first job fits no worker, the others wait, so that small jobs do not starve a large one. But
+for one that waits to be alone: the others go on without the worker that is kept for it.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from services.scheduler.index import IndexUnion
 from services.scheduler.kv_plans import Candidate
 from services.scheduler.kv_sources import kv_sources
 from services.scheduler.metrics import RequestMetrics, SchedulerMetrics
-from services.scheduler.placement import Choice, Policy, impossible, place
+from services.scheduler.placement import Choice, Policy, impossible, kept, place
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class Dispatcher:
         self._timing = timing
         self._policy: Policy = policy
         self._placed = 0
+        self._kept = ""
+        """The worker that others do not get, since a job waits to be alone on it; as `place_waiting` found it."""
         self._clock = clock
         self._tracer = tracer or Tracer()
         self._held = HeldJobs()
@@ -135,7 +138,7 @@ class Dispatcher:
     def room(self, most: int) -> int:
         """How many more jobs could be placed now, as far as `most`."""
         waiting = self._held.waiting_choices
-        return max(0, self._fleet.room(self._model, waiting + most) - waiting)
+        return max(0, self._fleet.room(self._model, waiting + most, but_on=self._kept) - waiting)
 
     def entries(self) -> list[tuple[Job, str]]:
         """The queue entries that this scheduler owns."""
@@ -192,9 +195,16 @@ class Dispatcher:
     # --- placing
 
     def place_waiting(self) -> None:
-        """Offers waiting jobs in the order of their rank, until one fits nowhere."""
+        """Offers waiting jobs in the order of their rank, until one fits nowhere. If that one waits to be alone, those
+        that need not be go on without the worker that is kept for it.
+        """
+        self._kept = ""
         while (held := self._held.first()) is not None and self._settle_first(held):
             pass
+        if held is not None and held.shape.alone:
+            self._kept = kept(held.shape, self._fleet.candidates(self._model))
+            while (other := self._held.first_sociable()) is not None and self._settle_first(other):
+                pass
 
     def _look_for_room(self) -> None:
         now_set, now_clear = self.has_room, self.has_no_room
@@ -218,12 +228,13 @@ class Dispatcher:
         began = self._clock()
         workers = self._fleet.candidates(self._model)
         if reason := impossible(held.shape, workers):
-            # What has run already was no mistake of its caller's: the worker it fits is away.
-            self._refuse(held, reason, permanent=held.attempt == FIRST_ATTEMPT)
+            # It is no mistake of its caller's if it has run already or fits a worker that has left: that one is away.
+            fits_none = impossible(held.shape, [*workers, *self._fleet.left(self._model)]) is not None
+            self._refuse(held, reason, permanent=fits_none and held.attempt == FIRST_ATTEMPT)
             return True
         choice = place(
             held.shape,
-            self._untried(held, workers),
+            self._open_to(held, workers),
             self._index(),
             avoid=held.tried_worker_id,
             beyond_share=began - held.since >= self._timing.share_s,
@@ -235,11 +246,14 @@ class Dispatcher:
         self._offer(held, choice, session, began)
         return True
 
-    def _untried(self, held: HeldJob, workers: list[Candidate]) -> list[Candidate]:
-        """Without the worker on which the job failed, until it reports again: what is known of it is out of date."""
-        if held.tried_reports is None or self._fleet.reports(held.tried_worker_id) != held.tried_reports:
-            return workers
-        return [worker for worker in workers if worker.id != held.tried_worker_id]
+    def _open_to(self, held: HeldJob, workers: list[Candidate]) -> list[Candidate]:
+        """Without the worker that is kept from it, and without the one on which the job failed, until it reports again:
+        what is known of it is out of date.
+        """
+        closed = {self._kept}
+        if held.tried_reports is not None and self._fleet.reports(held.tried_worker_id) == held.tried_reports:
+            closed.add(held.tried_worker_id)
+        return [worker for worker in workers if worker.id not in closed]
 
     def _offer(self, held: HeldJob, choice: Choice, session: GatewaySession, began: float) -> None:
         """`began`: when this job's placement did."""
@@ -247,7 +261,7 @@ class Dispatcher:
         self._placed += 1
         costs = choice.costs()
         for worker_id, cost in costs.items():
-            self._fleet.reserve(worker_id, held.key, cost)
+            self._fleet.reserve(worker_id, held.key, cost, alone=held.shape.alone)
         self._held.offer(held, tuple(costs), self._clock())
         self.all_answered.clear()
         placement = scheduler_pb2.Placement(

@@ -34,13 +34,17 @@ class Fleet:
         *,
         silence_s: float,
         placement_timeout_s: float,
+        memory_s: float = 120.0,
         breakers: BreakerPolicy = _BREAKERS,
         clock: Clock = time.monotonic,
     ) -> None:
+        """`memory_s`: after its last report, until a worker that has left is not expected back."""
+        self._memory_s = memory_s
         self._patience = Patience(silence_s, placement_timeout_s)
         self._breakers = breakers
         self._clock = clock
         self._workers: dict[str, Worker] = {}
+        self._left: dict[str, Worker] = {}
         self._rates: defaultdict[str, KnownRate] = defaultdict(KnownRate)  # by model
         self._on_report: Callable[[str], None] = lambda model: None
         self._on_catalog: Callable[[], None] = lambda: None
@@ -63,6 +67,7 @@ class Fleet:
         if old is not None and old.incarnation == worker.incarnation:
             worker.take_over(old)
         self._workers[worker.id] = worker
+        self._left.pop(worker.id, None)
         log.info("worker %s joined: %s at %s", worker.id, worker.model, registration.address)
         self._on_catalog()
         return worker
@@ -77,6 +82,7 @@ class Fleet:
         if self._workers.get(worker.id) is not worker:
             return
         del self._workers[worker.id]
+        self._left = {left.id: left for left in (*self._left.values(), worker) if self._may_return(left)}
         log.info("worker %s left", worker.id)
         self._on_catalog()
         self._on_report(worker.model)
@@ -121,19 +127,28 @@ class Fleet:
             if worker.model == model and (candidate := worker.candidate(now)) is not None
         ]
 
-    def room(self, model: str, most: int) -> int:
-        """How many more sequences the model's workers could take, as far as `most`."""
+    def left(self, model: str) -> list[Candidate]:
+        """The model's workers that were connected a while ago and may come back."""
+        now = self._clock()
+        return [
+            candidate
+            for worker in self._left.values()
+            if worker.model == model and self._may_return(worker) and (candidate := worker.candidate(now)) is not None
+        ]
+
+    def room(self, model: str, most: int, *, but_on: str = "") -> int:
+        """How many more sequences the model's workers, but one of them, could take, as far as `most`."""
         now, room = self._clock(), 0
         for worker in self._workers.values():
-            if worker.model == model and (candidate := worker.candidate(now)) is not None:
+            if worker.model == model and worker.id != but_on and (candidate := worker.candidate(now)) is not None:
                 room += candidate.room
                 if room >= most:
                     return most
         return room
 
-    def reserve(self, worker_id: str, key: PlacementKey, cost: Credits) -> None:
+    def reserve(self, worker_id: str, key: PlacementKey, cost: Credits, *, alone: bool = False) -> None:
         """Counts a placement against its worker until the worker reports it, `settle`, or a timeout."""
-        self._workers[worker_id].reserve(key, cost, self._clock())
+        self._workers[worker_id].reserve(key, cost, self._clock(), alone=alone)
 
     def settle(self, worker_id: str, key: PlacementKey) -> None:
         """Ends a placement that will not reach its worker."""
@@ -195,6 +210,9 @@ class Fleet:
             if worker.model == model:
                 counts[worker.condition(now)] += 1
         return counts
+
+    def _may_return(self, left: Worker) -> bool:
+        return self._clock() - left.heard_at <= self._memory_s
 
     def _find(self, worker_id: str) -> Worker:
         worker = self._workers.get(worker_id)

@@ -4,6 +4,8 @@
     parked    its gateway is not connected here; it may be on its way back
     offered   a worker's credits are reserved, and the gateway has a lease to answer in
 
+A job that has to be alone may wait for long, until a worker is idle; those that need not can be had apart.
+
 Rank: requests that run already come first, since their clients have seen tokens; then those that a worker answered busy
 and those from the queue alike, by priority and age.
 """
@@ -80,12 +82,17 @@ class HeldJob:
         return self.queued.job.gateway_id, self.queued.job.gateway_incarnation
 
 
+_Place = tuple[tuple[int, ...], int, HeldJob]
+"""Rank, a number of its own, and who has that place in the order."""
+
+
 class HeldJobs:
     """All held jobs, at most one per (request, attempt)."""
 
     def __init__(self) -> None:
         self._jobs: dict[PlacementKey, HeldJob] = {}
-        self._waiting: list[tuple[tuple[int, ...], int, HeldJob]] = []  # a heap; who waits no longer is skipped
+        self._sociable: list[_Place] = []  # a heap; who waits no longer is skipped
+        self._alone: list[_Place] = []  # the same, of jobs that have to be alone
         self._arrivals = itertools.count()
         self._offered = 0
         self._waiting_choices = 0
@@ -102,6 +109,7 @@ class HeldJobs:
 
     @property
     def waiting_choices(self) -> int:
+        """Of jobs that need not be alone."""
         return self._waiting_choices
 
     def all(self) -> list[HeldJob]:
@@ -116,20 +124,22 @@ class HeldJobs:
         if (before := self._jobs.get(held.key)) is not None:
             self.drop(before)
         held.where, held.since = Where.WAITING, now
-        self._waiting_choices += held.shape.choices
+        if not held.shape.alone:
+            self._waiting_choices += held.shape.choices
         if held.arrived is None:
             held.arrived = now
         self._jobs[held.key] = held
-        heapq.heappush(self._waiting, (held.rank, next(self._arrivals), held))
+        heapq.heappush(self._alone if held.shape.alone else self._sociable, (held.rank, next(self._arrivals), held))
 
     def first(self) -> HeldJob | None:
         """The waiting job of the best rank."""
-        while self._waiting:
-            held = self._waiting[0][-1]
-            if self.has(held, Where.WAITING):
-                return held
-            heapq.heappop(self._waiting)
-        return None
+        heads = [head for heap in (self._alone, self._sociable) if (head := self._head(heap)) is not None]
+        return min(heads)[-1] if heads else None
+
+    def first_sociable(self) -> HeldJob | None:
+        """The waiting job of the best rank of those that need not be alone."""
+        head = self._head(self._sociable)
+        return None if head is None else head[-1]
 
     def park(self, held: HeldJob, now: float) -> None:
         """Takes a waiting job out of the order until it is added again."""
@@ -147,9 +157,14 @@ class HeldJobs:
         del self._jobs[held.key]
         self._leave(held)
 
+    def _head(self, waiting: "list[_Place]") -> "_Place | None":
+        while waiting and not self.has(waiting[0][-1], Where.WAITING):
+            heapq.heappop(waiting)
+        return waiting[0] if waiting else None
+
     def _leave(self, held: HeldJob) -> None:
         self._offered -= held.where is Where.OFFERED
-        if held.where is Where.WAITING:
+        if held.where is Where.WAITING and not held.shape.alone:
             self._waiting_choices -= held.shape.choices
 
 

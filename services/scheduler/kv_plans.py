@@ -100,6 +100,8 @@ class Candidate:
     deterministic: bool = False
     probe: bool = False
     """Its breaker is half-open: if it is healthy, it may have one job, which shows whether it still fails."""
+    lone: bool = False
+    """It runs, or is about to run, a job that has to be alone."""
 
     @property
     def key(self) -> HolderKey:

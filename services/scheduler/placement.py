@@ -11,6 +11,9 @@ A credit is only this scheduler's share of a worker, and a job may be larger tha
 a worker on which no prefill waits takes a prompt of any length, an idle worker any job that fits it at all, and a job
 that has waited long (`beyond_share`) goes where all that is free would do, whosever it is; the worker may answer busy.
 
+A job that has to be alone needs an idle worker. One worker is kept from other jobs while it waits (`kept`); it takes
+another that is idle only while others find room elsewhere, so that jobs like it never hold a whole fleet of several.
+
 Among the workers that can take the job the one wins that would have its prompt computed first:
 
     seconds = what waits and runs there already + the fastest way to the prompt's KV (`kv_plans.py`)
@@ -87,6 +90,8 @@ def place(
     """
     candidates = [worker for worker in candidates if job.accepts(worker)]
     roomy = [worker for worker in candidates if worker.healthy and (beyond_share or worker.credits.sequences > 0)]
+    if job.alone:
+        roomy = _leaving_room(job, roomy, candidates)
     held: dict[str, Held] = {}
     prefillers: Sequence[Candidate] = ()
     if policy == "kv_aware":
@@ -141,6 +146,27 @@ def _shortlist(job: JobShape, workers: Sequence[Candidate], held: Mapping[str, H
     draw = Random(job.request_id)
     drawn = {draw.randrange(len(workers)) for _ in range(DRAWN_WORKERS)}
     return [worker for position, worker in enumerate(workers) if position in drawn or worker.id in best]
+
+
+def kept(job: JobShape, candidates: Sequence[Candidate]) -> str:
+    """Which worker takes nothing else while the job, which has to be alone, waits for an idle one; "" if none does.
+
+    Where such a job runs already, nothing more need be drained. Of busy workers not the one with the least to do but
+    always the same, also for other such jobs and other schedulers: two that drained one each would fill what the other
+    drains.
+    """
+    able = [worker for worker in candidates if worker.healthy and job.accepts(worker) and _fits_idle(worker, job)]
+    order = {
+        (not worker.lone, not worker.idle, worker.probe, worker.role == "prefill", worker.id): worker.id
+        for worker in able
+    }
+    return order[min(order)] if order else ""
+
+
+def _leaving_room(job: JobShape, workers: Sequence[Candidate], fleet: Sequence[Candidate]) -> list[Candidate]:
+    """The workers that a job may have for itself: the one kept for it, and those beside which others find room."""
+    own, with_room = kept(job, fleet), {worker.id for worker in fleet if worker.room}
+    return [worker for worker in workers if worker.id == own or with_room - {worker.id}]
 
 
 def impossible(job: JobShape, candidates: Sequence[Candidate]) -> str | None:

@@ -63,6 +63,8 @@ class Worker:
     """Counts its states, so that "has reported since" can be asked."""
     outbox: Outbox[scheduler_pb2.WorkerDirective] = field(default_factory=Outbox)
     _outstanding: Outstanding = field(init=False)
+    _lone: bool = False
+    """Its last placement has to be alone, and it has had no room since."""
     _candidate: Candidate | None = None
     """As placement sees it, until something changes: a fleet of a thousand is looked at for every job."""
     _candidate_until: float = 0.0
@@ -84,7 +86,7 @@ class Worker:
 
     def take_over(self, old: "Worker") -> None:
         """It is a new stream of the same process: placements are on their way, and its failures were its own."""
-        self._outstanding, self.breaker = old._outstanding, old.breaker
+        self._outstanding, self.breaker, self._lone = old._outstanding, old.breaker, old._lone
 
     def report(self, state: scheduler_pb2.WorkerState, now: float) -> None:
         """Takes in its state."""
@@ -95,11 +97,15 @@ class Worker:
             self._outstanding.remove((settled.request_id, settled.attempt))
         self.changed()
 
-    def reserve(self, key: PlacementKey, cost: Credits, now: float) -> None:
-        """Counts a placement until it is reported, settled or too old. It is the probe of a half-open breaker."""
+    def reserve(self, key: PlacementKey, cost: Credits, now: float, *, alone: bool) -> None:
+        """Counts a placement until it is reported, settled or too old. It is the probe of a half-open breaker.
+
+        `alone`: it takes the whole worker until it has ended.
+        """
         if self.breaker.state == "half_open":
             self.breaker.begin_probe(key)
         self._outstanding.add(key, cost, now)
+        self._lone = alone
         self.changed()
 
     def settle(self, key: PlacementKey) -> None:
@@ -140,6 +146,8 @@ class Worker:
         spoken_for = self._outstanding.total
         sequences = state.running_sequences + state.waiting_sequences
         granted = Credits(state.credits.sequences, state.credits.blocks, state.credits.prefill_tokens)
+        credits = granted - spoken_for
+        self._lone = self._lone and credits.sequences <= 0
         return Candidate(
             id=self.id,
             incarnation=self.incarnation,
@@ -151,10 +159,11 @@ class Worker:
             healthy=condition in ("healthy", "breaker_half_open") and self.breaker.takes_work,
             probe=condition == "breaker_half_open",
             role=_ROLES.get(state.role or registration.role, "both"),
-            credits=granted - spoken_for,
+            credits=credits,
             free_blocks=state.free_blocks - sequences - spoken_for.blocks,
             sequences=sequences + spoken_for.sequences,
             pending_prefill_tokens=state.pending_prefill_tokens + spoken_for.prefill_tokens,
             prefill_tokens_per_s=state.prefill_tokens_per_s or self.rate.tokens_per_s,
             deterministic=registration.deterministic,
+            lone=self._lone,
         )

@@ -7,7 +7,7 @@ import secrets
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from headrace.v1 import cache_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
-from services.common.channel import cancel_and_wait, reachable
+from services.common.channel import cancel_and_wait, host_port, reachable
 from services.common.kv_wire import with_chunks
 from services.common.serve import GrpcServer, Registration, Stop, stopped
 from services.common.tracing import Tracer, make_tracer
@@ -130,7 +130,7 @@ class WorkerService:
     async def start(self) -> str:
         """Starts the engine's thread, serves, and makes itself known. Returns the address it listens on."""
         settings = self._settings
-        port = await self._server.start(f"{settings.host}:{settings.port}")
+        port = await self._server.start(host_port(settings.host, settings.port))
         address = settings.advertise_address or await reachable(settings.host, port)
         self._schedulers = SchedulerLinks(
             self._registration(address), settings.schedulers, self._load, self._on_directive
@@ -146,7 +146,7 @@ class WorkerService:
             self._send_signs_of_life(),
         )
         self._tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-        return f"{settings.host}:{port}"
+        return host_port(settings.host, port)
 
     async def stopped(self, stop: Stop) -> None:
         """Returns when `stop` is set; raises what the engine, or a link that is to last, died of if one did."""

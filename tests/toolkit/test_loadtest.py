@@ -13,10 +13,19 @@ from toolkit.loadtest import (
     draw_requests,
     first_model,
     lists_models,
+    quantile,
     run_row,
 )
 
 SMALL = Row("small", requests=5, concurrency=2, shared_prefix=3, unique_prompt=range(2, 9), output=range(4, 20))
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "rank"),
+    [(1, 0.5, 1), (2, 0.5, 1), (3, 0.5, 2), (100, 0.5, 50), (100, 0.99, 99), (101, 0.99, 100), (5, 0, 1), (5, 1, 5)],
+)
+def test_a_quantile_is_the_least_value_with_enough_below_and_at_it(count: int, fraction: float, rank: int) -> None:
+    assert quantile(range(count, 0, -1), fraction) == rank
 
 
 def test_a_seed_always_gives_the_same_work() -> None:

@@ -2,6 +2,7 @@
 into them; one that is requeued runs again, and its answer is recorded for whoever asks.
 """
 
+import re
 import time
 from dataclasses import dataclass
 from uuid import uuid4
@@ -17,6 +18,7 @@ _MOST = 1000
 _NOBODY = Owner("gateway", "requeued", "0")
 _TIMEOUT_MS = 600_000
 _ANSWER_TTL_S = 24 * 3600.0
+_ENTRY_ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,9 @@ class DeadLetters:
         return [_letter(entry_id, fields) for entry_id, fields in entries]
 
     async def find(self, entry_id: str) -> DeadLetter | None:
+        """None as well for what is no id at all."""
+        if not _ENTRY_ID.fullmatch(entry_id):
+            return None
         entries = await self._redis.command("XRANGE", DEAD_LETTERS, entry_id, entry_id)
         return _letter(*entries[0]) if entries else None
 

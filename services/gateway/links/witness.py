@@ -31,25 +31,25 @@ class Witness:
         self._clock = clock
         self._placement = Placement()
         self._attempt = 0
-        self._unanswered = False
+        self._untold = False
         """The attempt is a probe of which nothing has been told."""
         self._failures: list[_Failure] = []
 
     def placed(self, placement: Placement, attempt: int) -> None:
         """An attempt begins on a worker."""
         self._placement, self._attempt = placement, attempt
-        self._unanswered = placement.probe
+        self._untold = placement.probe
 
     def began(self) -> None:
         """The attempt has a token. To be called for each: it is nothing but for the first of a probe."""
-        if self._unanswered:
-            self._answer(AttemptReport.EVENT_BEGAN)
+        if self._untold:
+            self._tell_first(AttemptReport.EVENT_BEGAN)
 
     def failed(self, *, stalled: bool) -> None:
         """The worker was lost, or its engine failed."""
         event = AttemptReport.EVENT_STALLED if stalled else AttemptReport.EVENT_FAILED
-        if self._unanswered:
-            self._answer(event)
+        if self._untold:
+            self._tell_first(event)
         else:
             self._failures.append(_Failure(self._report(event), self._clock()))
 
@@ -64,11 +64,11 @@ class Witness:
 
     def withdrawn(self) -> None:
         """The attempt has ended in a way that says nothing of its worker."""
-        if self._unanswered:
-            self._answer(AttemptReport.EVENT_WITHDRAWN)
+        if self._untold:
+            self._tell_first(AttemptReport.EVENT_WITHDRAWN)
 
-    def _answer(self, event: Event.ValueType) -> None:
-        self._unanswered = False
+    def _tell_first(self, event: Event.ValueType) -> None:
+        self._untold = False
         report = self._report(event)
         report.probe = True
         self._tell(report)

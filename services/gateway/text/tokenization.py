@@ -35,7 +35,6 @@ class BundleDescription(msgspec.Struct, frozen=True):
     chat_template: str | None = None
     bos_token: str | None = None
     eos_token: str | None = None
-    eos_token_ids: list[int] = []
     add_bos: bool = False
     vocabulary_size: int = 0
 
@@ -56,7 +55,6 @@ class ModelTokenizer:
         self._template = ChatTemplate(description) if description.chat_template else None
         self._detokenizers = DetokenizerFactory(self._tokenizer)
         self.spelling = TokenSpelling(self._tokenizer, self._detokenizers.token_bytes)
-        self.eos_token_ids = frozenset(description.eos_token_ids)
 
     async def encode_text(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of a plain prompt, with a BOS token in front if the model wants one and `add_bos` allows it."""

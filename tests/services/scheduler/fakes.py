@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc.aio
@@ -75,11 +75,17 @@ class RunningScheduler:
 
     async def until_granted(self, worker_id: str, sequences: int) -> None:
         """Returns when a worker's report of so many free sequences has come."""
+        await self._until(lambda states: worker_id in states and states[worker_id].credits.sequences == sequences)
+
+    async def until_left(self, worker_id: str) -> None:
+        await self._until(lambda states: worker_id not in states)
+
+    async def _until(self, found: Callable[[dict[str, WorkerState]], bool]) -> None:
+        """Returns when what the workers have reported is so."""
         async with dial(self.address) as channel, asyncio.timeout(10):
             while True:
                 fleet = await SchedulerStub(channel).DescribeFleet(DescribeFleetRequest())
-                states = {worker.registration.worker_id: worker.state for worker in fleet.workers}
-                if states[worker_id].credits.sequences == sequences:
+                if found({worker.registration.worker_id: worker.state for worker in fleet.workers}):
                     return
                 await asyncio.sleep(0.01)
 

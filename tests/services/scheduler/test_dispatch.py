@@ -213,6 +213,59 @@ async def test_a_replacement_waits_for_a_worker_to_come_back_and_is_refused_in_t
         await gateway.close()
 
 
+async def test_jobs_that_are_to_be_alone_share_one_worker_and_the_others_the_rest(
+    scheduler: RunningScheduler, gateway: FakeGateway
+) -> None:
+    a, b = FakeWorker(scheduler, "a"), FakeWorker(scheduler, "b")
+    a.grant(6, running=2)
+    b.grant(7, running=1)
+    await scheduler.until_granted("a", 6)
+    await scheduler.until_granted("b", 7)
+    for number in range(20):  # more than there is room
+        await _ask_to_be_alone(gateway, f"alone{number}")
+    while await _held_jobs(scheduler) < 20:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+    await _others_are_placed(gateway, b, "before")
+    a.grant(7, running=1)
+    await _others_are_placed(gateway, b, "draining")
+    a.grant(8)  # it is idle
+    for number in range(3):
+        offer = await gateway.offers.get()
+        assert (offer.request_id, offer.placement.worker_id) == (f"alone{number}", "a")
+        gateway.answer(offer, OfferAnswer.STATUS_ACCEPTED)
+        await _others_are_placed(gateway, b, f"offered{number}")
+        a.grant(0, f"alone{number}/3", running=1)
+        await _others_are_placed(gateway, b, f"running{number}")
+        a.grant(8)
+    await a.leave()
+    await b.leave()
+
+
+async def test_whoever_waits_to_be_alone_on_the_only_worker_is_next(
+    scheduler: RunningScheduler, gateway: FakeGateway
+) -> None:
+    worker = FakeWorker(scheduler)
+    worker.grant(6, running=2)
+    await scheduler.until_granted("w", 6)
+    await _ask_to_be_alone(gateway, "alone")
+    while not await _held_jobs(scheduler):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    await gateway.submit("other")
+    worker.grant(7, running=1)
+    await scheduler.until_granted("w", 7)
+    assert gateway.offers.empty()
+    for expected, sequences in (("alone/3", 0), ("other/1", 7)):
+        worker.grant(8)
+        offer = await gateway.offers.get()
+        assert f"{offer.request_id}/{offer.attempt}" == expected
+        gateway.answer(offer, OfferAnswer.STATUS_ACCEPTED)
+        worker.grant(sequences, expected, running=1)
+        await scheduler.until_granted("w", sequences)
+        assert gateway.offers.empty()
+    await worker.leave()
+
+
 async def test_a_job_that_no_worker_could_ever_run_is_refused(
     gateway: FakeGateway, worker: FakeWorker, redis_url: str
 ) -> None:
@@ -221,6 +274,21 @@ async def test_a_job_that_no_worker_could_ever_run_is_refused(
     assert (refusal.request_id, refusal.attempt, refusal.permanent) == ("wide", 1, True)
     assert "9 choices" in refusal.reason
     await until_queue_is_empty(redis_url)
+
+
+async def test_what_fits_a_worker_that_has_just_left_may_be_asked_again(
+    scheduler: RunningScheduler, gateway: FakeGateway, worker: FakeWorker
+) -> None:
+    large = FakeWorker(scheduler, "large", max_sequences=16)
+    large.grant(16)
+    await scheduler.until_granted("w", 8)
+    await scheduler.until_granted("large", 16)
+    await large.leave()
+    await scheduler.until_left("large")
+    for choices, permanent in ((9, False), (17, True)):
+        await gateway.submit(choices=choices)
+        refusal = await gateway.refusals.get()
+        assert (f"{choices} choices" in refusal.reason, refusal.permanent) == (True, permanent)
 
 
 async def test_what_ran_elsewhere_is_no_mistake_of_its_caller(gateway: FakeGateway, worker: FakeWorker) -> None:
@@ -479,6 +547,23 @@ async def test_idle_latency(
         worker.grant(8, job.request_id)
         await gateway.finish(job)
     print(f"\nenqueue -> offer: median {sorted(hops)[20] * 1000:.2f} ms, worst {max(hops) * 1000:.2f} ms")
+
+
+async def _ask_to_be_alone(gateway: FakeGateway, request_id: str) -> None:
+    """As a gateway does whose request has lost its second worker."""
+    lost = PlacementRequest.REASON_WORKER_LOST
+    gateway.request(replacement(gateway.job(request_id, alone=True), "1-0", attempt=3, reason=lost))
+
+
+async def _others_are_placed(gateway: FakeGateway, worker: FakeWorker, name: str) -> None:
+    """Sees jobs placed on this worker, one after the other, and ended."""
+    for number in range(3):
+        job, _ = await gateway.submit(f"{name}-{number}")
+        offer = await gateway.offers.get()
+        assert (offer.request_id, offer.placement.worker_id) == (job.request_id, worker.id)
+        await gateway.accept(offer, job)
+        worker.grant(7, job.request_id, running=1)
+        await gateway.finish(job)
 
 
 async def _held_jobs(scheduler: RunningScheduler) -> int:

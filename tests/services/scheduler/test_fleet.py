@@ -110,6 +110,44 @@ def test_a_placement_nobody_reports_stops_counting(fleet: Fleet, clock: Clock) -
     assert fleet.candidates("m")[0].credits.sequences == 8
 
 
+def test_a_worker_is_lone_while_it_has_no_room_beside_a_job_that_is_to_be_alone(fleet: Fleet) -> None:
+    worker = fleet.register(registration())
+    fleet.report(worker, state())
+    fleet.reserve("a", ("r1", 1), Credits(8, 5, 60), alone=True)
+    assert fleet.candidates("m")[0].lone
+    fleet.report(worker, state(0, 0, 0, running_sequences=1, settled=[PlacementKey(request_id="r1", attempt=1)]))
+    assert fleet.candidates("m")[0].lone
+    worker = fleet.register(registration())
+    fleet.report(worker, state(0, 0, 0, running_sequences=1))
+    assert fleet.candidates("m")[0].lone, "it is another stream of the same process"
+    fleet.report(worker, state(7, 90, 900, running_sequences=1))
+    assert not fleet.candidates("m")[0].lone
+    fleet.report(worker, state(0, 0, 0, running_sequences=8))
+    assert not fleet.candidates("m")[0].lone, "it is full of others"
+
+
+def test_a_worker_that_has_left_is_known_for_a_while(fleet: Fleet, clock: Clock) -> None:
+    old, other = fleet.register(registration("a")), fleet.register(registration("b"))
+    for worker in (old, other):
+        fleet.report(worker, state())
+    assert fleet.left("m") == []
+    fleet.leave(old)
+    clock.now += 60
+    fleet.leave(other)
+    assert [candidate.id for candidate in fleet.left("m")] == ["a", "b"]
+    assert fleet.left("other") == []
+    fleet.report(fleet.register(registration("b", "2")), state())
+    assert [candidate.id for candidate in fleet.left("m")] == ["a"]
+    clock.now += 61
+    assert fleet.left("m") == []
+
+
+def test_the_room_is_that_of_all_workers_but_one(fleet: Fleet) -> None:
+    for id in ("a", "b"):
+        fleet.report(fleet.register(registration(id)), state())
+    assert (fleet.room("m", 100), fleet.room("m", 100, but_on="b")) == (16, 8)
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from(["reserve", "settle", "report"]), st.integers(0, 4), st.integers(1, 3)), max_size=40

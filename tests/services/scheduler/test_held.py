@@ -56,6 +56,20 @@ def test_only_waiting_jobs_are_first() -> None:
     assert (held.offered, len(held)) == (0, 2)
 
 
+def test_jobs_that_need_not_be_alone_can_be_had_apart() -> None:
+    held = HeldJobs()
+    ranked = [queued("a", "1-0"), queued("b", "2-0", alone=True), queued("c", "3-0"), queued("d", "4-0", alone=True)]
+    for job in reversed(ranked):
+        held.add(job, 0)
+    assert held.waiting_choices == 4, "of the two that need not be alone"
+    assert held.first() is held.first_sociable() is ranked[0]
+    held.drop(ranked[0])
+    assert (held.first(), held.first_sociable()) == (ranked[1], ranked[2])
+    held.offer(ranked[2], ("w",), 1)
+    assert (held.first_sociable(), held.waiting_choices) == (None, 0)
+    assert drained(held) == ["b", "d"]
+
+
 def test_a_newer_word_on_an_attempt_replaces_the_older() -> None:
     held = HeldJobs()
     old = asked("r", "1-0", PlacementRequest.REASON_BUSY)

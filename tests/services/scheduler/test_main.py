@@ -14,25 +14,26 @@ from services.common.config import child_environment
 from tests.redis_server import RedisServer, free_port
 
 
-def start(redis_url: str, port: int, metrics_port: int = 0) -> "subprocess.Popen[str]":
+def start(redis_url: str, port: int, metrics_port: int = 0, host: str = "127.0.0.1") -> "subprocess.Popen[str]":
     caches = f"127.0.0.1:{free_port()}"
-    settings = {"redis_url": redis_url, "port": port, "metrics_port": metrics_port, "caches": caches}
+    settings = {"redis_url": redis_url, "host": host, "port": port, "metrics_port": metrics_port, "caches": caches}
     environment = child_environment("scheduler", settings)
     command = [sys.executable, "-m", "services.scheduler"]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_it_serves_and_ends_with_0_on_sigterm(redis_url: str) -> None:
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_it_serves_and_ends_with_0_on_sigterm(redis_url: str, host: str, shown: str) -> None:
     port = free_port()
-    process = start(redis_url, port)
-    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+    process = start(redis_url, port, host=host)
+    with grpc.insecure_channel(f"{shown}:{port}") as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service="headrace.v1.Scheduler"), wait_for_ready=True)
         assert any(response.status == health_pb2.HealthCheckResponse.SERVING for response in watch)
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert f"ready on 127.0.0.1:{port}" in log
+    assert f"ready on {shown}:{port}" in log
     assert "Traceback" not in log
 
 

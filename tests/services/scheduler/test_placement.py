@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from services.scheduler.index import HolderKey
 from services.scheduler.kv_plans import Candidate, Credits, JobShape
-from services.scheduler.placement import Choice, Policy, impossible, place
+from services.scheduler.placement import Choice, Policy, impossible, kept, place
 
 BLOCK = 16
 
@@ -278,6 +278,25 @@ def test_a_job_that_is_to_be_alone_waits_for_an_idle_worker_and_takes_all_of_it(
     assert chosen(alone, busy, beyond_share=True) is None
     choice = place(alone, [busy, idle, worker("p", role="prefill", sequences=1)], NO_HITS)
     assert choice is not None and choice.costs() == {"b": Credits(8, 800 // BLOCK + 1, 800)}
+
+
+def test_one_worker_is_kept_for_jobs_that_are_to_be_alone() -> None:
+    alone = replace(job(800), alone=True)
+    busy = [worker("b", sequences=1), worker("a", sequences=7), worker("p", role="prefill", sequences=1)]
+    assert kept(alone, busy) == "a", "whoever asks, however busy each is"
+    assert kept(alone, [*busy, worker("c")]) == "c", "it is idle"
+    assert kept(alone, [*busy, worker("d", sequences=8, lone=True)]) == "d", "it is nobody else's already"
+    assert kept(alone, [worker("a", healthy=False), worker("b", total_blocks=10), busy[-1]]) == "p"
+    assert kept(alone, []) == ""
+
+
+def test_jobs_that_are_to_be_alone_leave_others_a_worker() -> None:
+    alone = replace(job(800), alone=True)
+    lone = worker("a", sequences=8, credits=Credits(), lone=True)
+    assert chosen(alone, lone, worker("b")) is None
+    assert chosen(alone, lone, worker("b"), worker("c", sequences=8, credits=Credits())) is None
+    assert chosen(alone, lone, worker("b"), worker("c", sequences=1)) == "b"
+    assert chosen(alone, worker("a"), worker("b", sequences=8, credits=Credits())) == "a", "it is kept for such jobs"
 
 
 def test_what_no_worker_could_ever_run_is_named() -> None:

@@ -33,6 +33,9 @@ async def test_letters_are_kept_until_they_are_removed(letters: DeadLetters) -> 
     [letter] = await letters.all()
     assert (letter.request, letter.reason, letter.failures) == (REQUEST, "It failed.", 3)
     assert await letters.find(letter.entry_id) == letter
+    milliseconds = letter.entry_id.partition("-")[0]
+    for other in ("", "nonsense", "-", "+", milliseconds, f"{letter.entry_id}9", f"{'9' * 30}-0"):
+        assert await letters.find(other) is None, other
     await letters.remove(letter)
     assert await letters.find(letter.entry_id) is None
 
