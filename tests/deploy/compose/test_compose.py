@@ -1,5 +1,6 @@
 """What the Compose files, the images and Prometheus say of the services is what the services' own settings say."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from services.common.config import CommonSettings, parse
 from services.gateway.config import GatewaySettings
 from services.scheduler.config import SchedulerSettings
 from services.worker.config import WorkerSettings
+from tests.proxies import LONGEST_WAIT_S
 
 COMPOSE = Path(__file__).parents[3] / "deploy/compose"
 SERVICES: dict[str, type[CommonSettings]] = {
@@ -21,11 +23,35 @@ SERVICES: dict[str, type[CommonSettings]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def services() -> dict[str, Any]:
-    loaded = yaml.safe_load((COMPOSE / "compose.yaml").read_text())["services"]
+# Where each front is, with the file that it mounts and where.
+FRONTS = {
+    "nginx": ("compose.replicas.yaml", "./nginx/nginx.conf", "/etc/nginx/nginx.conf"),
+    "haproxy": ("compose.haproxy.yaml", "./haproxy/haproxy.cfg", "/usr/local/etc/haproxy/haproxy.cfg"),
+}
+
+
+class Loader(yaml.SafeLoader):
+    """Knows Compose's `!reset`, which takes away what the files before have."""
+
+
+RESET = object()
+Loader.add_constructor("!reset", lambda loader, node: RESET)
+
+
+def services_of(file: str) -> dict[str, Any]:
+    loaded = yaml.load((COMPOSE / file).read_text(), Loader)["services"]
     assert isinstance(loaded, dict)
     return loaded
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    return services_of("compose.yaml")
+
+
+@pytest.fixture(params=FRONTS)
+def front(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def grpc_port(settings: Any) -> int:
@@ -102,3 +128,41 @@ def test_a_gateway_whose_ports_are_local_lets_callers_in_without_a_key(services:
 def test_ports_are_published_on_loopback_alone(services: dict[str, Any]) -> None:
     published = [port for service in services.values() for port in service.get("ports", [])]
     assert published and all(port.startswith("127.0.0.1:") for port in published)
+
+
+def test_a_front_takes_over_the_ports_and_may_do_nothing_else(services: dict[str, Any], front: str) -> None:
+    file, mounted, at = FRONTS[front]
+    service = services_of(file)[front]
+    assert services_of("compose.replicas.yaml")["gateway"]["ports"] is RESET
+    assert service["ports"] == services["gateway"]["ports"]
+    assert service["volumes"] == [f"{mounted}:{at}:ro"] and (COMPOSE / mounted).is_file()
+    assert service["read_only"] and service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["healthcheck"]["test"][-1] == f"http://127.0.0.1:{GatewaySettings().http_port}/health/ready"
+    assert seconds(service["stop_grace_period"]) >= GatewaySettings().drain_grace_s
+
+
+def test_haproxy_takes_the_place_of_nginx_and_gateways_wait_until_it_knows(services: dict[str, Any]) -> None:
+    over = services_of("compose.haproxy.yaml")
+    assert over["nginx"] is RESET
+    gateway = parse(GatewaySettings, "gateway", over["gateway"]["environment"])
+    checks = re.search(r"check inter (\d+s) fall (\d+)", text_of("haproxy"))
+    assert checks is not None
+    assert seconds(checks[1]) * int(checks[2]) < gateway.drain_settle_s
+    more = seconds(over["gateway"]["stop_grace_period"]) - seconds(services["gateway"]["stop_grace_period"])
+    assert more >= gateway.drain_settle_s
+
+
+def test_a_front_waits_longer_than_a_gateway_lets_a_request_wait(front: str) -> None:
+    waits = re.findall(r"(?:timeout (?:client|server)|(?:read|next_upstream)_timeout) (\d+)s", text_of(front))
+    assert len(waits) == {"nginx": 4, "haproxy": 2}[front] and set(waits) == {str(LONGEST_WAIT_S)}
+    assert GatewaySettings().default_timeout_s < LONGEST_WAIT_S
+
+
+def text_of(front: str) -> str:
+    return (COMPOSE / FRONTS[front][1]).read_text()
+
+
+def seconds(duration: str) -> int:
+    assert duration.endswith("s") and not duration.endswith("ms"), duration
+    return int(duration[:-1])
