@@ -204,6 +204,9 @@ def _last_metadata(error: HeadraceError, context: Context) -> tuple[tuple[str, s
 async def _abort_unexpected(error: Exception, method: str, context: Context) -> None:
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, NotImplementedError) and context.code() == grpc.StatusCode.UNIMPLEMENTED:
+        # What generated servicers do where a method is left out, as grpc's health servicer leaves out List.
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not served.")
     metadata = dict(context.invocation_metadata() or ())
     log.error("%s failed, request %s", method, metadata.get("x-request-id", "-"), exc_info=error)
     await context.abort(grpc.StatusCode.INTERNAL, "The server failed while it handled this call; its log says why.")

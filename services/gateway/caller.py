@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from services.common.errors import InvalidRequest
 from services.gateway.keys.account import Account
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+LONGEST_TIMEOUT_MS = 10**12 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Caller:
 
 def sane_request_id(wanted: str | None) -> str:
     """The caller's request id, or a new one if it is missing or cannot be a log field."""
-    return wanted if wanted and _SANE_REQUEST_ID.fullmatch(wanted) else secrets.token_hex(16)
+    return wanted if wanted and SANE_REQUEST_ID.fullmatch(wanted) else secrets.token_hex(16)
 
 
 def internal_id(request_id: str, wanted: str | None) -> str:
@@ -47,7 +48,7 @@ def timeout_seconds(milliseconds: str | None, default_s: float) -> float:
     """The value of `x-request-timeout-ms` in seconds."""
     if milliseconds is None:
         return default_s
-    if not re.fullmatch(r"[0-9]{1,12}", milliseconds) or int(milliseconds) == 0:
+    if not re.fullmatch(r"[0-9]{1,20}", milliseconds) or not 1 <= int(milliseconds) <= LONGEST_TIMEOUT_MS:
         raise InvalidRequest(
             f"x-request-timeout-ms must be a whole number above 0, but is {milliseconds[:40]!r}.",
             field="x-request-timeout-ms",

@@ -36,7 +36,7 @@ class GatewaySettings(CommonSettings):
     tls_cert: OptionalPath = None
     tls_key: OptionalPath = None
     # Origins whose pages may call from a browser, comma-separated, such as https://chat.example.com; * is any. None by
-    # default: a page that a person happens to visit has no business here.
+    # default, but for the gateway's own page: one that a person happens to visit has no business here.
     cors_origins: Origins = ()
     # Names this instance in jobs and leases.
     id: str = Field(default_factory=lambda: f"gateway-{secrets.token_hex(3)}", min_length=1)
@@ -73,7 +73,7 @@ class GatewaySettings(CommonSettings):
     max_headers: int = Field(default=100, ge=1)
     # Seconds that those, or a gRPC handshake, may take to arrive: some round trips of a slow phone.
     head_timeout_s: float = Field(default=15.0, gt=0)
-    # Largest HTTP body in bytes: twice what a 128k-token prompt of ids takes in JSON.
+    # Largest HTTP body, and gRPC message, in bytes: twice what a 128k-token prompt of ids takes in JSON.
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     # Seconds that an HTTP body may take to arrive: the largest one over 0.6 Mbit/s.
     read_timeout_s: float = Field(default=60.0, gt=0)

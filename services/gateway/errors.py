@@ -125,6 +125,10 @@ class NotAllowed(HeadraceError):
 
 
 class MethodNotAllowed(HeadraceError):
-    """The path is there, but not for that HTTP method."""
+    """The path is there, but not for that HTTP method. `allow`: those that it takes, as the header has them."""
 
     http_status = 405
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow

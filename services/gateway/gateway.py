@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from headrace.v1 import inference_pb2, inference_pb2_grpc
 from headrace.v1.scheduler_pb2 import GatewayHello
 from headrace.v1.worker_pb2 import ExecuteHello
+from services.common.channel import host_port
 from services.common.errors import Unavailable
 from services.common.redis.answers import AnswerStore
 from services.common.redis.costs import CostStore
@@ -36,6 +37,7 @@ from services.gateway.costs.cost_book import CostBook
 from services.gateway.costs.metrics import CostMetrics
 from services.gateway.generate import Generator
 from services.gateway.http.app import HttpApp
+from services.gateway.http.callers import Callers
 from services.gateway.http.cluster_api import cluster_route
 from services.gateway.http.cors import Cors
 from services.gateway.http.exchange import AsgiApp
@@ -152,7 +154,8 @@ class Gateway:
     def _http_app(self, metrics: Metrics) -> HttpApp:
         reader = RequestReader(self._catalog, self._settings)
         completion, chat = completion_kind(reader), chat_kind(reader)
-        shared = (self._admission, self._keys, metrics, self._settings)
+        callers = Callers(self._keys, self._settings)
+        shared = (self._admission, callers, metrics, self._settings)
         routes: list[PostRoute] = [
             CompletionRoute(completion, self._answers, "/v1/completions", *shared),
             CompletionRoute(chat, self._answers, "/v1/chat/completions", *shared),
@@ -161,8 +164,8 @@ class Gateway:
         whole = partial(whole_response, completion)
         by_path = {route.path: route for route in routes}
         cluster = Cluster(self._placements, self._queue, self._catalog)
-        more = [cluster_route(cluster, self._keys, self._settings.id, self._active)]
-        return HttpApp(by_path, self._answers, whole, self._keys, self._catalog, self._readiness, metrics, more)
+        more = [cluster_route(cluster, callers, self._settings.id, self._active)]
+        return HttpApp(by_path, self._answers, whole, callers, self._catalog, self._readiness, metrics, more)
 
     def _asgi_app(self, metrics: Metrics) -> AsgiApp:
         app, origins = self._http_app(metrics), self._settings.cors_origins
@@ -171,7 +174,7 @@ class Gateway:
     async def start(self) -> tuple[int, int]:
         """Opens both fronts, not ready yet. Returns the HTTP and the gRPC port. Raises OSError."""
         http_port = await self._http.start()
-        grpc_port = await self._grpc.start(f"{self._settings.host}:{self._settings.grpc_port}")
+        grpc_port = await self._grpc.start(host_port(self._settings.host, self._settings.grpc_port))
         return http_port, grpc_port
 
     async def run(self, stop: Stop) -> None:

@@ -25,7 +25,7 @@ class Metrics:
         counter, model = partial(Counter, registry=registry), ("model",)
         self.requests = counter(
             "llm_requests",
-            "Requests ended, by outcome: success, error, cancelled, refused (never accepted), handed_over (to a gateway).",
+            "Requests ended, by outcome: success, error, cancelled, refused (never accepted), handed_over.",
             ("model", "status"),
         )
         self.tokens = counter("llm_tokens_generated", "Output tokens delivered.", model)

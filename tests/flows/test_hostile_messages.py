@@ -3,14 +3,16 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import httpx
 import pytest
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor import FileDescriptor, MethodDescriptor
+from google.protobuf.descriptor_pool import Default
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from headrace.v1 import cache_pb2, inference_pb2, scheduler_pb2, worker_pb2
 from services.common.channel import dial
@@ -23,12 +25,14 @@ CALLS = 120
 AT_ONCE = 16
 # A stream that nothing is wrong with stays open; its caller goes away.
 PATIENCE_S = 1.0
-SERVICES: Sequence[tuple[str, ServiceDescriptor]] = (
-    ("gateway", inference_pb2.DESCRIPTOR.services_by_name["Inference"]),
-    ("scheduler", scheduler_pb2.DESCRIPTOR.services_by_name["Scheduler"]),
-    ("cache", cache_pb2.DESCRIPTOR.services_by_name["Cache"]),
-    ("worker", worker_pb2.DESCRIPTOR.services_by_name["Worker"]),
-)
+SERVERS: Mapping[str, FileDescriptor] = {
+    "gateway": inference_pb2.DESCRIPTOR,
+    "scheduler": scheduler_pb2.DESCRIPTOR,
+    "cache": cache_pb2.DESCRIPTOR,
+    "worker": worker_pb2.DESCRIPTOR,
+}
+# What each serves beside its own.
+COMMON = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 
 
 async def call(channel: grpc.aio.Channel, method: MethodDescriptor, draw: random.Random) -> grpc.StatusCode | None:
@@ -66,6 +70,13 @@ async def hammer(address: str, method: MethodDescriptor) -> list[grpc.StatusCode
         return await asyncio.gather(*(one(channel) for _ in range(CALLS)))
 
 
+def served(address: str) -> Sequence[MethodDescriptor]:
+    """Every method of every service that a server says it has."""
+    with grpc.insecure_channel(address) as channel:
+        names = ProtoReflectionDescriptorDatabase(channel).get_services()
+    return [method for name in names for method in Default().FindServiceByName(name).methods]
+
+
 @pytest.fixture(scope="module")
 def echo(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> HeadraceUp:
     return HeadraceUp(tmp_path_factory.mktemp("hostile"), "--engine", "echo")
@@ -75,13 +86,16 @@ def echo(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Headr
 async def test_every_service_goes_on(echo: HeadraceUp) -> None:
     try:
         await asyncio.to_thread(echo.wait_ready)
-        pids = {name: echo.pid_of(name) for name, _ in SERVICES}
-        for name, service in SERVICES:
-            for method in service.methods:
+        pids = {name: echo.pid_of(name) for name in SERVERS}
+        for name, file in SERVERS.items():
+            methods = await asyncio.to_thread(served, echo.member(name).address)
+            own = {service.full_name for service in file.services_by_name.values()}
+            assert {method.containing_service.full_name for method in methods} == COMMON | own
+            for method in methods:
                 codes = await hammer(echo.member(name).address, method)
                 assert grpc.StatusCode.UNAVAILABLE not in codes, method.full_name
-        assert {name: echo.pid_of(name) for name, _ in SERVICES} == pids, "none was started again"
-        for name, _ in SERVICES:
+        assert {name: echo.pid_of(name) for name in SERVERS} == pids, "none was started again"
+        for name in SERVERS:
             assert await grpc_health(dial(echo.member(name).address)) == "serving"
             log = Path(echo.state.directory) / f"{name}.log"
             assert "Traceback" not in log.read_text(errors="replace"), "a caller's mistake is no failure of a service"

@@ -27,7 +27,7 @@ from services.gateway.request import Delta, GenerationRequest, Usage, pack_ids, 
 from services.gateway.text.choice import Choice
 from services.gateway.text.logprobs import LogprobReader
 
-_LONGEST_KEY = 255
+LONGEST_KEY = 255
 _ERRORS: dict[int, type[HeadraceError]] = {
     error.code.value[0]: error
     for error in (
@@ -54,9 +54,9 @@ class Recording:
 def recording(caller: Caller, content: bytes, *, resumable: bool, idempotency_key: str | None) -> Recording | None:
     """How the answer to `content` is to be recorded, if it is. Raises InvalidRequest for a bad key."""
     if idempotency_key is not None:
-        if not 0 < len(idempotency_key) <= _LONGEST_KEY:
+        if not 0 < len(idempotency_key) <= LONGEST_KEY:
             raise InvalidRequest(
-                f"An idempotency key has 1 to {_LONGEST_KEY} characters, but this one has {len(idempotency_key)}.",
+                f"An idempotency key has 1 to {LONGEST_KEY} characters, but this one has {len(idempotency_key)}.",
                 field="idempotency-key",
             )
         name = f"{caller.key_id}\0{idempotency_key}".encode()

@@ -1,6 +1,7 @@
 """The gateway's HTTP: what takes bodies, and with Starlette the models, health and metrics."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -18,8 +19,9 @@ from services.gateway.answers.answers import Answer, Answers
 from services.gateway.caller import sane_request_id
 from services.gateway.catalog import Catalog, Model
 from services.gateway.errors import MethodNotAllowed
+from services.gateway.http.callers import Callers
 from services.gateway.http.docs_page import document_routes
-from services.gateway.http.exchange import Message, Receive, Scope, Send
+from services.gateway.http.exchange import CLIENT_GONE_STATUS, CONNECTION, Connection, Message, Receive, Scope, Send
 from services.gateway.http.openai_api import WholeResponse
 from services.gateway.http.openai_errors import error_body, error_headers
 from services.gateway.http.openai_types import ModelList, ModelObject, StatusObject
@@ -27,7 +29,6 @@ from services.gateway.http.playground import playground_routes
 from services.gateway.http.post_route import PostRoute
 from services.gateway.http.stats_api import stats_object
 from services.gateway.keys.account import Account
-from services.gateway.keys.keys import Keys, credential_of
 from services.gateway.metrics import Metrics
 from services.gateway.readiness import Readiness
 
@@ -45,8 +46,8 @@ class HttpApp:
         self,
         post_routes: Mapping[str, PostRoute],
         answers: Answers,
-        whole: Callable[[Answer], Awaitable[WholeResponse]],
-        keys: Keys,
+        whole: Callable[[Answer], Coroutine[None, None, WholeResponse]],
+        callers: Callers,
         catalog: Catalog,
         readiness: Readiness,
         metrics: Metrics,
@@ -55,7 +56,7 @@ class HttpApp:
         """`whole`: the body that an answer in one piece is. `more`: routes that stand beside those made here."""
         self._post_routes = post_routes
         self._metrics = metrics
-        self._rest = _rest(answers, whole, keys, catalog, readiness, metrics, more)
+        self._rest = _rest(answers, whole, callers, catalog, readiness, metrics, more)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if route := self._post_routes.get(scope["path"]):
@@ -79,16 +80,15 @@ class HttpApp:
 
 def _rest(
     answers: Answers,
-    whole: Callable[[Answer], Awaitable[WholeResponse]],
-    keys: Keys,
+    whole: Callable[[Answer], Coroutine[None, None, WholeResponse]],
+    callers: Callers,
     catalog: Catalog,
     readiness: Readiness,
     metrics: Metrics,
     more: Sequence[Route],
 ) -> Starlette:
     async def identify(request: Request, scope: KeyScope = "models") -> Account:
-        headers = request.headers
-        return await keys.identify(credential_of(headers.get("authorization"), headers.get("x-api-key")), scope)
+        return await callers.identify(dict(request.scope["headers"]), scope)
 
     return Starlette(
         routes=[
@@ -118,12 +118,16 @@ def _model_routes(catalog: Catalog, identify: Identify) -> list[Route]:
 
 
 def _answer_routes(
-    answers: Answers, whole: Callable[[Answer], Awaitable[WholeResponse]], identify: Identify
+    answers: Answers, whole: Callable[[Answer], Coroutine[None, None, WholeResponse]], identify: Identify
 ) -> list[Route]:
     async def get_answer(request: Request) -> Response:
         account = await identify(request, "generate")
         answer = await answers.resume(request.path_params["answer_id"], 0, account.key_id)
-        return Response((await whole(answer)).body, media_type="application/json")
+        connection: Connection = request.scope[CONNECTION]
+        response = await _while_connected(connection, whole(answer))
+        if response is None:
+            return Response(status_code=CLIENT_GONE_STATUS)
+        return Response(response.body, media_type="application/json")
 
     async def cancel_answer(request: Request) -> Response:
         account = await identify(request, "generate")
@@ -134,6 +138,26 @@ def _answer_routes(
         Route("/v1/answers/{answer_id:path}/cancel", cancel_answer, methods=["POST"]),
         Route("/v1/answers/{answer_id:path}", get_answer),
     ]
+
+
+async def _while_connected(connection: Connection, work: Coroutine[None, None, WholeResponse]) -> WholeResponse | None:
+    """What the work comes to; None once the client has gone, which ends it."""
+    task = asyncio.create_task(work)
+
+    def lose() -> None:
+        task.cancel()
+
+    connection.on_lost = lose
+    if connection.lost:
+        lose()
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not connection.lost:
+            raise
+        return None
+    finally:
+        connection.on_lost = None
 
 
 def _operator_routes(readiness: Readiness, metrics: Metrics) -> list[Route]:
@@ -174,7 +198,8 @@ def _as_known(request: Request, error: Exception) -> HeadraceError:
     if isinstance(error, HeadraceError):
         return error
     if isinstance(error, HTTPException) and error.status_code == 405:
-        return MethodNotAllowed(f"{request.url.path} does not take {request.method}.")
+        allow = (error.headers or {})["Allow"]
+        return MethodNotAllowed(f"{request.url.path[:200]} does not take {request.method}.", allow=allow)
     if isinstance(error, HTTPException):
         return NotFound(f"There is nothing at {request.url.path[:200]}.")
     return RequestFailed("The server failed while it handled this request; its log says why.")

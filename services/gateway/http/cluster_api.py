@@ -11,8 +11,8 @@ from starlette.routing import Route
 from headrace.v1.scheduler_pb2 import DescribeFleetResponse, FleetWorker, WorkerRole
 from services.gateway.active_request import ActiveRequests
 from services.gateway.cluster import Cluster, Sighting
+from services.gateway.http.callers import Callers
 from services.gateway.keys.account import Account
-from services.gateway.keys.keys import Keys, credential_of
 
 
 class GatewayObject(msgspec.Struct):
@@ -86,12 +86,11 @@ class ClusterObject(msgspec.Struct):
     object: str = "cluster"
 
 
-def cluster_route(cluster: Cluster, keys: Keys, gateway_id: str, active: ActiveRequests) -> Route:
+def cluster_route(cluster: Cluster, callers: Callers, gateway_id: str, active: ActiveRequests) -> Route:
     """Takes a key with the scope `models`, as the list of models does."""
 
     async def show(request: Request) -> Response:
-        credential = credential_of(request.headers.get("authorization"), request.headers.get("x-api-key"))
-        account = await keys.identify(credential, "models")
+        account = await callers.identify(dict(request.scope["headers"]), "models")
         sighting = await cluster.look()
         told = cluster_object(sighting, GatewayObject(gateway_id, len(active)), account)
         return Response(msgspec.json.encode(told), headers={"cache-control": "no-store"}, media_type="application/json")

@@ -33,7 +33,7 @@ def document_routes() -> list[Route]:
 
 
 def docs_page(document: dict[str, Any]) -> str:
-    """Every operation with the fields of its body."""
+    """Every operation with its headers and the fields of its body."""
     info, schemas = document["info"], document["components"]["schemas"]
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{info['title']}</title><style>{_STYLE}</style>",
@@ -42,9 +42,19 @@ def docs_page(document: dict[str, Any]) -> str:
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             parts.append(f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation['summary'])}")
+            parts.append(_parameters(operation["parameters"]))
             if body := operation.get("requestBody"):
                 parts.append(_fields(schemas[_name(body["content"]["application/json"]["schema"])]))
     return "\n".join(parts) + "</html>"
+
+
+def _parameters(parameters: list[dict[str, Any]]) -> str:
+    rows = [
+        f"<tr><td><code>{escape(one['name'])}</code><td>{one['in']}<td>{_kind(one['schema'])}"
+        f"<td>{escape(one.get('description', ''))}"
+        for one in parameters
+    ]
+    return f"<table>{''.join(rows)}</table>"
 
 
 def _fields(schema: dict[str, Any]) -> str:

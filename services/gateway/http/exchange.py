@@ -12,7 +12,6 @@ from services.gateway.errors import BodyTimeout, BodyTooLarge
 from services.gateway.http.openai_errors import error_body, error_headers
 from services.gateway.http.openai_events import COMMENT, error_event
 from services.gateway.keys.account import Account
-from services.gateway.keys.keys import credential_of
 from services.gateway.keys.limit_answers import rate_limit_headers
 
 Scope = MutableMapping[str, Any]
@@ -67,7 +66,7 @@ class HttpExchange:
         self._comment_every_s = comment_every_s
         self._write_timeout_s = write_timeout_s
         self._arrived = asyncio.get_running_loop().time()
-        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self._streaming = False
         self._complete = False
         self._gone = False
@@ -82,11 +81,6 @@ class HttpExchange:
         self.status = 0
         # Set when it is known who calls; the answer tells how its limits stand.
         self.account = Account()
-
-    @property
-    def credential(self) -> str | None:
-        """The API key that came with the call, or None."""
-        return credential_of(self.header(b"authorization"), self.header(b"x-api-key"))
 
     @property
     def wants_timings(self) -> bool:
@@ -231,7 +225,7 @@ class HttpExchange:
         self._look_later()
 
     def header(self, name: bytes) -> str | None:
-        value = self._headers.get(name)
+        value = self.headers.get(name)
         return None if value is None else value.decode("latin-1")
 
 

@@ -61,7 +61,7 @@ class CompletionRoute(PostRoute, Generic[B]):
     async def handle(self, exchange: HttpExchange) -> None:
         settings = self.settings
         with self.admission.entering():  # before the body takes up memory
-            exchange.account = await self.keys.identify(exchange.credential, "generate")
+            exchange.account = await self.callers.identify(exchange.headers, "generate")
             caller = exchange.caller(settings.default_timeout_s)
             content = await exchange.read_body(settings.max_body_bytes, settings.read_timeout_s)
             body = parse(content, self._kind.decoder)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from headrace.v1.sampling_pb2 import Priority, Sampling, Stopping
 from services.common.errors import InvalidRequest
@@ -10,7 +9,7 @@ from services.gateway import validation
 from services.gateway.caller import Caller
 from services.gateway.catalog import Catalog, Model
 from services.gateway.config import GatewaySettings
-from services.gateway.http.openai_types import ChatBody, ChatMessage, CommonBody, CompletionBody
+from services.gateway.http.openai_types import ChatBody, ChatMessage, CommonBody, CompletionBody, ContentPart
 from services.gateway.request import GenerationRequest
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -27,6 +26,8 @@ UNSUPPORTED: Mapping[str, Sequence[object]] = {
     "audio": (None,),
     "modalities": (None, ["text"]),
 }
+# The same of a chat's messages.
+UNSUPPORTED_IN_MESSAGES: Mapping[str, Sequence[object]] = {"tool_calls": (None, []), "function_call": (None,)}
 _NUMBERS = (
     "temperature",
     "top_p",
@@ -46,6 +47,14 @@ def chat_messages(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     if not messages:
         raise InvalidRequest("messages must not be empty.", field="messages")
     return [_message(message, position) for position, message in enumerate(messages)]
+
+
+def check_unsupported(asked: object, unsupported: Mapping[str, Sequence[object]], prefix: str = "") -> None:
+    """Raises InvalidRequest for a field that asks for what is not there; `prefix`: what callers write before it."""
+    for field, neutral in unsupported.items():
+        value = getattr(asked, field, None)
+        if not any(value == allowed and type(value) is type(allowed) for allowed in neutral):
+            raise InvalidRequest(f"{prefix}{field} is not supported yet: leave it out.", field=prefix + field)
 
 
 class RequestReader:
@@ -105,10 +114,7 @@ class RequestReader:
     def _check_common(self, body: CommonBody, caller: Caller) -> Model:
         caller.account.check_model(body.model)
         model = self._catalog.get(body.model)
-        for field, neutral in UNSUPPORTED.items():
-            value = getattr(body, field, None)
-            if not any(value == allowed and type(value) is type(allowed) for allowed in neutral):
-                raise InvalidRequest(f"{field} is not supported yet: leave it out.", field=field)
+        check_unsupported(body, UNSUPPORTED)
         validation.check_ranges({field: getattr(body, field) for field in _NUMBERS})
         validation.check_choices(1 if body.n is None else body.n, self._settings.max_choices)
         validation.check_stop_strings(_stops(body))
@@ -206,12 +212,11 @@ def _echo(prompt: str | list[int], model: Model) -> str:
 
 def _message(message: ChatMessage, position: int) -> dict[str, str]:
     field = f"messages[{position}]"
-    if message.tool_calls or message.function_call:
-        raise InvalidRequest(f"{field}.tool_calls is not supported yet.", field=f"{field}.tool_calls")
+    check_unsupported(message, UNSUPPORTED_IN_MESSAGES, f"{field}.")
     return validation.chat_message(message.role, _text(message.content, f"{field}.content"), field)
 
 
-def _text(content: str | list[dict[str, Any]] | None, field: str) -> str:
+def _text(content: str | list[ContentPart] | None, field: str) -> str:
     """A message's text; parts are joined by line breaks, as vLLM does."""
     if content is None:
         raise InvalidRequest(f"{field} must be a text or a list of text parts.", field=field)
@@ -219,13 +224,11 @@ def _text(content: str | list[dict[str, Any]] | None, field: str) -> str:
         return content
     texts = []
     for part in content:
-        text = part.get("text")
-        if part.get("type") != "text" or not isinstance(text, str):
+        if part.type != "text" or part.text is None:
             raise InvalidRequest(
-                f"{field} has a part of type {validation.shorten(part.get('type'))}; only text is supported.",
-                field=field,
+                f"{field} has a part of type {validation.shorten(part.type)}; only text is supported.", field=field
             )
-        texts.append(text)
+        texts.append(part.text)
     return "\n".join(texts)
 
 

@@ -6,7 +6,6 @@ import msgspec
 
 from services.gateway.http.openai_logprobs import ChatLogprobs, CompletionLogprobs
 
-Content = str | list[dict[str, Any]] | None
 TokenIds = list[int]
 
 
@@ -54,9 +53,15 @@ class CompletionBody(CommonBody, kw_only=True):
     echo: bool | None = None
 
 
+class ContentPart(msgspec.Struct):
+    # Only `text` is supported.
+    type: str | None = None
+    text: str | None = None
+
+
 class ChatMessage(msgspec.Struct):
     role: str
-    content: Content = None
+    content: str | list[ContentPart] | None = None
     tool_calls: Any = None
     function_call: Any = None
 

@@ -8,8 +8,8 @@ from services.common.errors import HeadraceError, RequestFailed
 from services.gateway.admission import Admission
 from services.gateway.config import GatewaySettings
 from services.gateway.errors import MethodNotAllowed
+from services.gateway.http.callers import Callers
 from services.gateway.http.exchange import CLIENT_GONE_STATUS, ClientGone, HttpExchange, Receive, Scope, Send
-from services.gateway.keys.keys import Keys
 from services.gateway.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -21,11 +21,11 @@ class PostRoute:
     """The ASGI application of one path. Subclasses say in `handle` what it does."""
 
     def __init__(
-        self, path: str, admission: Admission, keys: Keys, metrics: Metrics, settings: GatewaySettings
+        self, path: str, admission: Admission, callers: Callers, metrics: Metrics, settings: GatewaySettings
     ) -> None:
         self.path = path
         self.admission = admission
-        self.keys = keys
+        self.callers = callers
         self.settings = settings
         self._metrics = metrics
         self._answered: dict[int, Counter] = {}  # by status
@@ -44,7 +44,7 @@ class PostRoute:
         )
         try:
             if scope["method"] != "POST":
-                raise MethodNotAllowed(f"{self.path} takes POST, not {scope['method']}.")
+                raise MethodNotAllowed(f"{self.path} takes POST, not {scope['method']}.", allow="POST")
             with self._metrics.counting_shed():
                 await self.handle(exchange)
         except ClientGone:

@@ -1,6 +1,11 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, as vLLM has them.
 
-from collections.abc import Awaitable, Callable
+A body may hold a million ids, so what is done with each of them is done in a thread: all streams of the gateway would
+stop meanwhile.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -10,12 +15,15 @@ from services.gateway import validation
 from services.gateway.catalog import Catalog, Model
 from services.gateway.http.exchange import HttpExchange
 from services.gateway.http.json_bodies import parse
-from services.gateway.http.openai_requests import chat_messages
+from services.gateway.http.openai_requests import chat_messages, check_unsupported
 from services.gateway.http.openai_types import ChatMessage
 from services.gateway.http.post_route import JSON, PostRoute
 from services.gateway.keys.account import Account
 
 B = TypeVar("B", bound="TokenizeBody | DetokenizeBody")
+
+# As `openai_requests.UNSUPPORTED`.
+UNSUPPORTED_IN_TOKENIZE: Mapping[str, Sequence[object]] = {"tools": (None, []), "add_generation_prompt": (True,)}
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -67,7 +75,7 @@ class TokenRoute(PostRoute, Generic[B]):
 
     async def handle(self, exchange: HttpExchange) -> None:
         with self.admission.entering():
-            account: Account = await self.keys.identify(exchange.credential, "models")
+            account: Account = await self.callers.identify(exchange.headers, "models")
             content = await exchange.read_body(self.settings.max_body_bytes, self.settings.read_timeout_s)
             body = parse(content, self._decoder)
             account.check_model(body.model)
@@ -87,13 +95,22 @@ async def tokenize(body: TokenizeBody, model: Model) -> TokenizeResponse:
     ids = await _encode(body, model)
     strings = None
     if body.return_token_strs:
-        strings = [model.tokenizer.spelling.bytes_of(token_id).decode("utf-8", "backslashreplace") for token_id in ids]
+        strings = await asyncio.to_thread(_spelled, ids, model)
     return TokenizeResponse(len(ids), model.max_context_tokens, ids, strings)
 
 
 async def detokenize(body: DetokenizeBody, model: Model) -> DetokenizeResponse:
-    validation.check_token_ids(body.tokens, model, field="tokens")
-    return DetokenizeResponse(model.tokenizer.decode(body.tokens))
+    return DetokenizeResponse(await asyncio.to_thread(_text, body.tokens, model))
+
+
+def _spelled(token_ids: list[int], model: Model) -> list[str]:
+    return [model.tokenizer.spelling.bytes_of(one).decode("utf-8", "backslashreplace") for one in token_ids]
+
+
+def _text(token_ids: list[int], model: Model) -> str:
+    """Raises InvalidRequest."""
+    validation.check_token_ids(token_ids, model, field="tokens")
+    return model.tokenizer.decode(token_ids)
 
 
 async def _encode(body: TokenizeBody, model: Model) -> list[int]:
@@ -101,8 +118,5 @@ async def _encode(body: TokenizeBody, model: Model) -> list[int]:
         raise InvalidRequest("Either prompt or messages must be given, and not both.", field="prompt")
     if body.prompt is not None:
         return await model.tokenizer.encode_text(body.prompt, add_bos=body.add_special_tokens)
-    if body.tools:
-        raise InvalidRequest("tools is not supported yet: leave it out.", field="tools")
-    if not body.add_generation_prompt:
-        raise InvalidRequest("add_generation_prompt must be true.", field="add_generation_prompt")
+    check_unsupported(body, UNSUPPORTED_IN_TOKENIZE)
     return await model.tokenizer.encode_chat(chat_messages(body.messages or []))

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from headrace.v1 import inference_pb2, inference_pb2_grpc
-from services.common.channel import Outbox, ReplicaSessions, cancel_and_wait, dial, reachable, resolve
+from services.common.channel import Outbox, ReplicaSessions, cancel_and_wait, dial, host_port, reachable, resolve
 from services.common.errors import InvalidRequest, Overloaded
 from services.common.serve import GrpcServer, Registration
 
@@ -77,6 +77,13 @@ async def test_what_is_no_message_is_the_callers_mistake(address: str, caplog: p
     assert not caplog.records
 
 
+async def test_a_method_that_is_left_out_is_no_failure(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with dial(address) as channel:
+        for method in ("grpc.health.v1.Health/List", "headrace.v1.Inference/Cancel"):
+            assert await channel.unary_unary(f"/{method}")(b"").code() == grpc.StatusCode.UNIMPLEMENTED
+    assert not caplog.records
+
+
 async def test_health_follows_readiness() -> None:
     running = server()
     port = await running.start("127.0.0.1:0")
@@ -92,6 +99,16 @@ async def test_health_follows_readiness() -> None:
 async def test_a_taken_port_is_an_os_error(address: str) -> None:
     with pytest.raises(OSError, match=f"cannot listen on {address}"):
         await server().start(address)
+
+
+async def test_a_server_on_an_ipv6_address_is_started_and_reached() -> None:
+    running = server()
+    port = await running.start(host_port("::1", 0))
+    async with dial(await reachable("::1", port)) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        answer = await check(health_pb2.HealthCheckRequest(), timeout=10)
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await running.stop(0)
 
 
 async def test_resolve_gives_ipv4_alone() -> None:
@@ -116,6 +133,7 @@ class Names:
     ("host", "own", "advertised"),
     [
         ("10.1.2.3", ["192.168.7.8"], "10.1.2.3:7"),
+        ("fd00::1", ["192.168.7.8"], "[fd00::1]:7"),
         ("0.0.0.0", ["192.168.7.8"], "192.168.7.8:7"),
         ("0.0.0.0", ["fd00::8"], "[fd00::8]:7"),
         ("0.0.0.0", ["127.0.1.1", "192.168.7.8"], "192.168.7.8:7"),

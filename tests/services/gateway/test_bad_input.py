@@ -79,6 +79,17 @@ BAD_CHATS: list[tuple[dict[str, object], str, list[str]]] = [
     ({"messages": [{"content": "hi"}]}, "messages[0]", ["role"]),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", ["5"]),
     (
+        {"messages": [{"role": "assistant", "content": "hi", "tool_calls": [{"id": "1"}]}]},
+        "messages[0].tool_calls",
+        ["not supported"],
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "hi", "function_call": {"name": "f"}}]},
+        "messages[0].function_call",
+        ["not supported"],
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages[0].content[0].text", ["5"]),
+    (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         "messages[0].content",
         ["image_url"],
@@ -161,10 +172,11 @@ async def test_unknown_model_path_and_method(stack: Stack) -> None:
     assert (await stack.http.get("/v1/models/gpt-9")).json()["error"]["code"] == "model_not_found"
     assert (await stack.http.get("/v1/nothing")).status_code == 404
     assert "error" in (await stack.http.get("/v1/nothing")).json()
-    assert (await stack.http.get("/v1/completions")).status_code == 405
-    assert "error" in (await stack.http.get("/v1/completions")).json()
-    assert (await stack.http.post("/v1/models", json={})).status_code == 405
-    assert "error" in (await stack.http.post("/v1/models", json={})).json()
+    for method, path, allowed in (("GET", "/v1/completions", {"POST"}), ("POST", "/v1/models", {"GET", "HEAD"})):
+        refused = await stack.http.request(method, path)
+        assert refused.status_code == 405
+        assert set(refused.headers["allow"].split(", ")) == allowed
+        assert method in refused.json()["error"]["message"]
 
 
 async def test_context_length_has_openais_code(stack: Stack) -> None:
