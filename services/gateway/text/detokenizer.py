@@ -13,7 +13,7 @@ Knows no stop strings and no requests.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
@@ -39,11 +39,12 @@ class DetokenizerFactory:
         # None unless it is byte-level.
         self.token_bytes = TokenBytes(tokenizer) if isinstance(tokenizer.decoder, decoders.ByteLevel) else None
         self._token_texts = None if self.token_bytes is None else TokenTexts(self.token_bytes)
+        self._special = _special_ids(tokenizer)
 
     def create(self) -> Detokenizer:
         if self._token_texts is not None:
             return ByteLevelDetokenizer(self._token_texts)
-        return WindowDetokenizer(self._tokenizer)
+        return WindowDetokenizer(self._tokenizer, self._special)
 
 
 class TokenBytes(dict[int, bytes]):
@@ -53,7 +54,7 @@ class TokenBytes(dict[int, bytes]):
         super().__init__()
         self._tokenizer = tokenizer
         self._byte_of = _byte_alphabet()
-        self._special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._special = _special_ids(tokenizer)
 
     def __missing__(self, token_id: int) -> bytes:
         token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
@@ -111,20 +112,21 @@ class ByteLevelDetokenizer:
 class WindowDetokenizer:
     """Decodes the ids since the last delivery, with those of that delivery before them as context."""
 
-    __slots__ = ("_context", "_context_text", "_pending", "_tokenizer")
+    __slots__ = ("_context", "_context_text", "_pending", "_special", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: Set[int]) -> None:
+        """`special`: tokens without text. Decoding skips them; kept, each would be decoded with all that follow."""
         self._tokenizer = tokenizer
+        self._special = special
         self._context: list[int] = []
         self._context_text = ""
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
+        if token_id in self._special:
+            return ""
         self._pending.append(token_id)
         text = self._decode(self._context + self._pending)
-        if text == self._context_text and not text.endswith(_REPLACEMENT):
-            self._pending.pop()  # it reads as nothing: kept, it would be decoded with each that follows
-            return ""
         if len(text) <= len(self._context_text) or text.endswith(_REPLACEMENT):
             return ""
         return self._deliver(text)
@@ -140,6 +142,10 @@ class WindowDetokenizer:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    return frozenset(token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
 
 def _byte_alphabet() -> dict[str, int]:

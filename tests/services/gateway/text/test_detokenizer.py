@@ -16,8 +16,12 @@ def pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
     return [*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    return {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+
 def window_pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
-    detokenizer = WindowDetokenizer(tokenizer)
+    detokenizer = WindowDetokenizer(tokenizer, special_ids(tokenizer))
     return [*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
@@ -90,7 +94,7 @@ def test_tokens_without_text_are_not_decoded_again_with_each_that_follows() -> N
     end = BYTE_LEVEL.token_to_id("<|im_end|>")
     word = BYTE_LEVEL.encode(" mill").ids
     counting = Counting(BYTE_LEVEL)
-    detokenizer = WindowDetokenizer(counting)  # type: ignore[arg-type]
+    detokenizer = WindowDetokenizer(counting, special_ids(BYTE_LEVEL))  # type: ignore[arg-type]
     texts = [detokenizer.push(token_id) for token_id in (*word, *[end] * 200, *word)]
     assert "".join(texts) + detokenizer.flush() == BYTE_LEVEL.decode([*word, *word], skip_special_tokens=True)
     assert counting.most < 10
