@@ -3,6 +3,7 @@
 import logging
 
 from services.common import mutual_tls, telemetry
+from services.common.channel import host_port
 from services.common.config import ConfigError, load
 from services.common.metrics_switch import registry_of
 from services.common.redis.client import UnfitRedis
@@ -21,7 +22,8 @@ def main() -> None:
     async def serve(stop: Stop) -> None:
         gateway = Gateway(settings, registry_of(settings))
         http_port, grpc_port = await gateway.start()
-        log.info("ready on %s:%d (HTTP) and %s:%d (gRPC)", settings.host, http_port, settings.host, grpc_port)
+        http, grpc = host_port(settings.host, http_port), host_port(settings.host, grpc_port)
+        log.info("ready on %s (HTTP) and %s (gRPC)", http, grpc)
         await gateway.run(stop)
 
     try:

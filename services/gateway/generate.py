@@ -33,10 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Adoption:
-    """How a request that another gateway left goes on here: its queue entry, and the number of its next attempt."""
+    """How a request that another gateway left goes on here: its queue entry, its next attempt, whether alone."""
 
     entry_id: str
     attempt: int
+    alone: bool
 
 
 class Generator:
@@ -137,7 +138,7 @@ class Generator:
     def _adopt(self, active: ActiveRequest, adoption: Adoption) -> None:
         """Takes over the entry of another gateway's request, and asks for a worker if there is more to come."""
         self._limits.take_over(active)
-        active.entry_id, active.attempt = adoption.entry_id, adoption.attempt
+        active.entry_id, active.attempt, active.job.alone = adoption.entry_id, adoption.attempt, adoption.alone
         self._leases.take_over(active)
         active.budget.spend("admission", now_us())
         if not active.finished:
@@ -177,7 +178,7 @@ class Generator:
             active.failures += 1
             _check_retry(active, feed, self._max_attempts)
             # Whoever ran beside it may be to blame; if it is to blame itself, it takes nobody along again.
-            active.job.alone = active.failures == self._max_attempts - 1 > 0
+            active.job.alone = active.job.alone or active.failures == self._max_attempts - 1 > 0
         self._ask(active, REASONS[outcome], worker)
 
     def _ask(self, active: ActiveRequest, reason: PlacementRequest.Reason.ValueType, tried_worker_id: str = "") -> None:

@@ -97,4 +97,5 @@ def _job(request: StoredRequest, answer_id: str) -> Job:
         traceparent=request.traceparent,
         deterministic=request.deterministic,
         answer_id=answer_id,
+        alone=True,  # it may be what killed its workers
     )

@@ -190,7 +190,7 @@ class Answers:
         log.info("request %s: adopted after %d events from %s", job.request_id, len(events), found.owner)
         self._metrics.adoptions.inc()
         journal = Journal.adopted(self._store, Recording(job.answer_id, found.fingerprint), stored, events)
-        self._start(restored_request(stored, model, account), journal, Adoption(entry_id, found.attempt + 1))
+        self._start(restored_request(stored, model, account), journal, Adoption(entry_id, found.attempt + 1, job.alone))
 
     async def _take(self, job: Job, entry_id: str) -> StoredAnswer | None:
         """The answer, if it is this gateway's now."""

@@ -55,8 +55,8 @@ class Journal:
         """Ends the record of a request that was not accepted. Those who read it already get the error."""
         try:
             await self._store.discard(self.answer_id, error_event_of(error).SerializeToString())
-        except Unavailable as error:
-            log.warning("answer %s: not discarded: %s", self.answer_id, error.message)
+        except Unavailable as away:
+            log.warning("answer %s: not discarded: %s", self.answer_id, away.message)
 
     async def record(self, event: AnswerEvent, attempt: int) -> None:
         """Adds an event, and waits until Redis has it. Raises AnswerElsewhere or RequestCancelled."""

@@ -52,6 +52,7 @@ async def test_a_requeued_request_waits_for_a_gateway_to_adopt_it(
     [queued] = await queue.pop("m", 10)
     assert (queued.job.request_id, queued.job.answer_id, queued.job.deterministic) == ("r", answer_id, True)
     assert (queued.job.prompt_tokens, queued.job.choices, queued.job.max_tokens) == (3, 2, 5)
+    assert queued.job.alone, "it may be what killed its workers"
     found = await answers.find(answer_id)
     assert found is not None
     assert found.state is State.OPEN

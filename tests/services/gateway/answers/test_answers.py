@@ -12,6 +12,7 @@ import pytest
 from redis.exceptions import ResponseError
 
 from headrace.v1.inference_pb2 import CancelRequest, GenerateDelta, GenerateRequest, ResumeRequest
+from headrace.v1.job_pb2 import Job
 from headrace.v1.sampling_pb2 import Stopping
 from services.common.errors import Overloaded
 from services.common.redis.answers import AnswerStore
@@ -196,6 +197,24 @@ async def test_what_is_offered_twice_is_adopted_once(stack: Stack, other: Stack)
     assert other.sample("headrace_adoptions_total") == 1
     assert len(stack.workers[0].starts) == 2
     assert not other.gateway._answers._adopting
+
+
+async def test_what_has_to_be_alone_stays_so_when_it_is_adopted(stack: Stack, other: Stack) -> None:
+    worker, scheduler = stack.workers[0], stack.scheduler
+    worker.pause_after = 6
+    async with stack.http.stream("POST", PATH, json=body()) as response:
+        reader = Reader(response)
+        await reader.next_event()
+        requeued = Job()
+        requeued.CopyFrom(scheduler.jobs[0])
+        requeued.alone = True
+        await scheduler.orphan(requeued, scheduler.entry_ids[0])
+        await eventually(lambda: _is(len(scheduler.requests) == 1))
+        worker.let_go()
+        await reader.rest()
+    assert reader.text == TEXT
+    assert [start.alone for start in worker.starts] == [False, True]
+    assert scheduler.requests[0].job.alone
 
 
 async def test_an_answer_that_ended_is_not_adopted(stack: Stack, other: Stack) -> None:
